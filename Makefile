@@ -1,0 +1,54 @@
+# ParamMap. `make help` lists the targets.
+
+PYTHON ?= python3.11
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+# make convert IN=… OUT=… TO=mindspore TP=8 PP=4 … : sizes and flags of `parammap convert`
+TO      ?= mindspore
+WORKERS ?= 2
+SIZES   := $(foreach size,TP PP VPP EP ETP DP CP,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) $($(size))))
+SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
+
+.PHONY: help setup convert demo test test-full bench patches lint clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with everything that the demo and the tests need (once)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+convert: $(READY)  ## convert IN=… to OUT=… for TO=…; without IN, the demo
+ifdef IN
+	$(RUN) -m convert convert $(IN) $(or $(OUT),$(error name the folder to make: OUT=…)) --to $(TO) \
+	  --workers $(WORKERS) $(SIZES) $(FLAGS)
+else
+	$(RUN) -m examples.demo .cache/demo --workers $(WORKERS) $(SIZES)
+endif
+
+demo: $(READY)  ## train a tiny Megatron model, convert it, compare what MindSpore loads with the live state
+	$(RUN) -m examples.demo .cache/demo --workers $(WORKERS)
+
+test: $(READY)  ## the tests
+	$(RUN) -m pytest -m "not full"
+
+test-full: $(READY)  ## all tests, with the matrix of Megatron releases
+	$(RUN) -m pytest
+
+bench: $(READY)  ## speed and memory beside cp and the way it is done today
+	$(RUN) -m bench.run
+
+patches: $(READY)  ## write patches/ anew from hooks/
+	$(RUN) patches/make_patches.py
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+clean:  ## remove what was trained, fetched and converted here, and the environment
+	rm -rf .cache $(VENV)

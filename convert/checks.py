@@ -1,0 +1,122 @@
+"""The check a copy makes on its way: does the model's own weight equal the cast of the weight that the optimizer steps?
+
+Megatron-LM can save the two out of step. *Stale*: only the model's copy is old. *Permuted*: the optimizer's slices were
+swapped, so the moments belong to other parameters as well. Which one it is shows when the optimizer's values turn up
+under another parameter's name.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .digest import bits_dtype
+from .tensors import ITEMSIZE, Box, Piece, Tensor
+
+SHOWN_POSITIONS = 4
+WINDOW = 32
+_SEARCH_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Misfit:
+    """The elements of one tensor whose model weight is not the cast of the optimizer's weight.
+
+    `positions` are (row, column, cast weight, model weight); `window` is the float32 weights from the first one on.
+    """
+
+    tensor: Tensor
+    count: int = 0
+    positions: list[tuple[int, int, float, float]] = field(default_factory=list)
+    window: bytes = b""
+    permuted_with: str | None = None
+
+    def merge(self, other: Misfit) -> None:
+        self.count += other.count
+        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+        self.window = self.window or other.window
+
+
+def compare(tensor: Tensor, main: np.ndarray, box: Box, model: np.ndarray, model_dtype: str) -> Misfit | None:
+    """Compare the bits of `box` of a float32 main weight with the model's bits in `model_dtype`; None if all fit."""
+    cast = cast_bits(main, model_dtype)
+    if np.array_equal(cast, model):
+        return None
+    wrong = np.flatnonzero((cast != model) & ~(_is_nan(cast, model_dtype) & _is_nan(model, model_dtype)))
+    if not len(wrong):
+        return None
+    positions = [(box.row + int(i) // box.cols, box.col + int(i) % box.cols, value_of(cast[i:i + 1], model_dtype),
+                  value_of(model[i:i + 1], model_dtype)) for i in wrong[:SHOWN_POSITIONS]]
+    first = int(wrong[0])
+    return Misfit(tensor, len(wrong), positions, main[first:first + WINDOW].tobytes())
+
+
+def cast_bits(main: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of float32 values (given as uint32) rounded to nearest even into `dtype`, as unsigned integers."""
+    return _CASTS[dtype](main)
+
+
+def _to_bfloat16(main: np.ndarray) -> np.ndarray:
+    rounded = main + (np.uint32(0x7FFF) + ((main >> np.uint32(16)) & np.uint32(1)))
+    nan = (main & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    if nan.any():
+        rounded[nan] = main[nan] | np.uint32(0x00400000)
+    return (rounded >> np.uint32(16)).astype(np.uint16)
+
+
+def _to_float16(main: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return main.view(np.float32).astype(np.float16).view(np.uint16)
+
+
+_CASTS = {"bfloat16": _to_bfloat16, "float16": _to_float16, "float32": lambda main: main}
+
+
+def widen_bits(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of `dtype` values as the bits of the same values in float32; shape [n], uint32."""
+    if dtype == "bfloat16":
+        return bits.astype(np.uint32) << np.uint32(16)
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float32).view(np.uint32)
+    return bits
+
+
+def _is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
+    return np.isnan(widen_bits(bits, dtype).view(np.float32))
+
+
+def value_of(bits: np.ndarray, dtype: str) -> float:
+    return float(widen_bits(bits, dtype).view(np.float32)[0])
+
+
+def tell_permuted(misfits: list[Misfit], models: dict[str, list[Piece]]) -> None:
+    """Mark the misfits whose optimizer values stand, in a row, in some other parameter's model weight.
+
+    `models` gives the pieces of the model's weights by atom name. WINDOW values that vary cannot recur by chance.
+    """
+    for name, pieces in models.items():
+        for piece in pieces:
+            windows = [(m, w) for m in misfits if m.tensor.name != name and (w := _telling(m.window, piece.tensor.dtype))]
+            for chunk in _chunks(piece) if windows else ():
+                for misfit, window in windows:
+                    if not misfit.permuted_with and window in chunk:
+                        misfit.permuted_with = name
+
+
+def _telling(window: bytes, dtype: str) -> bytes:
+    """The window's values in `dtype`; b'' if it is short or the values hardly vary."""
+    values = cast_bits(np.frombuffer(window, np.uint32), dtype)
+    varied = len(values) == WINDOW and np.count_nonzero(values[1:] != values[:-1]) >= WINDOW // 3
+    return values.tobytes() if varied else b""
+
+
+def _chunks(piece: Piece):
+    """The piece's bytes in chunks that overlap by a window, so that no window is cut."""
+    total, start = piece.box.numel * ITEMSIZE[piece.tensor.dtype], 0
+    overlap = WINDOW * ITEMSIZE[piece.tensor.dtype]
+    with open(piece.file, "rb") as file:
+        while start < total:
+            yield os.pread(file.fileno(), min(_SEARCH_BYTES + overlap, total - start), piece.offset + start)
+            start += _SEARCH_BYTES

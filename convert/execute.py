@@ -1,0 +1,186 @@
+"""Execution of a plan: one task per output file, streamed through a fixed buffer, hashed and checked on the way.
+
+Tasks share nothing. A task writes into the staging folder under a temporary name, makes the file durable and renames it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from .checks import Misfit, compare, widen_bits
+from .containers import frames
+from .digest import MASK, bits_dtype, box_digest
+from .errors import TaskError
+from .plan import Copy, FileTask
+from .progress import Progress
+from .tensors import ITEMSIZE, Box, Piece, Tensor, TensorSpec
+
+BUFFER_BYTES = 256 << 10
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a task found out: per (tensor, replica) the digest and the number of its elements; misfits; bytes written."""
+
+    path: str
+    nbytes: int
+    digests: dict[tuple[Tensor, int], tuple[int, int]] = field(default_factory=dict)
+    misfits: dict[Tensor, Misfit] = field(default_factory=dict)
+
+
+def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Progress,
+              timeout: float | None = None) -> Iterator[Outcome]:
+    """Run the tasks, each in one of `workers` processes (in this one if 1); yields outcomes as they come.
+
+    Raises TaskError when a task fails, a worker dies or `timeout` seconds are over; tasks under way are then waited for,
+    the rest is not begun.
+    """
+    deadline = time.monotonic() + timeout if timeout else float("inf")
+    if workers == 1:
+        for task in tasks:
+            _check_time(deadline, staging)
+            yield _run(task, staging, progress.add)
+        return
+    shared = _Shared(tasks, staging, progress)
+    with ProcessPoolExecutor(workers, get_context("fork"), _share, (shared,)) as pool:
+        pending = {pool.submit(_run_shared, number): task for number, task in enumerate(tasks)}
+        try:
+            while pending:
+                _check_time(deadline, staging)
+                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    pending.pop(future)
+                    yield future.result()
+                progress.show()
+        except BrokenProcessPool:
+            raise TaskError(f"{staging}: a worker process was killed; run the same command again to go on from here")
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _check_time(deadline: float, staging: Path) -> None:
+    if time.monotonic() > deadline:
+        raise TaskError(f"{staging}: the time allowed is over; allow more, and the run goes on from here")
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the workers inherit by fork, so that a plan is never pickled."""
+
+    tasks: list[FileTask]
+    staging: Path
+    progress: Progress
+
+
+_shared: _Shared | None = None
+
+
+def _share(shared: _Shared) -> None:
+    global _shared
+    _shared = shared
+
+
+def _run_shared(number: int) -> Outcome:
+    return _run(_shared.tasks[number], _shared.staging, _shared.progress.add)
+
+
+def _run(task: FileTask, staging: Path, report) -> Outcome:
+    target = staging / task.path
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb", buffering=BUFFER_BYTES) as out:
+            outcome = _Writer(task, out, report).write()
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TaskError(f"{target}: {error.strerror or error}")
+    return outcome
+
+
+class _Writer:
+    """Writes one task's file front to back."""
+
+    def __init__(self, task: FileTask, out, report) -> None:
+        self.task, self.out, self.report = task, out, report
+        self.outcome = Outcome(task.path, task.nbytes)
+        self.files: dict[str, int] = {}
+        self.buffer = memoryview(bytearray(BUFFER_BYTES))
+        self.twin_buffer = memoryview(bytearray(BUFFER_BYTES))
+
+    def write(self) -> Outcome:
+        try:
+            frames.write(self.task.segments, self._fill, self.out)
+        finally:
+            for descriptor in self.files.values():
+                os.close(descriptor)
+        return self.outcome
+
+    def _fill(self, hole: frames.Hole) -> Iterator[memoryview]:
+        """The bytes [start, start + nbytes) of an output tensor, streamed from the copies that make it up."""
+        spec, position, end = self.task.specs[hole.tensor], 0, hole.start + hole.nbytes
+        itemsize = ITEMSIZE[spec.dtype]
+        for copy in self.task.copies[hole.tensor]:
+            low, high = max(hole.start, position), min(end, position + copy.numel * itemsize)
+            if low < high:
+                yield from self._stream(copy, (low - position) // itemsize, (high - position) // itemsize, spec)
+            position += copy.numel * itemsize
+
+    def _stream(self, copy: Copy, start: int, stop: int, spec: TensorSpec) -> Iterator[memoryview]:
+        step = BUFFER_BYTES // max(ITEMSIZE[copy.dtype], ITEMSIZE[spec.dtype])
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
+            data = self._read(copy.file, copy.offset + low * ITEMSIZE[copy.dtype],
+                              (high - low) * ITEMSIZE[copy.dtype], self.buffer, spec.name)
+            if copy.tensor is not None:
+                self._observe(copy, low, high, data)
+            if copy.dtype != spec.dtype:
+                data = memoryview(widen_bits(np.frombuffer(data, bits_dtype(copy.dtype)), copy.dtype)).cast("B")
+            yield data
+            self.report(len(data))
+
+    def _read(self, path: str, offset: int, nbytes: int, buffer: memoryview, name: str) -> memoryview:
+        descriptor = self.files.get(path)
+        if descriptor is None:
+            descriptor = self.files[path] = os.open(path, os.O_RDONLY)
+        view, got = buffer[:nbytes], 0
+        while got < nbytes:
+            count = os.preadv(descriptor, [view[got:]], offset + got)
+            if count == 0:
+                raise TaskError(f"{path}: ends before the last byte of {name}; it was cut since the plan was made")
+            got += count
+        return view
+
+    def _observe(self, copy: Copy, low: int, high: int, data: memoryview) -> None:
+        bits = np.frombuffer(data, bits_dtype(copy.dtype))
+        for box, start in copy.box.split_flat(low, high):
+            part = bits[start - low:start - low + box.numel]
+            if copy.counted:
+                key = copy.tensor, copy.replica
+                digest, count = self.outcome.digests.get(key, (0, 0))
+                self.outcome.digests[key] = (digest + box_digest(part, box)) & MASK, count + box.numel
+            if copy.twin is not None:
+                self._compare(copy, start, part, box)
+
+    def _compare(self, copy: Copy, start: int, main: np.ndarray, box: Box) -> None:
+        twin: Piece = copy.twin
+        itemsize = ITEMSIZE[twin.tensor.dtype]
+        data = self._read(twin.file, twin.offset + start * itemsize, box.numel * itemsize, self.twin_buffer,
+                          twin.tensor.name)
+        misfit = compare(copy.tensor, main, box, np.frombuffer(data, bits_dtype(twin.tensor.dtype)), twin.tensor.dtype)
+        if misfit is not None:
+            known = self.outcome.misfits.setdefault(copy.tensor, misfit)
+            if known is not misfit:
+                known.merge(misfit)

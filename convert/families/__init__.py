@@ -1,0 +1,71 @@
+"""Model families: from a tensor's name in one dialect to its canonical name, its arrangement and its other names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from . import gpt
+
+LEGACY, CORE, MINDSPORE = "legacy", "core", "mindspore"
+
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)|(?<=linear_fc[12]\.weight)\d+$|(?<=linear_fc[12]\.bias)\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a family knows of one tensor, with `{i}` and `{e}` standing for the layer and the expert."""
+
+    canonical: str
+    arrangement: str
+    mindspore: str | None
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The path of the layer list and the local layer number in a checkpoint's name: 'decoder.layers.3.mlp…' → …, 3."""
+    match = _LAYER.search(name)
+    return (name[: match.start() - 1], int(match.group())) if match else None
+
+
+def expert_of(name: str) -> int | None:
+    match = _EXPERT.search(name)
+    return int(match.group()) if match else None
+
+
+def renumber(name: str, layer: int | None, expert: int | None) -> str:
+    """`name` with its layer and expert numbers replaced by the given ones; None leaves them."""
+    if layer is not None:
+        name = _LAYER.sub(str(layer), name, count=1)
+    if expert is not None:
+        name = _EXPERT.sub(str(expert), name, count=1)
+    return name
+
+
+def find(name: str, dialect: str) -> Row | None:
+    """The family's row of a checkpoint's tensor name, or None if no family knows it."""
+    pattern = _EXPERT.sub("{e}", _LAYER.sub("{i}", name, count=1), count=1)
+    return _by_name(dialect).get(pattern)
+
+
+def missing(canonicals: set[str], num_layers: int) -> list[str]:
+    """The canonical names that a complete model of `num_layers` layers has and `canonicals` lacks."""
+    required = gpt.REQUIRED + [f"layers.{i}.{name}" for i in range(num_layers) for name in gpt.REQUIRED_IN_LAYER]
+    return [name for name in required if name not in canonicals]
+
+
+def dialect_of(names: list[str]) -> str:
+    return LEGACY if any(name.startswith(("language_model.", "word_embeddings")) for name in names) else CORE
+
+
+@lru_cache(maxsize=None)
+def _by_name(dialect: str) -> dict[str, Row]:
+    rows = {}
+    for canonical, (arrangement, legacy, core, mindspore) in gpt.ROWS_OF_TABLE.items():
+        for w in ("weight", "bias") if "{w}" in canonical else ("weight",):
+            row = Row(canonical.replace("{w}", w), arrangement, mindspore and mindspore.replace("{w}", w)
+                      .replace("{norm_w}", "{norm_%s}" % w))
+            names = {LEGACY: legacy, CORE: core}[dialect]
+            rows.update((name.replace("{w}", w), row) for name in names)
+    return rows

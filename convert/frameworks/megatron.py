@@ -1,0 +1,303 @@
+"""Megatron-LM checkpoints (torch format, distributed optimizer): folders, files, which rank holds what.
+
+Layout on disk: `<save>/latest_checkpointed_iteration.txt` and
+`<save>/iter_NNNNNNN/mp_rank_TT[_PPP][_EEE]/{model_optim_rng.pt,distrib_optim.pt}` (Megatron-LM,
+training/checkpointing.py, core_r0.6.0 … main).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .. import families, sidecar as sidecars
+from ..containers import torch_zip
+from ..containers.pickles import Opaque
+from ..errors import RefusedError
+from ..fusion import Heads
+from ..index import Found, Held, Index, Naming
+from ..layout import RANK_ORDER, Layout, Place, number_layers
+from ..naming import brief
+from ..sidecar import Sidecar
+from ..tensors import MODEL_WEIGHT, WEIGHT, Stored
+from . import megatron_optimizer
+
+MODEL_FILE, OPTIMIZER_FILE, TRACKER = "model_optim_rng.pt", "distrib_optim.pt", "latest_checkpointed_iteration.txt"
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
+_ITERATION_FOLDER = re.compile(r"iter_(\d{7})$|release$")
+
+#: our sizes by the names of Megatron-LM's arguments
+_SIZE_ARGS = {
+    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size", "cp": "context_parallel_size", "dp": "data_parallel_size",
+}
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank's folder: where it stands, its model file's content (tensors as Stored), its optimizer file if any."""
+
+    folder: Path
+    place: Place
+    content: dict
+
+    @property
+    def args(self) -> dict:
+        args = self.content.get("args")
+        return args.attributes if isinstance(args, Opaque) else {}
+
+    def chunks(self) -> dict[int, dict[str, Stored]]:
+        """The model's tensors by chunk (virtual pipeline stage) and flat name."""
+        keys = ["model"] if "model" in self.content else sorted(
+            (k for k in self.content if re.fullmatch(r"model\d+", str(k))), key=lambda k: int(k[5:]))
+        if not keys:
+            raise RefusedError(f"{self.folder / MODEL_FILE}: holds no model; is it a Megatron-LM checkpoint?")
+        return {chunk: dict(_flatten(self.content[key])) for chunk, key in enumerate(keys)}
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A Megatron-LM checkpoint as read: no tensor data, only where it is."""
+
+    folder: Path
+    iteration: int
+    layout: Layout
+    ranks: list[Rank]
+    index: Index
+    sidecar: Sidecar | None
+    with_optimizer: bool
+    dropped: list[str] = field(default_factory=list)
+
+    def stage_layers(self) -> list[int]:
+        """The number of layers of each pipeline stage."""
+        layers: dict[int, set[int]] = {pp: set() for pp in range(self.layout.pp)}
+        for held in self.index.held:
+            if held.layer is not None:
+                layers[held.found.place.pp].add(held.layer)
+        return [len(numbers) for numbers in layers.values()]
+
+    @property
+    def num_layers(self) -> int:
+        """The recorded number of layers, or, where nobody recorded it, as many as there are."""
+        layout = self.sidecar.any_layout() if self.sidecar else None
+        recorded = layout["model"].get("num_layers") if layout else self.ranks[0].args.get("num_layers")
+        return recorded or 1 + max((h.layer for h in self.index.held if h.layer is not None), default=-1)
+
+
+def find_iteration(source: Path, iteration: int | None = None) -> tuple[Path, int]:
+    """The iteration folder that SRC names, a save root or such a folder itself, and its number (0 for `release`)."""
+    if not source.is_dir():
+        raise RefusedError(f"{source}: no such folder; name a save folder or one of its iter_NNNNNNN folders")
+    match = _ITERATION_FOLDER.match(source.name)
+    if match or any(_RANK_FOLDER.match(path.name) for path in source.iterdir()):
+        return source, int(match.group(1) or 0) if match else 0
+    name = f"iter_{iteration:07d}" if iteration is not None else _tracked(source)
+    if not (source / name).is_dir():
+        raise RefusedError(f"{source / name}: no such folder; choose another iteration with --iteration")
+    return source / name, int(name[5:]) if name != "release" else 0
+
+
+def _tracked(source: Path) -> str:
+    tracker = source / TRACKER
+    if not tracker.is_file():
+        raise RefusedError(f"{source}: not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders")
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdigit():
+        raise RefusedError(f"{tracker}: holds {text[:20]!r} and not an iteration; choose one with --iteration")
+    return text if text == "release" else f"iter_{int(text):07d}"
+
+
+def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
+         drop: frozenset[str] = frozenset()) -> Checkpoint:
+    """Read a checkpoint's headers and sidecar. Raises RefusedError for anything missing, damaged or contradictory."""
+    folder, number = find_iteration(source, iteration)
+    sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)
+    ranks = _read_ranks(folder, sidecar)
+    layout = _layout(ranks, sidecar)
+    _check_grid(folder, ranks, layout)
+    found = [one for rank in ranks for one in _model_tensors(rank, MODEL_WEIGHT)]
+    kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
+    states = [] if weights_only else [
+        state for rank in ranks for state in megatron_optimizer.read_rank(
+            rank.folder, rank.place, [one for one in found if _same_rank(one.place, rank.place)], sidecar, drop)]
+    naming = _naming(ranks, layout, sidecar)
+    index = Index(_with_weights([naming.hold(one) for one in states], [naming.hold(one) for one in kept], sidecar), layout)
+    index.check_complete()
+    dropped_names = sorted({one.name for one in found} - {one.name for one in kept})
+    return Checkpoint(folder, number, layout, ranks, index, sidecar, not weights_only, dropped_names)
+
+
+def _same_rank(a: Place, b: Place) -> bool:
+    return (a.tp, a.pp, a.ep) == (b.tp, b.pp, b.ep)
+
+
+def _with_weights(states: list[Held], model: list[Held], sidecar: Sidecar | None) -> list[Held]:
+    """All tensors, where one that no optimizer steps (frozen, or a buffer) has the model's own copy as its weight.
+
+    A bare map names dense parameters only, so there a tensor without a state is one the map is missing: refused.
+    """
+    stepped = {held.canonical for held in states if held.found.role == WEIGHT}
+    missing = sorted({held.found.name for held in model if held.canonical not in stepped})
+    if missing and sidecar is not None and not sidecar.complete:
+        raise RefusedError(f"{sidecar.folder}: the map does not say where the optimizer state of these {len(missing)} "
+                           f"tensors lies: {brief(missing)}; train with ParamMap's hook, or leave experts out with "
+                           "--drop experts, or convert --weights-only")
+    own = [replace(held, found=replace(held.found, role=WEIGHT),
+                   blocks=tuple((replace(tensor, role=WEIGHT), box) for tensor, box in held.blocks))
+           for held in model if held.canonical not in stepped]
+    return states + own + [held for held in model if held.canonical in stepped]
+
+
+def find_sidecar(folder: Path, iteration: int, given: Path | None) -> Sidecar:
+    """The sidecar: in the folder given, in the iteration's own folder, or the latest one in the save root."""
+    candidates = [given] if given else [folder / "param_map", folder.parent / "param_map"]
+    for candidate in candidates:
+        found = sidecars.read(candidate)
+        if found is None:
+            continue
+        if found.iteration not in (None, iteration) and iteration:
+            raise RefusedError(f"{found.folder}: written at iteration {found.iteration}, the checkpoint is of "
+                               f"{iteration}; name the right folder with --sidecar, or convert --weights-only")
+        return found
+    raise RefusedError(f"{candidates[0]}: no param_map*.json or layout_*.json here, so nobody knows what lies where in "
+                       f"{OPTIMIZER_FILE}; name their folder with --sidecar, or convert --weights-only")
+
+
+def _read_ranks(folder: Path, sidecar: Sidecar | None) -> list[Rank]:
+    matches = {path: match for path in sorted(folder.iterdir()) if (match := _RANK_FOLDER.match(path.name))}
+    if not matches:
+        raise RefusedError(f"{folder}: has no mp_rank_* folder; is it saved in Megatron-LM's torch format?")
+    contents = {path: _content(path / MODEL_FILE) for path in matches}
+    second_is_ep = _second_number_is_ep(contents, sidecar)
+    ranks = []
+    for path, match in matches.items():
+        tp, second, third = (int(number or 0) for number in match.groups())
+        place = Place(tp, 0, second) if second_is_ep else Place(tp, second, third)
+        ranks.append(Rank(path, place, contents[path]))
+    return ranks
+
+
+def _content(path: Path) -> dict:
+    if not path.is_file():
+        raise RefusedError(f"{path}: missing; copy the whole checkpoint")
+    content = torch_zip.read(path)
+    if not isinstance(content, dict):
+        raise RefusedError(f"{path}: holds a {type(content).__name__} and not a checkpoint")
+    return content
+
+
+def _second_number_is_ep(contents: dict[Path, dict], sidecar: Sidecar | None) -> bool:
+    """mp_rank_TT_NNN: NNN is the pipeline stage if there are several, else the expert rank; the sizes tell."""
+    layout = sidecar.any_layout() if sidecar else None
+    if layout:
+        return layout["parallel"]["pp"] == 1 and layout["parallel"]["ep"] > 1
+    args = next(iter(contents.values())).get("args")
+    if isinstance(args, Opaque) and args.attributes:
+        return (args.attributes.get("pipeline_model_parallel_size") or 1) == 1
+    first_stages = [path for path, content in contents.items()
+                    if any("word_embeddings" in n for n, _ in _flatten(content.get("model", {})))]
+    return len(first_stages) == len(contents)
+
+
+def _layout(ranks: list[Rank], sidecar: Sidecar | None) -> Layout:
+    """The parallel sizes: from the sidecar, else from the arguments saved with the model, else from the folders."""
+    recorded = sidecar.any_layout() if sidecar else None
+    args = ranks[0].args
+    if recorded:
+        return Layout(**{key: value for key, value in recorded["parallel"].items()
+                         if key in Layout.__dataclass_fields__ and value is not None})
+    folders = {"tp": 1 + max(r.place.tp for r in ranks), "pp": 1 + max(r.place.pp for r in ranks),
+               "ep": 1 + max(r.place.ep for r in ranks), "vpp": max(len(r.chunks()) for r in ranks)}
+    sizes = {key: args.get(name) or folders.get(key, 1) for key, name in _SIZE_ARGS.items()}
+    if args.get("expert_tensor_parallel_size") is None:
+        sizes["etp"] = sizes["tp"]
+    return Layout(**sizes, order="tp-cp-ep-pp-dp" if args.get("use_tp_pp_dp_mapping") else RANK_ORDER)
+
+
+def _check_grid(folder: Path, ranks: list[Rank], layout: Layout) -> None:
+    """Every rank of the grid must be there, with all its chunks, and no other."""
+    if layout.ep > 1 and layout.etp != layout.tp:
+        raise RefusedError(f"{folder}: expert tensor parallel {layout.etp} differs from tp {layout.tp}; "
+                           "such checkpoints cannot be converted yet")
+    expected = {Place(t, p, e) for t in range(layout.tp) for p in range(layout.pp) for e in range(layout.ep)}
+    there = {rank.place for rank in ranks}
+    if expected != there:
+        missing, extra = sorted(expected - there), sorted(there - expected)
+        what = f"rank {missing[0]} is missing" if missing else f"rank {extra[0]} should not exist"
+        raise RefusedError(f"{folder}: {what} in a checkpoint of {layout}; copy the whole checkpoint")
+    for rank in ranks:
+        if len(rank.chunks()) != layout.vpp:
+            raise RefusedError(f"{rank.folder / MODEL_FILE}: holds {len(rank.chunks())} model chunks and not {layout.vpp}")
+
+
+def _model_tensors(rank: Rank, role: str):
+    for chunk, tensors in rank.chunks().items():
+        place = Place(rank.place.tp, rank.place.pp, rank.place.ep, chunk)
+        for name, stored in tensors.items():
+            yield Found(name, place, role, stored)
+
+
+def _naming(ranks: list[Rank], layout: Layout, sidecar: Sidecar | None) -> Naming:
+    names = [name for rank in ranks for chunk in rank.chunks().values() for name in chunk]
+    per_rank = 1 + max((e for name in names if (e := families.expert_of(name)) is not None), default=-1)
+    return Naming(families.dialect_of(names), layout, _global_layers(ranks, sidecar), per_rank or None,
+                  _heads(ranks, sidecar), _gated(ranks))
+
+
+def _global_layers(ranks: list[Rank], sidecar: Sidecar | None) -> dict[tuple[int, int], dict[str, list[int]]]:
+    """Global layer numbers of each stage's chunk, counted from the model files, and checked against the sidecar."""
+    counts: dict[str, dict[tuple[int, int], int]] = {}
+    for rank in ranks:
+        for chunk, tensors in rank.chunks().items():
+            for prefix, local in filter(None, map(families.layer_of, tensors)):
+                stage = counts.setdefault(prefix, {})
+                key = rank.place.pp, chunk
+                stage[key] = max(stage.get(key, 0), local + 1)
+    layers: dict[tuple[int, int], dict[str, list[int]]] = {}
+    for prefix, stage in counts.items():
+        for key, numbers in number_layers(stage).items():
+            layers.setdefault(key, {})[prefix] = list(numbers)
+    _check_layers(layers, sidecar)
+    return layers
+
+
+def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
+    for (tp, pp, ep), rank in (sidecar.ranks if sidecar else {}).items():
+        for chunk in rank.layout["chunks"] if rank.layout else []:
+            for prefix, numbers in chunk["layers"].items():
+                counted = layers.get((pp, chunk["vpp"]), {}).get(prefix, [])
+                if numbers != counted:
+                    raise RefusedError(f"{sidecar.folder}: stage {pp} chunk {chunk['vpp']} holds {prefix} {numbers} by "
+                                       f"the sidecar, {counted} by the model files; they are of different runs")
+
+
+def _heads(ranks: list[Rank], sidecar: Sidecar | None) -> Heads | None:
+    recorded = sidecar.any_layout() if sidecar else None
+    model = recorded["model"] if recorded else ranks[0].args
+    if model.get("attention_output_gate") or model.get("multi_latent_attention"):
+        return None
+    heads = model.get("num_attention_heads")
+    grouped = recorded is not None or model.get("group_query_attention")
+    return Heads(heads, (grouped and model.get("num_query_groups")) or heads) if heads else None
+
+
+def _gated(ranks: list[Rank]) -> bool:
+    """Whether the MLP has gate and up halves: then fc1 has twice as many rows as fc2 has columns."""
+    for tensors in (chunk for rank in ranks for chunk in rank.chunks().values()):
+        dialect = families.dialect_of(list(tensors))
+        shapes = {row.canonical: stored.shape for name, stored in tensors.items() if (row := families.find(name, dialect))}
+        for name, shape in shapes.items():
+            if name.endswith("fc1.weight"):
+                return shape[0] == 2 * shapes[name.replace("fc1", "fc2")][1]
+    return False
+
+
+def _flatten(tree: object, prefix: str = ""):
+    """(dotted name, Stored) of every tensor in nested dicts; `_extra_state` and other leaves are no tensors."""
+    if isinstance(tree, Stored):
+        yield prefix, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))

@@ -1,0 +1,201 @@
+"""MindSpore checkpoints as MindSpeed-Core-MS (r0.1.0) reads them: `rank_N/<prefix>.ckpt|.safetensors` and `pt_meta/`.
+
+N counts ranks in the order tp-cp-ep-dp-pp. A file holds one rank's tensors under global layer numbers, float32 states as
+`name`, `exp_avg.name`, `exp_avg_sq.name`, and the scheduler's scalars with the exact types its loader assigns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import families
+from ..containers import mindspore_ckpt, safetensors, torch_zip
+from ..containers.frames import Literal
+from ..errors import RefusedError
+from ..index import Held
+from ..layout import Place
+from ..naming import brief
+from ..plan import Wanted, WantedFile
+from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
+from .megatron import Checkpoint, Rank
+from .mindspore_scalars import Scalars, scalars_of
+
+FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
+NAMES = ("mindspore", "megatron")
+#: the names LayerNorm and RMSNorm give their parameters (MindSpeed-Core-MS, mindspeed_ms/legacy/model/norm.py)
+_NORM_NAMES = {True: {"norm_weight": "gamma", "norm_bias": "beta"}, False: {"norm_weight": "weight"}}
+#: the renames of MindSpeed-Core-MS's own convert_pt2ckpt.py, for the list of names on which the two differ
+_THEIR_NAMES = {"dense_h_to_4h": "mapping", "dense_4h_to_h": "projection", "self_attention": "attention",
+                "query_key_value": "qkv_proj", "dense": "out_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to write: file format, whose names, the states to keep, the dtype that weights are cast to (None: as they are).
+
+    `dp` and `cp` only number the rank folders; None: the source's.
+    """
+
+    format: str = "ckpt"
+    names: str = "mindspore"
+    file_prefix: str = "network"
+    roles: tuple[str, ...] = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+    cast: str | None = None
+    dp: int | None = None
+    cp: int | None = None
+    all_dp_cp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The files to write, each rank's source folder with its file, the links to make (link, existing file), and what is
+    worth saying in the manifest."""
+
+    files: list[WantedFile]
+    converted: list[tuple[Path, str]]
+    links: list[tuple[str, str]]
+    notes: dict[str, object]
+
+
+def output(source: Checkpoint, options: Options) -> Output:
+    """Plan the files of a MindSpore checkpoint in the source's layout. Raises RefusedError for names it has no place for."""
+    _check_names(source, options)
+    options = replace(options, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp)
+    if options.dp % source.layout.ep:
+        raise RefusedError(f"{source.folder}: dp {options.dp} is no multiple of its expert parallel size {source.layout.ep}")
+    namer = _Namer(source, options)
+    states = _states_by_rank(source)
+    files, converted, links, left_out = [], [], [], {}
+    for rank in source.ranks:
+        scalars = scalars_of(rank.content, source.iteration)
+        left_out |= scalars.left_out
+        files.append(_rank_file(source, rank, options, namer, states, scalars))
+        converted.append((rank.folder, files[-1].path))
+        links += _links(source, rank.place, options)
+    files += list(_meta_files(source))
+    return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike})
+
+
+def _check_names(source: Checkpoint, options: Options) -> None:
+    missing = families.missing({held.canonical for held in source.index.held}, source.num_layers)
+    if missing and options.names == "mindspore":
+        raise RefusedError(f"{source.folder}: no complete GPT-like model: {brief(missing)} missing; "
+                           "with --names megatron it is converted as it is")
+    if options.names == "mindspore":
+        unknown = sorted({h.found.name for h in source.index.held if h.row is None or h.row.mindspore is None})
+        if unknown:
+            raise RefusedError(f"{source.folder}: MindSpeed-Core-MS's model has no place for {len(unknown)} tensors: "
+                               f"{brief(unknown)}; use --names megatron")
+
+
+class _Namer:
+    """Output names, under global layer numbers; `unlike` has those that MindSpeed's own converter writes otherwise."""
+
+    def __init__(self, source: Checkpoint, options: Options) -> None:
+        self.options = options
+        layer_norm = any(held.canonical == "final_norm.bias" for held in source.index.held)
+        self.norm_names = _NORM_NAMES[layer_norm]
+        self.unlike: dict[str, str] = {}
+
+    def name(self, held: Held) -> str:
+        layer, expert = held.layer, families.expert_of(held.found.name)
+        if self.options.names == "megatron":
+            return families.renumber(held.found.name, layer, None)
+        name = held.row.mindspore.format(i=layer, e=expert, **self.norm_names)
+        theirs = ".".join(_THEIR_NAMES.get(part, part) for part in families.renumber(held.found.name, layer, None).split("."))
+        if theirs != name:
+            self.unlike[name] = theirs
+        return name
+
+
+def _rank_file(source: Checkpoint, rank: Rank, options: Options, namer: _Namer, states: _States,
+               scalars: Scalars) -> WantedFile:
+    tensors = [Wanted(TensorSpec(prefix + namer.name(held), options.cast or held.found.stored.dtype,
+                                 held.found.stored.shape), held.blocks)
+               for held, prefix in _states_at(source, rank.place, options, states)]
+    tensors += [Wanted(spec) for spec in scalars.specs]
+    _check_unique(rank, tensors)
+    path = f"rank_{_number(source, rank.place, options)}/{options.file_prefix}.{options.format}"
+    return WantedFile(path, tuple(FRAMES[options.format]([w.spec for w in tensors])), tuple(tensors), rank.place)
+
+
+#: by (tp, pp, ep): canonical name: role: the tensor
+_States = dict[tuple[int, int, int], dict[str, dict[str, Held]]]
+
+
+def _states_by_rank(source: Checkpoint) -> _States:
+    states: _States = {}
+    for held in source.index.held:
+        at = held.found.place
+        states.setdefault((at.tp, at.pp, at.ep), {}).setdefault(held.canonical, {})[held.found.role] = held
+    return states
+
+
+def _states_at(source: Checkpoint, place: Place, options: Options, states: _States) -> Iterator[tuple[Held, str]]:
+    """The states of this rank's parameters with their name prefix, in buffer order, parameter by parameter.
+
+    With expert parallel, only the first expert rank's optimizer holds the dense parameters, which the others share.
+    """
+    own = states[place.tp, place.pp, place.ep]
+    for canonical, by_role in own.items():
+        if WEIGHT not in by_role:
+            by_role = states[place.tp, place.pp, 0][canonical]
+        for role in options.roles:
+            if role in by_role:
+                yield by_role[role], "" if role == WEIGHT else f"{role}."
+
+
+def _check_unique(rank: Rank, tensors: list[Wanted]) -> None:
+    seen: set[str] = set()
+    for wanted in tensors:
+        if wanted.spec.name in seen:
+            raise RefusedError(f"{rank.folder}: two tensors would be called {wanted.spec.name}")
+        seen.add(wanted.spec.name)
+
+
+def _number(source: Checkpoint, place: Place, options: Options, dp: int | None = None, cp: int = 0) -> int:
+    """The lowest global rank that holds the place, or the one at (dp, cp); the expert rank is the fast part of dp."""
+    data = place.ep if dp is None else dp
+    return ((place.pp * options.dp + data) * options.cp + cp) * source.layout.tp + place.tp
+
+
+def _links(source: Checkpoint, place: Place, options: Options) -> Iterator[tuple[str, str]]:
+    if not options.all_dp_cp:
+        return
+    file = f"{options.file_prefix}.{options.format}"
+    first = _number(source, place, options)
+    for dp in range(place.ep, options.dp, source.layout.ep):
+        for cp in range(options.cp):
+            number = _number(source, place, options, dp, cp)
+            if number != first:
+                yield f"rank_{number}/{file}", f"rank_{first}/{file}"
+
+
+def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
+    """`pt_meta/`: the sidecar's files, and per rank what the way back needs of model_optim_rng.pt."""
+    for path in source.sidecar.files if source.sidecar else []:
+        yield WantedFile(f"pt_meta/{path.name}", (Literal(path.read_bytes()),), ())
+    for rank in source.ranks:
+        ep = f"_ep{rank.place.ep:03}" if source.layout.ep > 1 else ""
+        path = f"pt_meta/args_tp{rank.place.tp:02}_pp{rank.place.pp:03}{ep}.pt"
+        frame = torch_zip.frame(_meta(source, rank), Path(path).name)
+        yield WantedFile(path, tuple(frame.segments), tuple(
+            Wanted(TensorSpec(f"{path}:{number}", stored.dtype, stored.shape), source=stored)
+            for number, stored in enumerate(frame.tensors)))
+
+
+_META_KEYS = ("args", "checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state",
+              "num_floating_point_operations_so_far")
+
+
+def _meta(source: Checkpoint, rank: Rank) -> dict:
+    """What MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) keeps of a model file."""
+    meta = {key: rank.content.get(key) for key in _META_KEYS}
+    if not source.with_optimizer:
+        chunks = rank.chunks()
+        key = "model" if len(chunks) == 1 else "model{}"
+        meta["param_name_list"] = [[f"{key.format(chunk)}.{name}" for name in reversed(tensors)]
+                                   for chunk, tensors in chunks.items()]
+    return meta

@@ -1,0 +1,164 @@
+"""The plan: which bytes of the source make up which bytes of each output file. Interval arithmetic, no data.
+
+A plan is a value. It proves, before anything is copied, that each output element is written exactly once and that each
+source element is used or named as dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .containers.frames import Hole, Segment
+from .errors import RefusedError
+from .index import Index
+from .layout import Place
+from .tensors import ITEMSIZE, Box, Piece, Stored, Tensor, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tensor that an output file should hold: its spec and the boxes of logical tensors that make it up, in order.
+
+    `source` stands instead of boxes for a tensor that is copied as it is and is no part of the training state.
+    """
+
+    spec: TensorSpec
+    blocks: tuple[tuple[Tensor, Box], ...] = ()
+    source: Stored | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WantedFile:
+    """An output file: where it goes, how its container frames it, what it holds, and the rank whose copies it prefers."""
+
+    path: str
+    segments: tuple[Segment, ...]
+    tensors: tuple[Wanted, ...]
+    place: Place = Place()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`numel` consecutive elements from byte `offset` of `file`; the next elements of the output tensor they go to.
+
+    `box` is what they are of `tensor`. `replica` numbers the copies that ranks keep of one box; `counted` marks the one
+    use of each source element that enters its digest. `twin` repeats the box in less precision, to be compared.
+    """
+
+    file: str
+    offset: int
+    numel: int
+    dtype: str
+    tensor: Tensor | None = None
+    box: Box | None = None
+    replica: int = 0
+    counted: bool = False
+    twin: Piece | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileTask:
+    """Everything one worker needs to write one output file; `copies[i]` fill tensor i in order."""
+
+    path: str
+    segments: tuple[Segment, ...]
+    specs: tuple[TensorSpec, ...]
+    copies: tuple[tuple[Copy, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def streamed(self) -> int:
+        """The bytes that come from the source, after any cast."""
+        return sum(segment.nbytes for segment in self.segments if isinstance(segment, Hole))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(c.numel * ITEMSIZE[c.dtype] for copies in self.copies for c in copies)
+
+
+@dataclass(slots=True)
+class Plan:
+    tasks: list[FileTask]
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(task.nbytes for task in self.tasks)
+
+
+@dataclass(slots=True)
+class Planner:
+    """Plans the wanted files over one source index. `twins` maps a role to the role that repeats it in less precision."""
+
+    index: Index
+    twins: dict[str, str] = field(default_factory=dict)
+    _used: set[tuple[Tensor, Box, int]] = field(default_factory=set)
+    _twin_boxes: dict[tuple[str, str], dict[Box, list[Piece]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        roles = set(self.twins.values())
+        self._twin_boxes = {(t.role, t.name): boxes for t, boxes in self.index.boxes.items() if t.role in roles}
+
+    def plan(self, files: list[WantedFile]) -> Plan:
+        tasks = [FileTask(file.path, file.segments, tuple(w.spec for w in file.tensors),
+                          tuple(tuple(self._copies(w, file.place)) for w in file.tensors)) for file in files]
+        return Plan(tasks, self._unused())
+
+    def _copies(self, wanted: Wanted, place: Place) -> list[Copy]:
+        spec = wanted.spec
+        if wanted.source is not None:
+            itemsize = ITEMSIZE[wanted.source.dtype]
+            return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
+        if spec.data is not None:
+            return []
+        copies = [copy for tensor, box in wanted.blocks for copy in self._block(tensor, box, place)]
+        if sum(copy.numel for copy in copies) != math.prod(spec.shape):
+            raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
+        return copies
+
+    def _block(self, tensor: Tensor, box: Box, place: Place) -> list[Copy]:
+        """Copies that fill `box` of `tensor`, row-major."""
+        boxes = self.index.boxes.get(tensor)
+        if boxes is None:
+            raise RefusedError(f"{tensor.name} ({tensor.role}) is not in the source")
+        exact = boxes.get(box)
+        if exact:
+            return [self._copy(self._preferred(exact, place), box, place)]
+        parts = []
+        for pieces in boxes.values():
+            part = pieces[0].box.intersect(box)
+            if part:
+                parts.append((part, self._preferred(pieces, place)))
+        parts.sort(key=lambda pair: (pair[0].row, pair[0].col))
+        if sum(part.numel for part, _ in parts) != box.numel:
+            raise RefusedError(f"{tensor.name} ({tensor.role}): the source does not hold {box}")
+        for part, piece in parts:
+            if part.rows > 1 and not part.cols == piece.box.cols == box.cols:
+                raise RefusedError(f"{tensor.name}: this change of layout needs its columns cut, which is not built yet")
+        return [self._copy(piece, part, place) for part, piece in parts]
+
+    def _preferred(self, pieces: list[Piece], place: Place) -> Piece:
+        """The rank's own copy if there is one, else one of its tensor-parallel rank, else the first."""
+        tp, own = self.index.layout.tp, place.ep * self.index.layout.tp + place.tp
+        return min(pieces, key=lambda p: (p.replica != own, p.replica % tp != place.tp, p.replica))
+
+    def _copy(self, piece: Piece, box: Box, place: Place) -> Copy:
+        tensor = piece.tensor
+        start = (box.row - piece.box.row) * piece.box.cols + box.col - piece.box.col
+        replica = sorted(p.replica for p in self.index.boxes[tensor][piece.box]).index(piece.replica)
+        counted = (tensor, box, replica) not in self._used
+        self._used.add((tensor, box, replica))
+        twins = self._twin_boxes.get((self.twins.get(tensor.role), tensor.name), {}).get(box)
+        return Copy(piece.file, piece.offset + start * ITEMSIZE[tensor.dtype], box.numel, tensor.dtype, tensor, box,
+                    replica, counted, self._preferred(twins, place) if twins else None)
+
+    def _unused(self) -> list[str]:
+        """Names of the source tensors of which some piece goes nowhere (replicas kept elsewhere do not count)."""
+        used = {(tensor, box) for tensor, box, _ in self._used}
+        repeated = set(self.twins.values())
+        return sorted({f"{tensor.name} ({tensor.role})" for tensor, boxes in self.index.boxes.items()
+                       if tensor.role not in repeated for box in boxes if (tensor, box) not in used})

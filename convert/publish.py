@@ -1,0 +1,156 @@
+"""The output folder: staged beside its place, journalled so that a killed run goes on, published whole by one rename."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from .checks import Misfit
+from .errors import RefusedError
+from .execute import Outcome
+from .tensors import Tensor
+
+MANIFEST = "parammap_manifest.json"
+
+
+class Staging:
+    """`.NAME.parammap/` beside the target NAME: `out/` becomes the target, `journal` lists the files done so far."""
+
+    def __init__(self, target: Path, fingerprint: str, overwrite: bool) -> None:
+        self.target, self.fingerprint, self.overwrite = target, fingerprint, overwrite
+        self.folder = target.parent / f".{target.name}.parammap"
+        self.out, self.old = self.folder / "out", self.folder / "old"
+        self.journal = self.folder / "journal"
+        self._lock = None
+
+    def open(self) -> dict[str, Outcome]:
+        """Lock the staging folder and return what an earlier, killed run of the same conversion finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RefusedError(f"{self.folder}: another conversion into {self.target} is running; wait for it to end")
+        if self.old.exists() and not self.target.exists():
+            os.rename(self.old, self.target)
+        done = self._resumable()
+        if not done:
+            shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir()
+            self.journal.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n")
+        return done
+
+    def _resumable(self) -> dict[str, Outcome]:
+        if not self.journal.is_file() or not self.out.is_dir():
+            return {}
+        lines = self.journal.read_text().splitlines(keepends=True)
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not whole or whole[0].get("fingerprint") != self.fingerprint:
+            return {}
+        outcomes = {outcome.path: outcome for outcome in map(_outcome, whole[1:])}
+        return {path: o for path, o in outcomes.items() if (self.out / path).is_file()
+                and (self.out / path).stat().st_size == o.nbytes}
+
+    def record(self, outcome: Outcome) -> None:
+        with open(self.journal, "a") as journal:
+            journal.write(json.dumps(_entry(outcome)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def link(self, links: Iterable[tuple[str, str]]) -> str:
+        """Make `link` a second name of `existing`, or a copy where the file system has no hard links; says which."""
+        how = "none"
+        for link, existing in links:
+            path = self.out / link
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            try:
+                os.link(self.out / existing, path)
+                how = "hard links"
+            except OSError:
+                shutil.copyfile(self.out / existing, path)
+                how = "copies"
+        return how
+
+    def publish(self, manifest: dict) -> None:
+        """Write the manifest, make everything durable, and rename the whole into place."""
+        path = self.out / MANIFEST
+        with open(path, "w") as file:
+            json.dump({**manifest, "fingerprint": self.fingerprint}, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for folder, _, _ in os.walk(self.out):
+            _sync(Path(folder))
+        if self.target.exists():
+            if self.overwrite and any(self.target.iterdir()):
+                os.rename(self.target, self.old)
+            else:
+                self.target.rmdir()
+        os.rename(self.out, self.target)
+        _sync(self.target.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is a file, or a folder with content that may not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise RefusedError(f"{target}: is a file; name a folder for the output")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise RefusedError(f"{target}: is not empty; choose another folder, or replace it with --overwrite")
+
+
+def published(target: Path, fingerprint: str) -> dict | None:
+    """The manifest of an output that this very conversion has published before, if its files are all there."""
+    path = target / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        whole = all((target / f["path"]).stat().st_size == f["bytes"] for f in manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if whole and manifest.get("fingerprint") == fingerprint else None
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(outcome: Outcome) -> dict:
+    return {
+        "path": outcome.path, "bytes": outcome.nbytes,
+        "digests": [[*_key(tensor), replica, digest, count]
+                    for (tensor, replica), (digest, count) in outcome.digests.items()],
+        "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex()] for tensor, m in outcome.misfits.items()],
+    }
+
+
+def _key(tensor: Tensor) -> list:
+    return [tensor.role, tensor.name, tensor.dtype, list(tensor.shape)]
+
+
+def _tensor(key: list) -> Tensor:
+    role, name, dtype, shape = key
+    return Tensor(role, name, dtype, tuple(shape))
+
+
+def _outcome(entry: dict) -> Outcome:
+    outcome = Outcome(entry["path"], entry["bytes"])
+    for *key, replica, digest, count in entry["digests"]:
+        outcome.digests[_tensor(key), replica] = digest, count
+    for *key, count, positions, window in entry["misfits"]:
+        tensor = _tensor(key)
+        outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window))
+    return outcome

@@ -1,0 +1,169 @@
+"""The sidecar: what the hook wrote beside a checkpoint, read and checked.
+
+Two generations are read. A *layout* file (`layout_tp00_pp000[_ep000].json`, schema in schemas/layout.schema.json) holds
+everything. A bare *map* (`param_map_buffer{b}_dp{d}tp{t}pp{p}vpp{v}[ep{e}].json`, written by MindSpeed-Core-MS's own
+patch) holds `{"module." + name: [dtype, shape, start, end, bucket]}` of one buffer and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import RefusedError
+
+SCHEMA, VERSION = "parammap.layout", 1
+_LAYOUT_FILE = re.compile(r"layout_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.json$")
+_MAP_FILE = re.compile(r"param_map_buffer(\d+)_dp(\d+)tp(\d+)pp(\d+)vpp(\d+)(?:ep(\d+))?\.json$")
+
+Coordinates = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one parameter lies in a buffer: elements [start, end) of the padded buffer, inside bucket `bucket`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    end: int
+    bucket: int
+    partition_dim: int | None = None
+    partition_stride: int = 1
+    expert: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Elements [start, end) of the padded buffer, of which the first `numel_unpadded` are used."""
+
+    start: int
+    end: int
+    numel_unpadded: int
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One flat buffer of a distributed optimizer; `buckets` is None where the sidecar does not record them."""
+
+    chunk: int
+    param_dtype: str | None
+    buckets: tuple[Bucket, ...] | None
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSidecar:
+    """What is known of one (tp, pp, ep): the buffers of each optimizer in the chain; None: held by another rank."""
+
+    optimizers: tuple[tuple[Buffer, ...] | None, ...]
+    layout: dict | None = None
+
+
+@dataclass(slots=True)
+class Sidecar:
+    """All ranks' sidecars of one save. `complete` is False for bare maps, which name dense buffers only."""
+
+    folder: Path
+    ranks: dict[Coordinates, RankSidecar]
+    complete: bool
+    iteration: int | None = None
+    files: list[Path] = field(default_factory=list)
+
+    def any_layout(self) -> dict | None:
+        return next((rank.layout for rank in self.ranks.values() if rank.layout), None)
+
+
+def read(folder: Path) -> Sidecar | None:
+    """The sidecar in `folder`: its layout files if it has any, else its bare maps; None if it has neither."""
+    if not folder.is_dir():
+        return None
+    names = sorted(path.name for path in folder.iterdir())
+    layouts = [name for name in names if _LAYOUT_FILE.match(name)]
+    maps = [name for name in names if _MAP_FILE.match(name)]
+    if not layouts and not maps:
+        return None
+    sidecar = _read_layouts(folder, layouts) if layouts else _read_maps(folder, maps)
+    sidecar.files = [folder / name for name in layouts + maps]
+    return sidecar
+
+
+def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
+    ranks, iterations = {}, set()
+    for name in names:
+        tp, pp, ep = (int(number or 0) for number in _LAYOUT_FILE.match(name).groups())
+        data = _load(folder / name)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA or data.get("version") != VERSION:
+            raise RefusedError(f"{folder / name}: not a {SCHEMA} file of version {VERSION}; "
+                               "use the ParamMap release that matches the hook that wrote it")
+        try:
+            ranks[tp, pp, ep] = RankSidecar(tuple(_layout_optimizer(entry) for entry in data["optimizers"]), data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedError(f"{folder / name}: damaged layout file ({error!r}); take the one of the save itself")
+        iterations.add(data.get("iteration"))
+    if len(iterations) > 1:
+        raise RefusedError(f"{folder}: layout files of several iterations {sorted(iterations)}; "
+                           "use the folder that lies inside the iteration's own folder")
+    return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
+
+
+def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
+    if entry is None:
+        return None
+    return tuple(
+        Buffer(buffer["chunk"], buffer["param_dtype"],
+               tuple(Bucket(b["start"], b["end"], b["numel_unpadded"]) for b in buffer["buckets"]),
+               tuple(_checked(Slot(p["name"], tuple(p["shape"]), p["dtype"], p["start"], p["end"], p["bucket"],
+                                   p.get("partition_dim"), p.get("partition_stride", 1),
+                                   bool(p.get("expert")), bool(p.get("tied")))) for p in buffer["params"]))
+        for buffer in entry["buffers"])
+
+
+def _read_maps(folder: Path, names: list[str]) -> Sidecar:
+    """Bare maps. Every data-parallel rank wrote a copy: the copies must agree, and count once."""
+    found: dict[tuple, tuple[Slot, ...]] = {}
+    for name in names:
+        buffer, _, tp, pp, vpp, ep = (int(number or 0) for number in _MAP_FILE.match(name).groups())
+        key = (tp, pp, ep), vpp, buffer
+        slots = _map_slots(folder / name)
+        if found.setdefault(key, slots) != slots:
+            raise RefusedError(f"{folder / name}: disagrees with the map that another data-parallel rank wrote; "
+                               "these files are of different runs")
+    ranks: dict[Coordinates, list[Buffer]] = {}
+    for (rank, vpp, _), slots in sorted(found.items()):
+        ranks.setdefault(rank, []).append(Buffer(vpp, None, None, slots))
+    return Sidecar(folder, {rank: RankSidecar((tuple(buffers),)) for rank, buffers in ranks.items()}, complete=False)
+
+
+def _map_slots(path: Path) -> tuple[Slot, ...]:
+    data = _load(path)
+    try:
+        return tuple(
+            _checked(Slot(_checkpoint_name(name), tuple(shape), dtype.removeprefix("torch."), start, end, bucket))
+            for name, (dtype, shape, start, end, bucket) in data.items())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RefusedError(f"{path}: not a parameter map ({error}); take the one written with this checkpoint")
+
+
+def _checkpoint_name(name: str) -> str:
+    """A parameter's key in model_optim_rng.pt from its name in a map (legacy models rename the tied head's copy)."""
+    name = name.removeprefix("module.")
+    return "word_embeddings_for_head.weight" if name == "word_embeddings.weight" else name
+
+
+def _checked(slot: Slot) -> Slot:
+    if slot.end - slot.start != math.prod(slot.shape) or slot.start < 0:
+        raise ValueError(f"{slot.name} of shape {list(slot.shape)} cannot fill elements {slot.start} to {slot.end}")
+    return slot
+
+
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: cannot be read as JSON ({error})")
