@@ -50,22 +50,26 @@ def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Prog
             _check_time(deadline, staging)
             yield _run(task, staging, progress.add)
         return
-    shared = _Shared(tasks, staging, progress)
+    shared, failure = _Shared(tasks, staging, progress), None
     with ProcessPoolExecutor(workers, get_context("fork"), _share, (shared,)) as pool:
-        pending = {pool.submit(_run_shared, number): task for number, task in enumerate(tasks)}
+        pending = {pool.submit(_run_shared, number) for number in range(len(tasks))}
         try:
             while pending:
                 _check_time(deadline, staging)
-                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
-                    pending.pop(future)
-                    yield future.result()
+                    if error := future.exception():
+                        failure = failure or error
+                        pending = {other for other in pending if not other.cancel()}
+                    else:
+                        yield future.result()
                 progress.show()
-        except BrokenProcessPool:
-            raise TaskError(f"{staging}: a worker process was killed; run the same command again to go on from here")
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
+    if isinstance(failure, BrokenProcessPool):
+        raise TaskError(f"{staging}: a worker process was killed; run the same command again to go on from here")
+    if failure:
+        raise failure
 
 
 def _check_time(deadline: float, staging: Path) -> None:

@@ -118,7 +118,7 @@ def _stored(file: str, start: int, name: str, entry: object) -> Stored:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise RefusedError(f"{file}: tensor {name!r} lacks dtype, shape or offsets; the file is damaged") from error
-    if code not in _CODES:
+    if not isinstance(code, str) or code not in _CODES:
         raise RefusedError(f"{file}: tensor {name!r} has dtype {code!r}; only {', '.join(_CODES)} can be converted")
     if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
         raise RefusedError(f"{file}: tensor {name!r} has a shape or offset that is not a count; the file is damaged")

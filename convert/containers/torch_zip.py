@@ -9,7 +9,6 @@ Source: torch/serialization.py and torch/_utils.py of PyTorch 1.6 to 2.13. Recor
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath

@@ -136,7 +136,7 @@ def frame(records: Sequence[Record]) -> list[Segment]:
 
 def _add_record(builder: FrameBuilder, record: Record) -> _Placed:
     name = record.name.encode()
-    zip64 = _zip64_field(record.nbytes, builder.position)
+    zip64 = _zip64_field(record.nbytes, 0, builder.position)
     extra = zip64 + _padding(builder.position + _LOCAL.size + len(name) + len(zip64))
     header = _LOCAL.pack(_LOCAL_MAGIC, 0, _flags(record), 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
     placed = _Placed(record, builder.position, builder.position + len(header))
@@ -158,7 +158,7 @@ def _flags(record: Record) -> int:
 
 def _add_directory_entry(builder: FrameBuilder, placed: _Placed) -> None:
     name, nbytes = placed.record.name.encode(), placed.record.nbytes
-    zip64 = _zip64_field(nbytes, placed.header)
+    zip64 = _zip64_field(nbytes, nbytes, placed.header)
     entry = _CENTRAL.pack(_CENTRAL_MAGIC, 0, 0, _flags(placed.record), 0, 0, 0, 0, min(nbytes, _MAX32),
                           min(nbytes, _MAX32), len(name), len(zip64), 0, 0, 0, 0, min(placed.header, _MAX32))
     builder.literal(entry[:_CENTRAL_CRC])
@@ -173,9 +173,12 @@ def _add_crc(builder: FrameBuilder, placed: _Placed) -> None:
         builder.literal(struct.pack("<I", placed.crc))
 
 
-def _zip64_field(nbytes: int, header: int) -> bytes:
-    """The extra field with those of content size (twice) and header offset that 32 bits cannot hold; else nothing."""
-    values = [nbytes, nbytes] * (nbytes >= _MAX32) + [header] * (header >= _MAX32)
+def _zip64_field(nbytes: int, packed_nbytes: int, header: int) -> bytes:
+    """The extra field for what 32 bits cannot hold: the sizes, the header's offset; empty if they can hold all.
+
+    The packed size is known to the directory only: in a local header torch leaves it zero, like all other sizes.
+    """
+    values = [nbytes, packed_nbytes] * (nbytes >= _MAX32) + [header] * (header >= _MAX32)
     return struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 

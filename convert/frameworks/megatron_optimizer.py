@@ -55,9 +55,9 @@ def read_rank(folder: Path, place: Place, model: list[Found], sidecar: Sidecar, 
         if saved is None:
             continue
         if buffers is None:
-            if sidecar.complete:
-                raise RefusedError(f"{sidecar.folder}: says nothing of optimizer {number} of {place}, which {path} holds; "
-                                   "a layout file is missing")
+            if sidecar.complete or number == 0:
+                raise RefusedError(f"{sidecar.folder}: says nothing of optimizer {number} at {place}, which {path} holds; "
+                                   "copy that rank's files as well")
             continue
         _check_count(path, saved, buffers, sidecar)
         for gbuf, buffer in enumerate(buffers):
