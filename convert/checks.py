@@ -1,8 +1,8 @@
 """The check a copy makes on its way: does the model's own weight equal the cast of the weight that the optimizer steps?
 
 Megatron-LM can save the two out of step. *Stale*: only the model's copy is old. *Permuted*: the optimizer's slices were
-swapped, so the moments belong to other parameters as well. Which one it is shows when the optimizer's values turn up
-under another parameter's name.
+swapped, so the moments belong to other parameters as well: then its values turn up under another parameter's name.
+*Unrelated*: neither; an old copy of a matrix goes with the new one, values of another run do not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import numpy as np
 from .digest import bits_dtype
 from .tensors import ITEMSIZE, Box, Piece, Tensor
 
+STALE, PERMUTED, UNRELATED = "stale", "permuted", "unrelated"
 SHOWN_POSITIONS = 4
 WINDOW = 32
+#: below this correlation, over at least so many elements, two matrices are not two steps of one training
+_LEAST_CORRELATION, _LEAST_ELEMENTS = 0.3, 64
 _SEARCH_BYTES = 1 << 20
 
 
@@ -31,10 +34,25 @@ class Misfit:
     count: int = 0
     positions: list[tuple[int, int, float, float]] = field(default_factory=list)
     window: bytes = b""
+    sums: tuple[float, ...] = (0.0,) * 5
     permuted_with: str | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.permuted_with:
+            return PERMUTED
+        is_matrix = self.tensor.rows > 1 and self.tensor.cols > 1
+        return UNRELATED if is_matrix and self.count >= _LEAST_ELEMENTS and self._correlation() < _LEAST_CORRELATION else STALE
+
+    def _correlation(self) -> float:
+        """Of the cast and the model weights that differ; `sums` are Σa, Σb, Σab, Σaa, Σbb."""
+        a, b, ab, aa, bb = (total / self.count for total in self.sums)
+        spread = max((aa - a * a) * (bb - b * b), 0.0) ** 0.5
+        return (ab - a * b) / spread if spread else 0.0
 
     def merge(self, other: Misfit) -> None:
         self.count += other.count
+        self.sums = tuple(x + y for x, y in zip(self.sums, other.sums, strict=True))
         self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
         self.window = self.window or other.window
 
@@ -50,7 +68,13 @@ def compare(tensor: Tensor, main: np.ndarray, box: Box, model: np.ndarray, model
     positions = [(box.row + int(i) // box.cols, box.col + int(i) % box.cols, value_of(cast[i:i + 1], model_dtype),
                   value_of(model[i:i + 1], model_dtype)) for i in wrong[:SHOWN_POSITIONS]]
     first = int(wrong[0])
-    return Misfit(tensor, len(wrong), positions, main[first:first + WINDOW].tobytes())
+    return Misfit(tensor, len(wrong), positions, main[first:first + WINDOW].tobytes(),
+                  _sums(_values(cast[wrong], model_dtype), _values(model[wrong], model_dtype)))
+
+
+def _sums(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
+    """Σa, Σb, Σab, Σaa, Σbb."""
+    return tuple(float(total) for total in (a.sum(), b.sum(), a @ b, a @ a, b @ b))
 
 
 def cast_bits(main: np.ndarray, dtype: str) -> np.ndarray:
@@ -83,12 +107,16 @@ def widen_bits(bits: np.ndarray, dtype: str) -> np.ndarray:
     return bits
 
 
+def _values(bits: np.ndarray, dtype: str) -> np.ndarray:
+    return widen_bits(bits, dtype).view(np.float32).astype(np.float64)
+
+
 def _is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
-    return np.isnan(widen_bits(bits, dtype).view(np.float32))
+    return np.isnan(_values(bits, dtype))
 
 
 def value_of(bits: np.ndarray, dtype: str) -> float:
-    return float(widen_bits(bits, dtype).view(np.float32)[0])
+    return float(_values(bits, dtype)[0])
 
 
 def tell_permuted(misfits: list[Misfit], models: dict[str, list[Piece]]) -> None:

@@ -8,6 +8,8 @@ a matrix (dim 0 × the rest). The sum is additive: the digests of disjoint boxes
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -20,7 +22,19 @@ _ROW_SEED, _COL_SEED = 0x243F6A8885A308D3, 0x13198A2E03707344
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
 _ONE = np.uint64(1)
-_CACHED_WEIGHTS = 1 << 16
+#: elements digested at a time: the scratch then stays in a core's second-level cache, and no temporary is allocated
+_TILE = 1 << 15
+_TABLED_WEIGHTS = 1 << 17
+
+
+class _Scratch(threading.local):
+    """Each thread's room for one tile."""
+
+    def __init__(self) -> None:
+        self.mixed, self.shifted = np.empty(_TILE, np.uint64), np.empty(_TILE, np.uint64)
+
+
+_scratch = _Scratch()
 
 
 def bits_dtype(dtype: str) -> type:
@@ -30,39 +44,45 @@ def bits_dtype(dtype: str) -> type:
 
 def box_digest(bits: np.ndarray, box: Box) -> int:
     """The share of `box` in its tensor's digest; `bits` holds the box's elements, row-major, as unsigned integers."""
-    mixed = _mix(bits).reshape(box.rows, box.cols)
-    columns = _weights(_COL_SEED, box.col, box.cols)
-    per_row = mixed[:, 0] * columns if box.cols == 1 else np.dot(mixed, columns)
-    return int(np.dot(per_row, _weights(_ROW_SEED, box.row, box.rows)))
+    return sum(_tile_digest(bits[start:start + tile.numel], tile) for tile, start in _tiles(box)) & MASK
+
+
+def _tiles(box: Box) -> Iterator[tuple[Box, int]]:
+    """Boxes of at most _TILE consecutive elements of `box`, each with its start."""
+    cols = min(box.cols, _TILE)
+    rows = _TILE // cols if cols == box.cols else 1
+    for row in range(0, box.rows, rows):
+        for col in range(0, box.cols, cols):
+            yield (Box(box.row + row, min(rows, box.rows - row), box.col + col, min(cols, box.cols - col)),
+                   row * box.cols + col)
+
+
+def _tile_digest(bits: np.ndarray, tile: Box) -> int:
+    mixed, rows = _mix(bits), _weights(_ROW_SEED, tile.row, tile.rows)
+    columns = _weights(_COL_SEED, tile.col, tile.cols)
+    if tile.cols == 1:
+        return int(np.dot(mixed, rows)) * int(columns[0])
+    return int(np.dot(np.einsum("rc,c->r", mixed.reshape(tile.rows, tile.cols), columns), rows))
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
-    if bits.dtype == np.uint16:
-        return np.take(_mix_table(), bits, mode="wrap")
-    return _mix_numbers(bits)
-
-
-def _mix_numbers(bits: np.ndarray) -> np.ndarray:
-    mixed = np.add(bits, _ONE, dtype=np.uint64)
+    mixed, shifted = _scratch.mixed[:len(bits)], _scratch.shifted[:len(bits)]
+    np.add(bits, _ONE, out=mixed, dtype=np.uint64)
     np.multiply(mixed, _MIX, out=mixed)
-    mixed ^= mixed >> _SHIFT
-    return mixed
-
-
-@lru_cache(maxsize=1)
-def _mix_table() -> np.ndarray:
-    return _mix_numbers(np.arange(1 << 16, dtype=np.uint16))
+    np.right_shift(mixed, _SHIFT, out=shifted)
+    return np.bitwise_xor(mixed, shifted, out=mixed)
 
 
 def _weights(seed: int, start: int, count: int) -> np.ndarray:
-    if count > _CACHED_WEIGHTS:
+    """`count` odd pseudo-random numbers of `seed` from number `start` on; shape [count], uint64."""
+    if start + count > _TABLED_WEIGHTS:
         return _splitmix(seed, start, count)
-    return _cached_weights(seed, start, count)
+    return _weight_table(seed)[start:start + count]
 
 
-@lru_cache(maxsize=64)
-def _cached_weights(seed: int, start: int, count: int) -> np.ndarray:
-    return _splitmix(seed, start, count)
+@lru_cache(maxsize=2)
+def _weight_table(seed: int) -> np.ndarray:
+    return _splitmix(seed, 0, _TABLED_WEIGHTS)
 
 
 def _splitmix(seed: int, start: int, count: int) -> np.ndarray:

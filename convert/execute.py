@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -25,6 +25,8 @@ from .progress import Progress
 from .tensors import ITEMSIZE, Box, Piece, Tensor, TensorSpec
 
 BUFFER_BYTES = 256 << 10
+WRITEBACK_BYTES = 32 << 20
+REPORT_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
@@ -103,10 +105,9 @@ def _run(task: FileTask, staging: Path, report) -> Outcome:
     temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb", buffering=BUFFER_BYTES) as out:
+        with _Output(temporary) as out:
             outcome = _Writer(task, out, report).write()
-            out.flush()
-            os.fsync(out.fileno())
+            os.fsync(out.descriptor)
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -114,11 +115,38 @@ def _run(task: FileTask, staging: Path, report) -> Outcome:
     return outcome
 
 
+class _Output:
+    """A new file, written front to back, and on its way to the disk while it grows, so that fsync finds little left.
+
+    Linux begins to write pages back when told that they are not needed (mm/fadvise.c); those still dirty stay cached.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.written = self.begun = 0
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_) -> None:
+        os.close(self.descriptor)
+
+    def write(self, data: bytes | memoryview) -> None:
+        while data:
+            count = os.write(self.descriptor, data)
+            self.written += count
+            data = data[count:]
+        if self.written - self.begun >= WRITEBACK_BYTES:
+            os.posix_fadvise(self.descriptor, self.begun, self.written - self.begun, os.POSIX_FADV_DONTNEED)
+            self.begun = self.written
+
+
 class _Writer:
     """Writes one task's file front to back."""
 
-    def __init__(self, task: FileTask, out, report) -> None:
+    def __init__(self, task: FileTask, out: _Output, report: Callable[[int], None]) -> None:
         self.task, self.out, self.report = task, out, report
+        self.unreported = 0
         self.outcome = Outcome(task.path, task.nbytes)
         self.files: dict[str, int] = {}
         self.buffer = memoryview(bytearray(BUFFER_BYTES))
@@ -130,6 +158,7 @@ class _Writer:
         finally:
             for descriptor in self.files.values():
                 os.close(descriptor)
+            self.report(self.unreported)
         return self.outcome
 
     def _fill(self, hole: frames.Hole) -> Iterator[memoryview]:
@@ -144,8 +173,7 @@ class _Writer:
 
     def _stream(self, copy: Copy, start: int, stop: int, spec: TensorSpec) -> Iterator[memoryview]:
         step = BUFFER_BYTES // max(ITEMSIZE[copy.dtype], ITEMSIZE[spec.dtype])
-        for low in range(start, stop, step):
-            high = min(low + step, stop)
+        for low, high in _chunks(start, stop, step, copy.box.cols if copy.box else 1):
             data = self._read(copy.file, copy.offset + low * ITEMSIZE[copy.dtype],
                               (high - low) * ITEMSIZE[copy.dtype], self.buffer, spec.name)
             if copy.tensor is not None:
@@ -153,7 +181,13 @@ class _Writer:
             if copy.dtype != spec.dtype:
                 data = memoryview(widen_bits(np.frombuffer(data, bits_dtype(copy.dtype)), copy.dtype)).cast("B")
             yield data
-            self.report(len(data))
+            self._progress(len(data))
+
+    def _progress(self, nbytes: int) -> None:
+        self.unreported += nbytes
+        if self.unreported >= REPORT_BYTES:
+            self.report(self.unreported)
+            self.unreported = 0
 
     def _read(self, path: str, offset: int, nbytes: int, buffer: memoryview, name: str) -> memoryview:
         descriptor = self.files.get(path)
@@ -188,3 +222,13 @@ class _Writer:
             known = self.outcome.misfits.setdefault(copy.tensor, misfit)
             if known is not misfit:
                 known.merge(misfit)
+
+
+def _chunks(start: int, stop: int, step: int, cols: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in runs of at most `step` elements that end at the end of a row, where a row fits."""
+    while start < stop:
+        high = start + step
+        whole_rows = high - high % cols
+        high = min(whole_rows if whole_rows > start else high, stop)
+        yield start, high
+        start = high

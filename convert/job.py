@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from . import __version__
-from .checks import Misfit, tell_permuted
+from .checks import STALE, Misfit, tell_permuted
 from .errors import RefusedError
 from .execute import BUFFER_BYTES, Outcome, run_tasks
 from .frameworks import megatron, mindspore
@@ -161,19 +161,24 @@ def _judge(source: megatron.Checkpoint, outcomes: list[Outcome], request: Reques
     tell_permuted(list(misfits.values()), {
         tensor.name: [piece for pieces in boxes.values() for piece in pieces]
         for tensor, boxes in source.index.boxes.items() if tensor.role == MODEL_WEIGHT and tensor.name in names})
-    permuted = [m for m in misfits.values() if m.permuted_with]
-    if permuted and not request.accept_permuted:
+    refused = [m for m in misfits.values() if m.kind != STALE]
+    if refused and not request.accept_permuted:
         staging.discard()
         raise RefusedError(
-            f"{source.folder}: the optimizer's slices of {len(permuted)} tensors are permuted, moments and all "
-            f"({'; '.join(f'{m.tensor.name} holds {m.permuted_with}' for m in permuted[:4])}"
-            f"{'; …' if len(permuted) > 4 else ''}): a wrong sidecar or a defect of the release that saved it; "
-            "convert --weights-only, or --accept-permuted if you know better")
+            f"{source.folder}: in {len(refused)} tensors the optimizer holds other values than the model, moments and all "
+            f"({_told(refused)}): a wrong sidecar, or a defect of the release that saved it; convert --weights-only, or "
+            "--accept-permuted if you know better")
     return list(misfits.values())
 
 
+def _told(misfits: list[Misfit]) -> str:
+    shown = "; ".join(f"{m.tensor.name} is {m.kind}" + (f" with {m.permuted_with}" if m.permuted_with else "")
+                      for m in misfits[:4])
+    return shown + ("; …" if len(misfits) > 4 else "")
+
+
 def _accepted(misfits: list[Misfit], request: Request) -> bool:
-    return all(request.accept_permuted if m.permuted_with else request.accept_stale for m in misfits)
+    return all(request.accept_stale if m.kind == STALE else request.accept_permuted for m in misfits)
 
 
 def _digests(outcomes: list[Outcome]) -> tuple[list[dict], list[str]]:
@@ -204,7 +209,7 @@ def _fingerprint(plan: Plan, request: Request) -> str:
 
 
 def _misfit_entries(misfits: list[Misfit]) -> list[dict]:
-    return [{"tensor": m.tensor.name, "kind": "permuted" if m.permuted_with else "stale", "elements": m.count,
+    return [{"tensor": m.tensor.name, "kind": m.kind, "elements": m.count,
              "holds": m.permuted_with, "first": [{"row": r, "column": c, "cast_weight": a, "model_weight": b}
                                                  for r, c, a, b in m.positions]} for m in misfits]
 
@@ -222,9 +227,8 @@ def _describe(source: megatron.Checkpoint, plan: Plan, request: Request) -> list
 
 def _summary(plan: Plan, request: Request, misfits: list[Misfit], differing: list[str], dropped: list[str],
              seconds: float) -> list[str]:
-    lines = [f"{m.tensor.name}: {m.count} elements are {'permuted with ' + m.permuted_with if m.permuted_with else 'stale'}"
-             f" (first at row {m.positions[0][0]}, column {m.positions[0][1]}: optimizer {m.positions[0][2]:g}, "
-             f"model {m.positions[0][3]:g})" for m in misfits]
+    lines = [f"{m.tensor.name}: {m.count} elements are {m.kind} (first at row {m.positions[0][0]}, column "
+             f"{m.positions[0][1]}: optimizer {m.positions[0][2]:g}, model {m.positions[0][3]:g})" for m in misfits]
     if differing:
         lines.append(f"{brief(differing)}: the ranks' copies differ; each rank kept its own")
     if dropped:

@@ -133,7 +133,7 @@ def _entry(outcome: Outcome) -> dict:
         "path": outcome.path, "bytes": outcome.nbytes,
         "digests": [[*_key(tensor), replica, digest, count]
                     for (tensor, replica), (digest, count) in outcome.digests.items()],
-        "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex()] for tensor, m in outcome.misfits.items()],
+        "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex(), m.sums] for tensor, m in outcome.misfits.items()],
     }
 
 
@@ -150,7 +150,7 @@ def _outcome(entry: dict) -> Outcome:
     outcome = Outcome(entry["path"], entry["bytes"])
     for *key, replica, digest, count in entry["digests"]:
         outcome.digests[_tensor(key), replica] = digest, count
-    for *key, count, positions, window in entry["misfits"]:
+    for *key, count, positions, window, sums in entry["misfits"]:
         tensor = _tensor(key)
-        outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window))
+        outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window), tuple(sums))
     return outcome

@@ -113,6 +113,18 @@ def test_map_of_another_run_of_the_same_shape(source, capsys):
     assert kinds == {"layers.0.mlp.fc2.weight": "permuted", "layers.1.mlp.fc2.weight": "permuted"}
 
 
+def test_optimizer_file_of_another_run(source, capsys):
+    """A file of the same shape whose values belong to no parameter of this model."""
+    import torch
+    path = rank(source, "mp_rank_00_000") / "distrib_optim.pt"
+    saved = torch.load(path, weights_only=True)
+    buffer, = saved[0].values()
+    generator = torch.Generator().manual_seed(1)
+    buffer["param"] = [torch.randn(bucket.shape, generator=generator) * 0.02 for bucket in buffer["param"]]
+    torch.save(saved, path)
+    assert_refused(capsys, source, "unrelated")
+
+
 def test_maps_of_a_second_launch(source, capsys):
     """The existing patch names the maps of a second launch vpp1, and leaves the old ones as vpp0."""
     for path in list((source / "param_map").glob("*vpp0.json")):
