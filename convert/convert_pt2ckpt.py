@@ -15,7 +15,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "convert"
 
-from .cli import positive, run
+from .cli import run
+from .commands import positive
 from .errors import RefusedError
 from .frameworks import mindspore
 from .job import Request, convert

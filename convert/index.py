@@ -71,11 +71,12 @@ def _extents_of(stored: Stored, start: int, nbytes: int):
 
 @dataclass(slots=True)
 class Naming:
-    """What turns a checkpoint's names into canonical ones: global layer numbers, experts per rank, heads, gating."""
+    """What turns a checkpoint's names into canonical ones: global layer numbers by (pp, vpp) and path (None: the names
+    hold global numbers), experts per rank, heads, gating."""
 
     dialect: str
     layout: Layout
-    layers: dict[tuple[int, int], dict[str, list[int]]]
+    layers: dict[tuple[int, int], dict[str, list[int]]] | None
     experts_per_rank: int | None
     heads: Heads | None
     gated: bool
@@ -99,6 +100,8 @@ class Naming:
         if layer is None:
             return None
         prefix, local = layer
+        if self.layers is None:
+            return local
         numbers = self.layers.get((found.place.pp, found.place.vpp), {}).get(prefix, [])
         if local >= len(numbers):
             raise RefusedError(f"{found.stored.extents[0].file}: {found.name} is layer {local} of "
@@ -158,6 +161,9 @@ class Index:
 
     def tensors(self, role: str) -> list[Tensor]:
         return [tensor for tensor in self.boxes if tensor.role == role]
+
+    def num_layers(self) -> int:
+        return 1 + max((held.layer for held in self.held if held.layer is not None), default=-1)
 
     def roles(self) -> set[str]:
         return {tensor.role for tensor in self.boxes if tensor.role != MODEL_WEIGHT}

@@ -10,11 +10,12 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from . import __version__
+from . import __version__, frameworks
+from .checkpoint import Checkpoint
 from .checks import STALE, Misfit, tell_permuted
 from .errors import RefusedError
 from .execute import BUFFER_BYTES, Outcome, run_tasks
-from .frameworks import megatron, mindspore
+from .frameworks import mindspore
 from .naming import brief
 from .plan import Plan, Planner
 from .progress import Progress
@@ -63,8 +64,8 @@ class Report:
 
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing published)."""
-    source = megatron.read(request.source, iteration=request.iteration, sidecar_folder=request.sidecar,
-                           weights_only=request.weights_only, drop=request.drop)
+    source = frameworks.read(request.source, iteration=request.iteration, sidecar=request.sidecar,
+                             weights_only=request.weights_only, drop=request.drop)
     _check_layout(source, request)
     planned = mindspore.output(source, replace(request.output, dp=request.sizes.get("dp"), cp=request.sizes.get("cp")))
     plan = Planner(source.index, {WEIGHT: MODEL_WEIGHT}).plan(planned.files)
@@ -90,7 +91,7 @@ def convert(request: Request) -> Report:
     digests, differing = _digests(outcomes)
     staging.publish({
         "parammap": __version__, "status": status, "source": str(source.folder), "iteration": source.iteration,
-        "framework": {"from": "megatron", "to": request.to}, "layout": asdict(source.layout),
+        "framework": {"from": source.framework, "to": request.to}, "layout": asdict(source.layout),
         "files": [{"path": o.path, "bytes": o.nbytes} for o in outcomes], "links": linked,
         "dropped": dropped, "misfits": _misfit_entries(misfits), "replicas_that_differ": differing,
         "digests": digests, **planned.notes})
@@ -98,7 +99,7 @@ def convert(request: Request) -> Report:
                   planned.converted)
 
 
-def _check_layout(source: megatron.Checkpoint, request: Request) -> None:
+def _check_layout(source: Checkpoint, request: Request) -> None:
     for name, wanted in request.sizes.items():
         there = getattr(source.layout, name)
         if name not in ("dp", "cp") and wanted != there:
@@ -118,7 +119,7 @@ def _check_layout(source: megatron.Checkpoint, request: Request) -> None:
                                "leave the list out")
 
 
-def _dropped(source: megatron.Checkpoint, plan: Plan, request: Request) -> list[str]:
+def _dropped(source: Checkpoint, plan: Plan, request: Request) -> list[str]:
     """What of the source is not in the output, all of it by the user's own word."""
     unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in request.output.roles]
     if unasked:
@@ -150,7 +151,7 @@ def _check_space(plan: Plan, needed: int, staging: Staging) -> None:
                            f"{needed / 1e9:.2f} GB more; make room or choose another place")
 
 
-def _judge(source: megatron.Checkpoint, outcomes: list[Outcome], request: Request, staging: Staging) -> list[Misfit]:
+def _judge(source: Checkpoint, outcomes: list[Outcome], request: Request, staging: Staging) -> list[Misfit]:
     """The misfits of all files, told apart; refuses permuted ones unless they are accepted."""
     misfits: dict[Tensor, Misfit] = {}
     for outcome in outcomes:
@@ -214,7 +215,7 @@ def _misfit_entries(misfits: list[Misfit]) -> list[dict]:
                                                  for r, c, a, b in m.positions]} for m in misfits]
 
 
-def _describe(source: megatron.Checkpoint, plan: Plan, request: Request) -> list[str]:
+def _describe(source: Checkpoint, plan: Plan, request: Request) -> list[str]:
     workers = min(request.workers, len(plan.tasks))
     lines = [f"{source.folder}: iteration {source.iteration}, {source.layout}, {len(source.index.boxes)} logical tensors"]
     lines += [f"  {request.target / task.path}  {task.nbytes:,} bytes, {len(task.specs)} tensors" for task in plan.tasks]

@@ -56,6 +56,8 @@ def missing(canonicals: set[str], num_layers: int) -> list[str]:
 
 
 def dialect_of(names: list[str]) -> str:
+    if any(find(name, MINDSPORE) and not find(name, LEGACY) for name in names):
+        return MINDSPORE
     return LEGACY if any(name.startswith(("language_model.", "word_embeddings")) for name in names) else CORE
 
 
@@ -64,8 +66,16 @@ def _by_name(dialect: str) -> dict[str, Row]:
     rows = {}
     for canonical, (arrangement, legacy, core, mindspore) in gpt.ROWS_OF_TABLE.items():
         for w in ("weight", "bias") if "{w}" in canonical else ("weight",):
-            row = Row(canonical.replace("{w}", w), arrangement, mindspore and mindspore.replace("{w}", w)
-                      .replace("{norm_w}", "{norm_%s}" % w))
-            names = {LEGACY: legacy, CORE: core}[dialect]
+            pattern = mindspore and mindspore.replace("{w}", w).replace("{norm_w}", "{norm_%s}" % w)
+            row = Row(canonical.replace("{w}", w), arrangement, pattern)
+            names = {LEGACY: legacy, CORE: core, MINDSPORE: _norm_variants(pattern)}[dialect]
             rows.update((name.replace("{w}", w), row) for name in names)
     return rows
+
+
+def _norm_variants(pattern: str | None) -> list[str]:
+    """A MindSpore name as LayerNorm and as RMSNorm have it."""
+    if pattern is None:
+        return []
+    return [pattern.replace("{norm_weight}", weight).replace("{norm_bias}", bias)
+            for weight, bias in (("gamma", "beta"), ("weight", "bias"))]

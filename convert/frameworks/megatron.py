@@ -7,33 +7,27 @@ training/checkpointing.py, core_r0.6.0 … main).
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import families, sidecar as sidecars
+from .. import families
+from .. import sidecar as sidecars
+from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
-from ..containers.pickles import Opaque
 from ..errors import RefusedError
-from ..fusion import Heads
 from ..index import Found, Held, Index, Naming
-from ..layout import RANK_ORDER, Layout, Place, number_layers
+from ..layout import Layout, Place, number_layers
 from ..naming import brief
 from ..sidecar import Sidecar
-from ..tensors import MODEL_WEIGHT, WEIGHT, Stored
+from ..tensors import MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
 from . import megatron_optimizer
+from .megatron_facts import Facts, args_of, experts_per_rank, is_gated
 
 MODEL_FILE, OPTIMIZER_FILE, TRACKER = "model_optim_rng.pt", "distrib_optim.pt", "latest_checkpointed_iteration.txt"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7})$|release$")
-
-#: our sizes by the names of Megatron-LM's arguments
-_SIZE_ARGS = {
-    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size", "cp": "context_parallel_size", "dp": "data_parallel_size",
-}
-
 
 @dataclass(slots=True)
 class Rank:
@@ -44,46 +38,31 @@ class Rank:
     content: dict
 
     @property
-    def args(self) -> dict:
-        args = self.content.get("args")
-        return args.attributes if isinstance(args, Opaque) else {}
+    def coordinates(self) -> Coordinates:
+        return self.place.tp, self.place.pp, self.place.ep
 
     def chunks(self) -> dict[int, dict[str, Stored]]:
         """The model's tensors by chunk (virtual pipeline stage) and flat name."""
+        return {chunk: dict(_flatten(self.content[key])) for chunk, key in enumerate(self._model_keys())}
+
+    def meta(self) -> dict:
+        """All but the model."""
+        return {key: value for key, value in self.content.items() if key not in self._model_keys()}
+
+    def structures(self) -> list[dict]:
+        """Each chunk's state dict with a TensorSpec in place of each tensor."""
+        return [_specified(self.content[key]) for key in self._model_keys()]
+
+    def _model_keys(self) -> list[str]:
         keys = ["model"] if "model" in self.content else sorted(
             (k for k in self.content if re.fullmatch(r"model\d+", str(k))), key=lambda k: int(k[5:]))
         if not keys:
             raise RefusedError(f"{self.folder / MODEL_FILE}: holds no model; is it a Megatron-LM checkpoint?")
-        return {chunk: dict(_flatten(self.content[key])) for chunk, key in enumerate(keys)}
+        return keys
 
 
-@dataclass(slots=True)
-class Checkpoint:
-    """A Megatron-LM checkpoint as read: no tensor data, only where it is."""
-
-    folder: Path
-    iteration: int
-    layout: Layout
-    ranks: list[Rank]
-    index: Index
-    sidecar: Sidecar | None
-    with_optimizer: bool
-    dropped: list[str] = field(default_factory=list)
-
-    def stage_layers(self) -> list[int]:
-        """The number of layers of each pipeline stage."""
-        layers: dict[int, set[int]] = {pp: set() for pp in range(self.layout.pp)}
-        for held in self.index.held:
-            if held.layer is not None:
-                layers[held.found.place.pp].add(held.layer)
-        return [len(numbers) for numbers in layers.values()]
-
-    @property
-    def num_layers(self) -> int:
-        """The recorded number of layers, or, where nobody recorded it, as many as there are."""
-        layout = self.sidecar.any_layout() if self.sidecar else None
-        recorded = layout["model"].get("num_layers") if layout else self.ranks[0].args.get("num_layers")
-        return recorded or 1 + max((h.layer for h in self.index.held if h.layer is not None), default=-1)
+def recognizes(source: Path) -> bool:
+    return (source / TRACKER).is_file() or (source.is_dir() and any(map(_RANK_FOLDER.match, os.listdir(source))))
 
 
 def find_iteration(source: Path, iteration: int | None = None) -> tuple[Path, int]:
@@ -115,18 +94,23 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     folder, number = find_iteration(source, iteration)
     sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)
     ranks = _read_ranks(folder, sidecar)
-    layout = _layout(ranks, sidecar)
+    facts = Facts.of(sidecar, ranks[0].content)
+    layout = facts.layout(_found_sizes(ranks))
     _check_grid(folder, ranks, layout)
     found = [one for rank in ranks for one in _model_tensors(rank, MODEL_WEIGHT)]
     kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
     states = [] if weights_only else [
         state for rank in ranks for state in megatron_optimizer.read_rank(
             rank.folder, rank.place, [one for one in found if _same_rank(one.place, rank.place)], sidecar, drop)]
-    naming = _naming(ranks, layout, sidecar)
+    naming = _naming(ranks, layout, sidecar, facts)
     index = Index(_with_weights([naming.hold(one) for one in states], [naming.hold(one) for one in kept], sidecar), layout)
     index.check_complete()
-    dropped_names = sorted({one.name for one in found} - {one.name for one in kept})
-    return Checkpoint(folder, number, layout, ranks, index, sidecar, not weights_only, dropped_names)
+    return Checkpoint(
+        "megatron", folder, number, layout, index, not weights_only, facts.num_layers() or index.num_layers(),
+        rank_folders={rank.coordinates: rank.folder for rank in ranks},
+        metas={rank.coordinates: rank.meta() for rank in ranks},
+        structures={rank.coordinates: rank.structures() for rank in ranks}, sidecar=sidecar,
+        dropped=sorted({one.name for one in found} - {one.name for one in kept}))
 
 
 def _same_rank(a: Place, b: Place) -> bool:
@@ -193,27 +177,17 @@ def _second_number_is_ep(contents: dict[Path, dict], sidecar: Sidecar | None) ->
     layout = sidecar.any_layout() if sidecar else None
     if layout:
         return layout["parallel"]["pp"] == 1 and layout["parallel"]["ep"] > 1
-    args = next(iter(contents.values())).get("args")
-    if isinstance(args, Opaque) and args.attributes:
-        return (args.attributes.get("pipeline_model_parallel_size") or 1) == 1
+    args = args_of(next(iter(contents.values())))
+    if args:
+        return (args.get("pipeline_model_parallel_size") or 1) == 1
     first_stages = [path for path, content in contents.items()
                     if any("word_embeddings" in n for n, _ in _flatten(content.get("model", {})))]
     return len(first_stages) == len(contents)
 
 
-def _layout(ranks: list[Rank], sidecar: Sidecar | None) -> Layout:
-    """The parallel sizes: from the sidecar, else from the arguments saved with the model, else from the folders."""
-    recorded = sidecar.any_layout() if sidecar else None
-    args = ranks[0].args
-    if recorded:
-        return Layout(**{key: value for key, value in recorded["parallel"].items()
-                         if key in Layout.__dataclass_fields__ and value is not None})
-    folders = {"tp": 1 + max(r.place.tp for r in ranks), "pp": 1 + max(r.place.pp for r in ranks),
-               "ep": 1 + max(r.place.ep for r in ranks), "vpp": max(len(r.chunks()) for r in ranks)}
-    sizes = {key: args.get(name) or folders.get(key, 1) for key, name in _SIZE_ARGS.items()}
-    if args.get("expert_tensor_parallel_size") is None:
-        sizes["etp"] = sizes["tp"]
-    return Layout(**sizes, order="tp-cp-ep-pp-dp" if args.get("use_tp_pp_dp_mapping") else RANK_ORDER)
+def _found_sizes(ranks: list[Rank]) -> dict[str, int]:
+    return {"tp": 1 + max(r.place.tp for r in ranks), "pp": 1 + max(r.place.pp for r in ranks),
+            "ep": 1 + max(r.place.ep for r in ranks), "vpp": max(len(r.chunks()) for r in ranks)}
 
 
 def _check_grid(folder: Path, ranks: list[Rank], layout: Layout) -> None:
@@ -239,11 +213,13 @@ def _model_tensors(rank: Rank, role: str):
             yield Found(name, place, role, stored)
 
 
-def _naming(ranks: list[Rank], layout: Layout, sidecar: Sidecar | None) -> Naming:
-    names = [name for rank in ranks for chunk in rank.chunks().values() for name in chunk]
-    per_rank = 1 + max((e for name in names if (e := families.expert_of(name)) is not None), default=-1)
-    return Naming(families.dialect_of(names), layout, _global_layers(ranks, sidecar), per_rank or None,
-                  _heads(ranks, sidecar), _gated(ranks))
+def _naming(ranks: list[Rank], layout: Layout, sidecar: Sidecar | None, facts: Facts) -> Naming:
+    chunks = [chunk for rank in ranks for chunk in rank.chunks().values()]
+    names = [name for chunk in chunks for name in chunk]
+    dialect = families.dialect_of(names)
+    shapes = [{name: stored.shape for name, stored in chunk.items()} for chunk in chunks]
+    return Naming(dialect, layout, _global_layers(ranks, sidecar), experts_per_rank(names), facts.heads(),
+                  is_gated(shapes, dialect))
 
 
 def _global_layers(ranks: list[Rank], sidecar: Sidecar | None) -> dict[tuple[int, int], dict[str, list[int]]]:
@@ -273,27 +249,6 @@ def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
                                        f"the sidecar, {counted} by the model files; they are of different runs")
 
 
-def _heads(ranks: list[Rank], sidecar: Sidecar | None) -> Heads | None:
-    recorded = sidecar.any_layout() if sidecar else None
-    model = recorded["model"] if recorded else ranks[0].args
-    if model.get("attention_output_gate") or model.get("multi_latent_attention"):
-        return None
-    heads = model.get("num_attention_heads")
-    grouped = recorded is not None or model.get("group_query_attention")
-    return Heads(heads, (grouped and model.get("num_query_groups")) or heads) if heads else None
-
-
-def _gated(ranks: list[Rank]) -> bool:
-    """Whether the MLP has gate and up halves: then fc1 has twice as many rows as fc2 has columns."""
-    for tensors in (chunk for rank in ranks for chunk in rank.chunks().values()):
-        dialect = families.dialect_of(list(tensors))
-        shapes = {row.canonical: stored.shape for name, stored in tensors.items() if (row := families.find(name, dialect))}
-        for name, shape in shapes.items():
-            if name.endswith("fc1.weight"):
-                return shape[0] == 2 * shapes[name.replace("fc1", "fc2")][1]
-    return False
-
-
 def _flatten(tree: object, prefix: str = ""):
     """(dotted name, Stored) of every tensor in nested dicts; `_extra_state` and other leaves are no tensors."""
     if isinstance(tree, Stored):
@@ -301,3 +256,11 @@ def _flatten(tree: object, prefix: str = ""):
     elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _specified(tree: object, prefix: str = "") -> object:
+    if isinstance(tree, Stored):
+        return TensorSpec(prefix, tree.dtype, tree.shape)
+    if isinstance(tree, dict):
+        return {key: _specified(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()}
+    return tree

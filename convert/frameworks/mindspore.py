@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import families
+from ..checkpoint import Checkpoint, Coordinates
 from ..containers import mindspore_ckpt, safetensors, torch_zip
 from ..containers.frames import Literal
 from ..errors import RefusedError
@@ -19,7 +20,6 @@ from ..layout import Place
 from ..naming import brief
 from ..plan import Wanted, WantedFile
 from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
-from .megatron import Checkpoint, Rank
 from .mindspore_scalars import Scalars, scalars_of
 
 FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
@@ -68,12 +68,12 @@ def output(source: Checkpoint, options: Options) -> Output:
     namer = _Namer(source, options)
     states = _states_by_rank(source)
     files, converted, links, left_out = [], [], [], {}
-    for rank in source.ranks:
-        scalars = scalars_of(rank.content, source.iteration)
+    for rank, folder in source.rank_folders.items():
+        scalars = scalars_of(source.metas[rank], source.iteration)
         left_out |= scalars.left_out
         files.append(_rank_file(source, rank, options, namer, states, scalars))
-        converted.append((rank.folder, files[-1].path))
-        links += _links(source, rank.place, options)
+        converted.append((folder, files[-1].path))
+        links += _links(source, rank, options)
     files += list(_meta_files(source))
     return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike})
 
@@ -110,19 +110,19 @@ class _Namer:
         return name
 
 
-def _rank_file(source: Checkpoint, rank: Rank, options: Options, namer: _Namer, states: _States,
+def _rank_file(source: Checkpoint, rank: Coordinates, options: Options, namer: _Namer, states: _States,
                scalars: Scalars) -> WantedFile:
     tensors = [Wanted(TensorSpec(prefix + namer.name(held), options.cast or held.found.stored.dtype,
                                  held.found.stored.shape), held.blocks)
-               for held, prefix in _states_at(source, rank.place, options, states)]
+               for held, prefix in _states_at(rank, options, states)]
     tensors += [Wanted(spec) for spec in scalars.specs]
-    _check_unique(rank, tensors)
-    path = f"rank_{_number(source, rank.place, options)}/{options.file_prefix}.{options.format}"
-    return WantedFile(path, tuple(FRAMES[options.format]([w.spec for w in tensors])), tuple(tensors), rank.place)
+    _check_unique(source.rank_folders[rank], tensors)
+    path = f"rank_{_number(source, rank, options)}/{options.file_prefix}.{options.format}"
+    return WantedFile(path, tuple(FRAMES[options.format]([w.spec for w in tensors])), tuple(tensors), Place(*rank))
 
 
 #: by (tp, pp, ep): canonical name: role: the tensor
-_States = dict[tuple[int, int, int], dict[str, dict[str, Held]]]
+_States = dict[Coordinates, dict[str, dict[str, Held]]]
 
 
 def _states_by_rank(source: Checkpoint) -> _States:
@@ -133,42 +133,43 @@ def _states_by_rank(source: Checkpoint) -> _States:
     return states
 
 
-def _states_at(source: Checkpoint, place: Place, options: Options, states: _States) -> Iterator[tuple[Held, str]]:
+def _states_at(rank: Coordinates, options: Options, states: _States) -> Iterator[tuple[Held, str]]:
     """The states of this rank's parameters with their name prefix, in buffer order, parameter by parameter.
 
     With expert parallel, only the first expert rank's optimizer holds the dense parameters, which the others share.
     """
-    own = states[place.tp, place.pp, place.ep]
-    for canonical, by_role in own.items():
+    tp, pp, _ = rank
+    for canonical, by_role in states[rank].items():
         if WEIGHT not in by_role:
-            by_role = states[place.tp, place.pp, 0][canonical]
+            by_role = states[tp, pp, 0][canonical]
         for role in options.roles:
             if role in by_role:
                 yield by_role[role], "" if role == WEIGHT else f"{role}."
 
 
-def _check_unique(rank: Rank, tensors: list[Wanted]) -> None:
+def _check_unique(folder: Path, tensors: list[Wanted]) -> None:
     seen: set[str] = set()
     for wanted in tensors:
         if wanted.spec.name in seen:
-            raise RefusedError(f"{rank.folder}: two tensors would be called {wanted.spec.name}")
+            raise RefusedError(f"{folder}: two tensors would be called {wanted.spec.name}")
         seen.add(wanted.spec.name)
 
 
-def _number(source: Checkpoint, place: Place, options: Options, dp: int | None = None, cp: int = 0) -> int:
+def _number(source: Checkpoint, rank: Coordinates, options: Options, dp: int | None = None, cp: int = 0) -> int:
     """The lowest global rank that holds the place, or the one at (dp, cp); the expert rank is the fast part of dp."""
-    data = place.ep if dp is None else dp
-    return ((place.pp * options.dp + data) * options.cp + cp) * source.layout.tp + place.tp
+    tp, pp, ep = rank
+    data = ep if dp is None else dp
+    return ((pp * options.dp + data) * options.cp + cp) * source.layout.tp + tp
 
 
-def _links(source: Checkpoint, place: Place, options: Options) -> Iterator[tuple[str, str]]:
+def _links(source: Checkpoint, rank: Coordinates, options: Options) -> Iterator[tuple[str, str]]:
     if not options.all_dp_cp:
         return
     file = f"{options.file_prefix}.{options.format}"
-    first = _number(source, place, options)
-    for dp in range(place.ep, options.dp, source.layout.ep):
+    first = _number(source, rank, options)
+    for dp in range(rank[2], options.dp, source.layout.ep):
         for cp in range(options.cp):
-            number = _number(source, place, options, dp, cp)
+            number = _number(source, rank, options, dp, cp)
             if number != first:
                 yield f"rank_{number}/{file}", f"rank_{first}/{file}"
 
@@ -177,10 +178,10 @@ def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
     """`pt_meta/`: the sidecar's files, and per rank what the way back needs of model_optim_rng.pt."""
     for path in source.sidecar.files if source.sidecar else []:
         yield WantedFile(f"pt_meta/{path.name}", (Literal(path.read_bytes()),), ())
-    for rank in source.ranks:
-        ep = f"_ep{rank.place.ep:03}" if source.layout.ep > 1 else ""
-        path = f"pt_meta/args_tp{rank.place.tp:02}_pp{rank.place.pp:03}{ep}.pt"
-        frame = torch_zip.frame(_meta(source, rank), Path(path).name)
+    for (tp, pp, ep), meta in source.metas.items():
+        suffix = f"_ep{ep:03}" if source.layout.ep > 1 else ""
+        path = f"pt_meta/args_tp{tp:02}_pp{pp:03}{suffix}.pt"
+        frame = torch_zip.frame(_meta(source, (tp, pp, ep), meta), Path(path).name)
         yield WantedFile(path, tuple(frame.segments), tuple(
             Wanted(TensorSpec(f"{path}:{number}", stored.dtype, stored.shape), source=stored)
             for number, stored in enumerate(frame.tensors)))
@@ -188,14 +189,31 @@ def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
 
 _META_KEYS = ("args", "checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state",
               "num_floating_point_operations_so_far")
+#: ours, beside what the existing tool keeps: the model's state dicts with ("tensor", dtype, shape) for each tensor
+STRUCTURE_KEY = "parammap_model_structure"
 
 
-def _meta(source: Checkpoint, rank: Rank) -> dict:
-    """What MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) keeps of a model file."""
-    meta = {key: rank.content.get(key) for key in _META_KEYS}
+def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
+    """What MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) keeps of a model file, and the model's structure."""
+    kept = {key: meta.get(key) for key in _META_KEYS}
+    kept[STRUCTURE_KEY] = [_described(tree) for tree in source.structures[rank]]
     if not source.with_optimizer:
-        chunks = rank.chunks()
+        chunks = source.structures[rank]
         key = "model" if len(chunks) == 1 else "model{}"
-        meta["param_name_list"] = [[f"{key.format(chunk)}.{name}" for name in reversed(tensors)]
-                                   for chunk, tensors in chunks.items()]
-    return meta
+        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed(list(_specs(tree)))]
+                                   for number, tree in enumerate(chunks)]
+    return kept
+
+
+def _described(tree: object) -> object:
+    """The tree with ("tensor", dtype, shape) for each tensor."""
+    if isinstance(tree, TensorSpec):
+        return ("tensor", tree.dtype, tree.shape)
+    return {key: _described(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _specs(tree: object) -> Iterator[TensorSpec]:
+    if isinstance(tree, TensorSpec):
+        yield tree
+    for value in tree.values() if isinstance(tree, dict) else ():
+        yield from _specs(value)

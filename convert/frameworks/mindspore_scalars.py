@@ -7,6 +7,7 @@ Its loader assigns `state_step` in place into a float32 tensor of one element, t
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..errors import RefusedError
@@ -98,3 +99,42 @@ def _scheduler_value(scalars: Scalars, key: str, value: object) -> None:
 
 def _number(value: object) -> float | None:
     return value if isinstance(value, (bool, int, float)) else None
+
+
+def updated(meta: dict, scalars: dict[str, float]) -> dict:
+    """A copy of `meta` in which what MindSpore counted on is as its scalars say: step, iteration, rates, schedule.
+
+    A value that the scalar repeats, as far as the scalar's type can, is kept as it was.
+    """
+    result = {**meta, "iteration": int(scalars.get("step_num", meta.get("iteration") or 0))}
+    numbers = iter(range(1 << 20))
+    result["optimizer"] = _updated_groups(meta.get("optimizer"), scalars, numbers)
+    if isinstance(meta.get("opt_param_scheduler"), dict):
+        result["opt_param_scheduler"] = {key: _updated(key, key, value, scalars)
+                                         for key, value in meta["opt_param_scheduler"].items()}
+    return result
+
+
+def _updated_groups(optimizer: object, scalars: dict[str, float], numbers: Iterator[int]) -> object:
+    """The optimizer's state with its parameter groups updated, counted through a chain of optimizers."""
+    if isinstance(optimizer, list):
+        return [_updated_groups(link, scalars, numbers) for link in optimizer]
+    if not isinstance(optimizer, dict):
+        return optimizer
+    if "param_groups" not in optimizer:
+        return {key: _updated_groups(value, scalars, numbers) for key, value in optimizer.items()}
+    groups = [{key: _updated(key, "state_step" if key == "step" else f"{_RENAMED.get(key, key)}_group_{number}", value,
+                             scalars) for key, value in group.items()}
+              for group, number in zip(optimizer["param_groups"], numbers)]
+    return {**optimizer, "param_groups": groups}
+
+
+def _updated(key: str, name: str, value: object, scalars: dict[str, float]) -> object:
+    if name not in scalars or not (isinstance(value, (bool, int, float)) or key in _STYLES):
+        return value
+    there = scalars[name]
+    if key in _STYLES:
+        return _STYLES[key][int(there)]
+    if there == value or (key in _INTEGERS and there == int(value)):
+        return value
+    return type(value)(there)

@@ -1,0 +1,59 @@
+"""`parammap convert SRC DST --to FRAMEWORK`: write a checkpoint for another framework."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ..errors import RefusedError
+from ..frameworks import mindspore
+from ..job import Request, convert
+from . import positive
+
+SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert", "etp": "expert tensor",
+         "cp": "context", "dp": "data"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a save folder, or one of its iteration folders")
+    add("target", type=Path, metavar="DST", help="the folder to make")
+    add("--to", required=True, choices=["mindspore"], help="the framework to write for")
+    add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
+    add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
+    add("--weights-only", action="store_true", help="take the weights of model_optim_rng.pt, no optimizer state")
+    add("--dtype", choices=["float32"], help="cast the weights (with --weights-only; default: as on disk)")
+    add("--format", choices=sorted(mindspore.FRAMES), default="ckpt", help="file format (default: %(default)s)")
+    add("--names", choices=mindspore.NAMES, default="mindspore", help="whose tensor names (default: %(default)s)")
+    add("--file-prefix", default="network", metavar="NAME", help="file name without ending (default: %(default)s)")
+    add("--generate-all-dp-cp", action="store_true", help="a file for every rank, as hard links where possible")
+    add("--drop", action="append", choices=["experts"], default=[], help="leave these tensors out")
+    add("--accept-stale", action="store_true", help="status 0 although the model's own copy is older than the optimizer's")
+    add("--accept-permuted", action="store_true", help="convert although optimizer slices are permuted")
+    add("--overwrite", action="store_true", help="replace an output folder that has content")
+    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)")
+    sizes = parser.add_argument_group("layout of the output (default: the source's)")
+    for name, what in SIZES.items():
+        sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
+    sizes.add_argument("--stage-layers", type=_layers, default=(), metavar="N,N,…", help="layers of each pipeline stage")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.dtype and not args.weights_only:
+        raise RefusedError("--dtype: an optimizer's states keep their dtype; it goes with --weights-only")
+    sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    report = convert(Request(
+        source=args.source, target=args.target, to=args.to, sizes=sizes, stage_layers=args.stage_layers,
+        output=mindspore.Options(args.format, args.names, args.file_prefix, cast=args.dtype,
+                                 all_dp_cp=args.generate_all_dp_cp),
+        iteration=args.iteration, sidecar=args.sidecar, weights_only=args.weights_only, drop=frozenset(args.drop),
+        accept_stale=args.accept_stale, accept_permuted=args.accept_permuted, overwrite=args.overwrite,
+        dry_run=args.dry_run, workers=args.workers))
+    print("\n".join(report.lines))
+    return report.status

@@ -1,0 +1,147 @@
+"""Reading MindSpore checkpoints: our own output, MindSpeed-Core-MS's saves, and what the existing converter wrote.
+
+`rank_N/*.ckpt|*.safetensors` (the newest file of each folder) and `pt_meta/`, which has the sidecar and the arguments of
+the Megatron-LM run that it came from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import families
+from .. import sidecar as sidecars
+from ..checkpoint import Checkpoint, Coordinates
+from ..containers import mindspore_ckpt, safetensors, torch_zip
+from ..errors import RefusedError
+from ..index import Found, Index, Naming
+from ..layout import Layout, Place
+from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
+from . import mindspore_scalars
+from .megatron_facts import Facts, experts_per_rank, is_gated
+from .mindspore import STRUCTURE_KEY
+
+CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
+_RANK_FOLDER = re.compile(r"rank_(\d+)$")
+_ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")
+_STATES = (EXP_AVG, EXP_AVG_SQ)
+_UNPACK = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "bool": "<?"}
+
+
+def recognizes(source: Path) -> bool:
+    return source.is_dir() and any(map(_RANK_FOLDER.match, os.listdir(source)))
+
+
+def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
+         drop: frozenset[str] = frozenset(), sizes: dict[str, int] | None = None) -> Checkpoint:
+    """Read a MindSpore checkpoint. `sizes` overrules what pt_meta says of dp and cp, which number the rank folders.
+
+    Raises RefusedError for anything missing, damaged or contradictory.
+    """
+    meta_folder = sidecar_folder or source / "pt_meta"
+    sidecar, metas = sidecars.read(meta_folder), _metas(meta_folder)
+    if sidecar is None and not metas:
+        raise RefusedError(f"{meta_folder}: has no layout_*.json, param_map*.json or args_*.pt, so nobody knows the "
+                           "parallel sizes; name their folder with --sidecar")
+    facts = Facts.of(sidecar, next(iter(metas.values()), {}))
+    layout = facts.layout({})
+    folders = _rank_folders(source, layout, sizes or {})
+    contents = {rank: _content(folder) for rank, folder in folders.items()}
+    naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
+    found = [one for rank, (tensors, _) in contents.items() for one in _found(rank, tensors, weights_only)]
+    index = Index([naming.hold(one) for one in found], layout)
+    index.check_complete()
+    steps = {rank: mindspore_scalars.updated(metas.get(rank, {}), scalars) for rank, (_, scalars) in contents.items()}
+    return Checkpoint(
+        "mindspore", source, max(meta.get("iteration") or 0 for meta in steps.values()), layout, index,
+        with_optimizer=EXP_AVG in index.roles(), num_layers=facts.num_layers() or index.num_layers(),
+        rank_folders=folders, metas=steps,
+        structures={rank: [_specified(tree) for tree in meta.get(STRUCTURE_KEY) or []] for rank, meta in metas.items()},
+        sidecar=sidecar)
+
+
+def _metas(folder: Path) -> dict[Coordinates, dict]:
+    metas = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := _ARGS_FILE.match(path.name):
+            tp, pp, ep = (int(number or 0) for number in match.groups())
+            metas[tp, pp, ep] = torch_zip.read(path)
+    return metas
+
+
+def _rank_folders(source: Path, layout: Layout, sizes: dict[str, int]) -> dict[Coordinates, Path]:
+    """The folder of each (tp, pp, ep): the lowest rank that holds it, in the order tp-cp-ep-dp-pp."""
+    numbers = sorted(int(match.group(1)) for name in os.listdir(source) if (match := _RANK_FOLDER.match(name)))
+    dp, cp = sizes.get("dp", layout.dp), sizes.get("cp", layout.cp)
+    stage = dp * cp * layout.tp
+    if not sizes and (layout.pp - 1) * stage not in numbers:
+        stage = _stage_size(source, numbers, layout)
+    folders = {(tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
+               for pp in range(layout.pp) for ep in range(layout.ep) for tp in range(layout.tp)}
+    for rank, folder in folders.items():
+        if not folder.is_dir():
+            raise RefusedError(f"{folder}: missing; it should hold {Place(*rank)} of {layout}: copy the whole checkpoint")
+    return folders
+
+
+def _stage_size(source: Path, numbers: list[int], layout: Layout) -> int:
+    """Ranks per pipeline stage, from the highest folder: the files were numbered for another dp than the sidecar's."""
+    last = numbers[-1] - numbers[-1] % layout.tp
+    size, rest = divmod(last, max(layout.pp - 1, 1))
+    if rest or size % layout.tp:
+        raise RefusedError(f"{source}: rank folders up to {numbers[-1]} do not fit {layout}; a folder is missing")
+    return size
+
+
+def _content(folder: Path) -> tuple[dict[str, Stored], dict[str, float]]:
+    """The tensors and the scalars of the newest file in a rank's folder."""
+    files = [path for path in folder.iterdir() if path.suffix in CONTAINERS]
+    if not files:
+        raise RefusedError(f"{folder}: has no .ckpt and no .safetensors file; copy the whole checkpoint")
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    entries = {name: stored for name, stored in CONTAINERS[newest.suffix].read(newest).items()
+               if isinstance(stored, Stored)}
+    tensors = {name: stored for name, stored in entries.items() if "." in name}
+    scalars = {name: _scalar(stored) for name, stored in entries.items() if "." not in name and stored.numel == 1}
+    if not tensors:
+        raise RefusedError(f"{newest}: holds no tensor of a model")
+    return tensors, scalars
+
+
+def _scalar(stored: Stored) -> float:
+    extent, = stored.extents
+    with open(extent.file, "rb") as file:
+        value, = struct.unpack(_UNPACK[stored.dtype], os.pread(file.fileno(), extent.nbytes, extent.offset))
+    return value
+
+
+def _role_and_name(name: str) -> tuple[str, str]:
+    prefix, _, rest = name.partition(".")
+    return (prefix, rest) if prefix in _STATES else (WEIGHT, name)
+
+
+def _naming(contents: dict[Coordinates, dict[str, Stored]], layout: Layout, facts: Facts) -> Naming:
+    names = [_role_and_name(name)[1] for tensors in contents.values() for name in tensors]
+    dialect = families.dialect_of(names)
+    shapes = [{name: stored.shape for name, stored in tensors.items()} for tensors in contents.values()]
+    return Naming(dialect, layout, None, experts_per_rank(names), facts.heads(), is_gated(shapes, dialect))
+
+
+def _found(rank: Coordinates, tensors: dict[str, Stored], weights_only: bool) -> Iterator[Found]:
+    tp, pp, ep = rank
+    for full_name, stored in tensors.items():
+        role, name = _role_and_name(full_name)
+        if role == WEIGHT or not weights_only:
+            yield Found(name, Place(tp, pp, ep), role, stored)
+
+
+def _specified(tree: object, prefix: str = "") -> object:
+    """A structure as pt_meta keeps it, with a TensorSpec for each ("tensor", dtype, shape)."""
+    if isinstance(tree, tuple) and tree[:1] == ("tensor",):
+        return TensorSpec(prefix, tree[1], tuple(tree[2]))
+    if isinstance(tree, dict):
+        return {key: _specified(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()}
+    return tree

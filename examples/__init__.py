@@ -1,0 +1,1 @@
+"""Runnable examples, and the small trainer that the tests share with them."""

@@ -1,0 +1,125 @@
+"""What can be chosen about a tiny training run, and the same choices under the names Megatron-LM's `args` give them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+#: the vocabulary is padded to a multiple of this times tp, as --make-vocab-size-divisible-by does
+VOCAB_DIVISOR = 16
+MICRO_BATCH_SIZE = 2
+LEARNING_RATE, MIN_LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-3, 0.01
+
+SIZES = {
+    "tp": (1, "tensor parallel size"),
+    "pp": (1, "pipeline parallel size"),
+    "vpp": (1, "virtual pipeline chunks per stage"),
+    "dp": (1, "data parallel size"),
+    "ep": (1, "expert parallel size, a divisor of dp"),
+    "experts": (0, "number of experts; 0 is a dense model"),
+    "layers": (8, "number of layers"),
+    "hidden": (128, "hidden size"),
+    "heads": (8, "attention heads"),
+    "gqa": (0, "query groups; 0 is one per head"),
+    "vocab": (250, "vocabulary before padding"),
+    "seq": (32, "sequence length"),
+    "bucket": (100_000, "elements at which a bucket is closed"),
+    "steps": (3, "training steps, and the iteration that is saved"),
+    "seed": (1234, "seed of weights and data"),
+}
+
+FP32_HELP = """parameters with TEXT in their name stay fp32. Megatron puts every one-dimensional parameter into the
+group without weight decay: with --no-bias, `--fp32 norm` makes a group of fp32 parameters only, and `--fp32
+input_layernorm` one that also holds bf16 norms, whose optimizer state Megatron then saves in the wrong order"""
+
+SWITCHES = {
+    "no_bias": "linear layers without bias",
+    "untie": "an output layer of its own instead of the word embedding",
+    "swiglu": "gated MLP",
+    "rmsnorm": "RMSNorm instead of LayerNorm (megatron-core 0.12 and later)",
+    "rope": "rotary instead of learned positions",
+    "overlap_param_gather": "up to megatron-core 0.7 this saves 16-bit weights that are one step old, where dp > 1",
+    "pad_busbw": "pad buckets to 2^16 elements too (megatron-core 0.12 and later)",
+    "no_args": "save without args, as a script around bare megatron-core does",
+    "no_hook": "save without the sidecars of hooks/param_map.py",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of examples/train_tiny.py."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument("--core", default="0.16.1", help="release of megatron-core, or a folder that holds `megatron`")
+    result.add_argument("--out", type=Path, required=True, help="folder to create")
+    result.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the model")
+    result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
+    for name, (default, text) in SIZES.items():
+        result.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    for name, text in SWITCHES.items():
+        result.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+    return result
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """The arguments of train_tiny.py that say `options`, e.g. {"tp": 2, "no_bias": True} is --tp 2 --no-bias."""
+    words: list[str] = []
+    for name, value in sorted(options.items()):
+        flag = "--" + name.replace("_", "-")
+        words += ([flag] if value else []) if name in SWITCHES else [flag, str(value)]
+    return words
+
+
+def padded_vocab(options: argparse.Namespace) -> int:
+    multiple = VOCAB_DIVISOR * options.tp
+    return -(-options.vocab // multiple) * multiple
+
+
+def global_batch_size(options: argparse.Namespace) -> int:
+    return MICRO_BATCH_SIZE * micro_batches(options) * options.dp
+
+
+def micro_batches(options: argparse.Namespace) -> int:
+    """At least two, so that gradients accumulate; a multiple of pp, which the interleaved schedule asks for."""
+    return max(2, options.pp)
+
+
+def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
+    """`args` as Megatron-LM stores them in model_optim_rng.pt, as far as they describe this run.
+
+    The names are those of megatron/training/arguments.py (Megatron-LM, core_r0.6.0 to core_r0.16.0).
+    """
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
+    interleaved = options.vpp > 1
+    return argparse.Namespace(
+        num_layers=options.layers, encoder_num_layers=options.layers, hidden_size=options.hidden,
+        ffn_hidden_size=4 * options.hidden, num_attention_heads=options.heads,
+        kv_channels=options.hidden // options.heads, group_query_attention=bool(options.gqa),
+        num_query_groups=options.gqa or options.heads,
+        seq_length=options.seq, encoder_seq_length=options.seq, max_position_embeddings=options.seq,
+        position_embedding_type="rope" if options.rope else "learned_absolute", add_position_embedding=not options.rope,
+        vocab_size=options.vocab, padded_vocab_size=padded_vocab(options), make_vocab_size_divisible_by=VOCAB_DIVISOR,
+        untie_embeddings_and_output_weights=options.untie, swiglu=options.swiglu,
+        normalization="RMSNorm" if options.rmsnorm else "LayerNorm", norm_epsilon=1e-5,
+        add_bias_linear=not options.no_bias, add_qkv_bias=False, qk_layernorm=False,
+        num_experts=options.experts or None, moe_router_topk=2, moe_grouped_gemm=False,
+        tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
+        transformer_pipeline_model_parallel_size=options.pp,
+        virtual_pipeline_model_parallel_size=options.vpp if interleaved else None,
+        num_layers_per_virtual_pipeline_stage=options.layers // options.pp // options.vpp if interleaved else None,
+        data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=1,
+        sequence_parallel=bool(options.experts) and options.tp > 1, use_tp_pp_dp_mapping=False,
+        world_size=options.tp * options.pp * options.dp, rank=rank, local_rank=rank,
+        params_dtype=dtype, bf16=options.dtype == "bf16", fp16=options.dtype == "fp16",
+        accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True,
+        overlap_param_gather=options.overlap_param_gather, ddp_bucket_size=options.bucket,
+        optimizer="adam", adam_beta1=0.9, adam_beta2=0.999, adam_eps=1e-8, clip_grad=1.0,
+        lr=LEARNING_RATE, min_lr=MIN_LEARNING_RATE, lr_decay_style="linear", lr_decay_iters=10, lr_warmup_iters=0,
+        weight_decay=WEIGHT_DECAY, start_weight_decay=WEIGHT_DECAY, end_weight_decay=WEIGHT_DECAY,
+        weight_decay_incr_style="constant", micro_batch_size=MICRO_BATCH_SIZE,
+        global_batch_size=global_batch_size(options), train_iters=10, iteration=options.steps,
+        consumed_train_samples=options.steps * global_batch_size(options), seed=options.seed,
+        save=str(options.out), ckpt_format="torch", use_dist_ckpt=False, no_save_optim=None, no_save_rng=None,
+        data_parallel_random_init=False, use_mcore_models=True, transformer_impl="local",
+    )

@@ -1,0 +1,104 @@
+"""One rank of a tiny training run: set up, train, make every element unique, save."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import package_info, parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from examples.tiny import live_state, model, save, unique
+from examples.tiny.options import megatron_args, micro_batches
+
+
+def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
+    """What process `rank` of tp * pp * dp does; `store` is a file through which the ranks find each other."""
+    args = megatron_args(options, rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.world_size),
+                      LOCAL_WORLD_SIZE=str(args.world_size))
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=args.world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=options.ep)
+    torch.manual_seed(options.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
+
+    config, wrapped, optimizer = model.build(args, options)
+    scheduler = save.param_scheduler(args, optimizer)
+    train(args, options, config, wrapped, optimizer, scheduler)
+
+    chunks = [model.unwrap(chunk) for chunk in wrapped]
+    live_state.write(options.out / "truth", args, chunks, optimizer, scheduler, package_info.__version__)
+    save.save_checkpoint(args, options, chunks, optimizer, scheduler)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, options: argparse.Namespace, config: Any, wrapped: list[Any], optimizer: Any,
+          scheduler: Any) -> None:
+    """`options.steps` steps; the last one only publishes fp32 main weights that were made unique (see unique.py)."""
+    forward_backward = get_forward_backward_func()
+    data = tokens(args)
+    ids = unique.element_ids([model.unwrap(chunk) for chunk in wrapped], args)
+    for step in range(options.steps):
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses = forward_backward(
+            forward_step_func=forward_step, data_iterator=[data] * len(wrapped) if len(wrapped) > 1 else data,
+            model=wrapped if len(wrapped) > 1 else wrapped[0], num_microbatches=micro_batches(options),
+            seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=args.seq_length,
+            forward_only=False)
+        last = step == options.steps - 1
+        if last:
+            unique.stamp_main(optimizer, ids)
+        success, grad_norm, _ = step_optimizer(optimizer, frozen=last)
+        if not success:
+            raise RuntimeError(f"rank {args.rank}: the optimizer skipped step {step}; gradients overflowed")
+        if scheduler is not None:
+            scheduler.step(increment=args.global_batch_size)
+        if losses and parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0:
+            mean = sum(float(loss["lm"]) for loss in losses) / len(losses)
+            print(f"rank {args.rank} step {step} loss {mean:.4f} grad norm {grad_norm:.3f}", flush=True)
+    unique.stamp_moments(optimizer, ids)
+
+
+def step_optimizer(optimizer: Any, frozen: bool) -> tuple[bool, float, Any]:
+    """Megatron's own step; frozen: at learning rate 0, which leaves main weights as they are and publishes them."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if frozen:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    result = optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return result
+
+
+def tokens(args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """Random tokens of the true vocabulary: the same on every tp and pp rank, others on every dp rank."""
+    generator = torch.Generator().manual_seed(args.seed + 1 + parallel_state.get_data_parallel_rank())
+    while True:
+        yield torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length + 1), generator=generator)
+
+
+def forward_step(data: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Any]:
+    """The forward step that Megatron's pipeline schedules call."""
+    batch = next(data)
+    length = batch.shape[1] - 1
+    mask = torch.triu(torch.ones(length, length), 1).bool()[None, None]
+    positions = torch.arange(length)[None].expand(batch.shape[0], -1).contiguous()
+    output = chunk(batch[:, :-1].contiguous(), positions, mask, labels=batch[:, 1:].contiguous())
+
+    def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mean = output.float().mean()
+        return mean, {"lm": mean.detach()}
+
+    return output, loss
