@@ -82,6 +82,11 @@ def cast_bits(main: np.ndarray, dtype: str) -> np.ndarray:
     return _CASTS[dtype](main)
 
 
+def cast(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+    """The bits of floating-point values of dtype `source` as bits of dtype `target`, rounded to nearest even."""
+    return cast_bits(widen_bits(bits, source), target)
+
+
 def _to_bfloat16(main: np.ndarray) -> np.ndarray:
     rounded = main + (np.uint32(0x7FFF) + ((main >> np.uint32(16)) & np.uint32(1)))
     nan = (main & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import Misfit, compare, widen_bits
+from .checks import Misfit, cast, compare
 from .containers import frames
 from .digest import MASK, bits_dtype, box_digest
 from .errors import TaskError
@@ -179,7 +179,7 @@ class _Writer:
             if copy.tensor is not None:
                 self._observe(copy, low, high, data)
             if copy.dtype != spec.dtype:
-                data = memoryview(widen_bits(np.frombuffer(data, bits_dtype(copy.dtype)), copy.dtype)).cast("B")
+                data = memoryview(cast(np.frombuffer(data, bits_dtype(copy.dtype)), copy.dtype, spec.dtype)).cast("B")
             yield data
             self._progress(len(data))
 
@@ -190,6 +190,9 @@ class _Writer:
             self.unreported = 0
 
     def _read(self, path: str, offset: int, nbytes: int, buffer: memoryview, name: str) -> memoryview:
+        """The bytes [offset, offset + nbytes) of a file, in `buffer`; zeros where there is no file."""
+        if not path:
+            return memoryview(bytes(nbytes))
         descriptor = self.files.get(path)
         if descriptor is None:
             descriptor = self.files[path] = os.open(path, os.O_RDONLY)

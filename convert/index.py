@@ -32,6 +32,11 @@ class Found:
     partition_stride: int = 1
     expert: bool = False
 
+    @property
+    def where(self) -> str:
+        """The file it lies in, or, for one that is yet to be written, its place."""
+        return self.stored.extents[0].file if self.stored.extents else str(self.place)
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -104,7 +109,7 @@ class Naming:
             return local
         numbers = self.layers.get((found.place.pp, found.place.vpp), {}).get(prefix, [])
         if local >= len(numbers):
-            raise RefusedError(f"{found.stored.extents[0].file}: {found.name} is layer {local} of "
+            raise RefusedError(f"{found.where}: {found.name} is layer {local} of "
                                f"{len(numbers)} that {found.place} should hold; the sidecar is of another run")
         return numbers[local]
 
@@ -125,7 +130,7 @@ def _hold(found: Found, canonical: str, row: families.Row | None, kind: str, nam
     try:
         arranged: list[Block] = blocks(kind, shape, naming.layout.tp, found.place.tp, naming.heads)
     except RefusedError as error:
-        raise RefusedError(f"{found.stored.extents[0].file}: {found.name}: {error}")
+        raise RefusedError(f"{found.where}: {found.name}: {error}")
     return Held(found, canonical, row, tuple(
         (Tensor(found.role, canonical.replace(segment, b.part) if b.part else canonical, found.stored.dtype, b.shape),
          b.box) for b in arranged))

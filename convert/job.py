@@ -15,9 +15,9 @@ from .checkpoint import Checkpoint
 from .checks import STALE, Misfit, tell_permuted
 from .errors import RefusedError
 from .execute import BUFFER_BYTES, Outcome, run_tasks
-from .frameworks import mindspore
+from .frameworks import megatron_target, mindspore
 from .naming import brief
-from .plan import Plan, Planner
+from .plan import Output, Plan, Planner
 from .progress import Progress
 from .publish import Staging, check_target, published
 from .tensors import MODEL_WEIGHT, WEIGHT, Tensor
@@ -28,12 +28,14 @@ _WORKER_BYTES = 12 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked for. `sizes` are the layout wanted of the output, where named."""
+    """What the user asked for. `sizes` are the layout wanted of the output, `source_sizes` what the user says of the
+    source's, where named."""
 
     source: Path
     target: Path
     to: str = "mindspore"
     sizes: dict[str, int] = field(default_factory=dict)
+    source_sizes: dict[str, int] = field(default_factory=dict)
     stage_layers: tuple[int, ...] = ()
     num_layers: int | None = None
     output: mindspore.Options = mindspore.Options()
@@ -65,9 +67,9 @@ class Report:
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing published)."""
     source = frameworks.read(request.source, iteration=request.iteration, sidecar=request.sidecar,
-                             weights_only=request.weights_only, drop=request.drop)
+                             weights_only=request.weights_only, drop=request.drop, sizes=request.source_sizes)
     _check_layout(source, request)
-    planned = mindspore.output(source, replace(request.output, dp=request.sizes.get("dp"), cp=request.sizes.get("cp")))
+    planned = TARGETS[request.to](source, request)
     plan = Planner(source.index, {WEIGHT: MODEL_WEIGHT}).plan(planned.files)
     dropped = _dropped(source, plan, request)
     if request.verbose:
@@ -97,6 +99,21 @@ def convert(request: Request) -> Report:
         "digests": digests, **planned.notes})
     return Report(status, _summary(plan, request, misfits, differing, dropped, time.monotonic() - started),
                   planned.converted)
+
+
+def _to_mindspore(source: Checkpoint, request: Request) -> Output:
+    return mindspore.output(source, replace(request.output, dp=request.sizes.get("dp"), cp=request.sizes.get("cp")))
+
+
+def _to_megatron(source: Checkpoint, request: Request) -> Output:
+    for name in ("dp", "cp"):
+        if request.sizes.get(name, getattr(source.layout, name)) != getattr(source.layout, name):
+            raise RefusedError(f"{source.folder}: was saved with {name} {getattr(source.layout, name)}; another needs a "
+                               "change of layout, which is not built yet: leave the size out")
+    return megatron_target.output(source)
+
+
+TARGETS = {"mindspore": _to_mindspore, "megatron": _to_megatron}
 
 
 def _check_layout(source: Checkpoint, request: Request) -> None:
@@ -201,7 +218,7 @@ def _digests(outcomes: list[Outcome]) -> tuple[list[dict], list[str]]:
 
 def _fingerprint(plan: Plan, request: Request) -> str:
     """What makes a conversion this one: the sources' files as they are now, and every option that shapes the output."""
-    files = sorted({copy.file for task in plan.tasks for copies in task.copies for copy in copies})
+    files = sorted({copy.file for task in plan.tasks for copies in task.copies for copy in copies if copy.file})
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
     layout = [(task.path, task.nbytes, len(task.specs)) for task in plan.tasks]
     options = [str(request.output), request.to, request.weights_only, sorted(request.drop)]

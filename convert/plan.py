@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .containers.frames import Hole, Segment
 from .errors import RefusedError
@@ -20,11 +21,11 @@ from .tensors import ITEMSIZE, Box, Piece, Stored, Tensor, TensorSpec
 class Wanted:
     """A tensor that an output file should hold: its spec and the boxes of logical tensors that make it up, in order.
 
-    `source` stands instead of boxes for a tensor that is copied as it is and is no part of the training state.
+    A box without a tensor is a gap, filled with zeros. `source` stands instead of boxes for a tensor that is copied as it is and is no part of the training state.
     """
 
     spec: TensorSpec
-    blocks: tuple[tuple[Tensor, Box], ...] = ()
+    blocks: tuple[tuple[Tensor | None, Box], ...] = ()
     source: Stored | None = None
 
 
@@ -39,8 +40,19 @@ class WantedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """What a framework's writer asks for: the files, each rank's source folder with its file or folder in the output, the
+    links to make (link, existing file), and what is worth saying in the manifest."""
+
+    files: list[WantedFile]
+    converted: list[tuple[Path, str]]
+    links: list[tuple[str, str]]
+    notes: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
-    """`numel` consecutive elements from byte `offset` of `file`; the next elements of the output tensor they go to.
+    """`numel` consecutive elements from byte `offset` of `file`, or zeros if that is ''; they come next in their tensor.
 
     `box` is what they are of `tensor`. `replica` numbers the copies that ranks keep of one box; `counted` marks the one
     use of each source element that enters its digest. `twin` repeats the box in less precision, to be compared.
@@ -115,7 +127,8 @@ class Planner:
             return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
         if spec.data is not None:
             return []
-        copies = [copy for tensor, box in wanted.blocks for copy in self._block(tensor, box, place)]
+        copies = [copy for tensor, box in wanted.blocks for copy in (
+            [Copy("", 0, box.numel, spec.dtype)] if tensor is None else self._block(tensor, box, place))]
         if sum(copy.numel for copy in copies) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
         return copies

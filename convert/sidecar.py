@@ -53,6 +53,7 @@ class Buffer:
 
     chunk: int
     param_dtype: str | None
+    grad_dtype: str | None
     buckets: tuple[Bucket, ...] | None
     slots: tuple[Slot, ...]
 
@@ -116,7 +117,7 @@ def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
     if entry is None:
         return None
     return tuple(
-        Buffer(buffer["chunk"], buffer["param_dtype"],
+        Buffer(buffer["chunk"], buffer["param_dtype"], buffer["grad_dtype"],
                tuple(Bucket(b["start"], b["end"], b["numel_unpadded"]) for b in buffer["buckets"]),
                tuple(_checked(Slot(p["name"], tuple(p["shape"]), p["dtype"], p["start"], p["end"], p["bucket"],
                                    p.get("partition_dim"), p.get("partition_stride", 1),
@@ -136,7 +137,7 @@ def _read_maps(folder: Path, names: list[str]) -> Sidecar:
                                "these files are of different runs")
     ranks: dict[Coordinates, list[Buffer]] = {}
     for (rank, vpp, _), slots in sorted(found.items()):
-        ranks.setdefault(rank, []).append(Buffer(vpp, None, None, slots))
+        ranks.setdefault(rank, []).append(Buffer(vpp, None, None, None, slots))
     return Sidecar(folder, {rank: RankSidecar((tuple(buffers),)) for rank, buffers in ranks.items()}, complete=False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import RefusedError
 from ..frameworks import mindspore
-from ..job import Request, convert
+from ..job import TARGETS, Request, convert
 from . import positive
 
 SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert", "etp": "expert tensor",
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a save folder, or one of its iteration folders")
     add("target", type=Path, metavar="DST", help="the folder to make")
-    add("--to", required=True, choices=["mindspore"], help="the framework to write for")
+    add("--to", required=True, choices=sorted(TARGETS), help="the framework to write for")
     add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
     add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
     add("--weights-only", action="store_true", help="take the weights of model_optim_rng.pt, no optimizer state")

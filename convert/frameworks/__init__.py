@@ -5,14 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
+from ..errors import RefusedError
 from . import megatron, mindspore_source
 
-#: readers in the order in which they are asked whether a folder is theirs
-READERS = {"mindspore": mindspore_source, "megatron": megatron}
+#: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
+READERS = (mindspore_source, megatron)
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset()) -> Checkpoint:
-    """Read a checkpoint of whatever framework it is. Raises RefusedError if it is none, or damaged."""
-    reader = next((reader for reader in READERS.values() if reader.recognizes(source)), megatron)
-    return reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop)
+         drop: frozenset[str] = frozenset(), sizes: dict[str, int] | None = None) -> Checkpoint:
+    """Read a checkpoint of whatever framework it is.
+
+    `sizes` is what the user says of its layout: dp and cp number MindSpore's rank folders, the others are checked.
+    Raises RefusedError if it is no checkpoint, damaged, or of other sizes.
+    """
+    sizes = sizes or {}
+    reader = next((reader for reader in READERS if reader.recognizes(source)), READERS[-1])
+    checkpoint = reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop,
+                             numbering={name: size for name, size in sizes.items() if name in ("dp", "cp")})
+    for name, size in sizes.items():
+        there = getattr(checkpoint.layout, name)
+        if name not in ("dp", "cp") and size != there:
+            raise RefusedError(f"{source}: was saved with {name} {there} and not {size}; leave the size out")
+    return checkpoint

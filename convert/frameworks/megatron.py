@@ -89,8 +89,8 @@ def _tracked(source: Path) -> str:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset()) -> Checkpoint:
-    """Read a checkpoint's headers and sidecar. Raises RefusedError for anything missing, damaged or contradictory."""
+         drop: frozenset[str] = frozenset(), numbering: dict[str, int] | None = None) -> Checkpoint:
+    """Read a checkpoint's headers and sidecar; its folders are numbered without dp and cp. Raises RefusedError for anything missing, damaged or contradictory."""
     folder, number = find_iteration(source, iteration)
     sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)
     ranks = _read_ranks(folder, sidecar)

@@ -18,7 +18,7 @@ from ..errors import RefusedError
 from ..index import Held
 from ..layout import Place
 from ..naming import brief
-from ..plan import Wanted, WantedFile
+from ..plan import Output, Wanted, WantedFile
 from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
 from .mindspore_scalars import Scalars, scalars_of
 
@@ -46,17 +46,6 @@ class Options:
     dp: int | None = None
     cp: int | None = None
     all_dp_cp: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """The files to write, each rank's source folder with its file, the links to make (link, existing file), and what is
-    worth saying in the manifest."""
-
-    files: list[WantedFile]
-    converted: list[tuple[Path, str]]
-    links: list[tuple[str, str]]
-    notes: dict[str, object]
 
 
 def output(source: Checkpoint, options: Options) -> Output:

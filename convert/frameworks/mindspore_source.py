@@ -36,8 +36,8 @@ def recognizes(source: Path) -> bool:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), sizes: dict[str, int] | None = None) -> Checkpoint:
-    """Read a MindSpore checkpoint. `sizes` overrules what pt_meta says of dp and cp, which number the rank folders.
+         drop: frozenset[str] = frozenset(), numbering: dict[str, int] | None = None) -> Checkpoint:
+    """Read a MindSpore checkpoint. `numbering` overrules what pt_meta says of dp and cp, which number the rank folders.
 
     Raises RefusedError for anything missing, damaged or contradictory.
     """
@@ -48,7 +48,7 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
                            "parallel sizes; name their folder with --sidecar")
     facts = Facts.of(sidecar, next(iter(metas.values()), {}))
     layout = facts.layout({})
-    folders = _rank_folders(source, layout, sizes or {})
+    folders = _rank_folders(source, layout, numbering or {})
     contents = {rank: _content(folder) for rank, folder in folders.items()}
     naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
     found = [one for rank, (tensors, _) in contents.items() for one in _found(rank, tensors, weights_only)]
@@ -72,12 +72,12 @@ def _metas(folder: Path) -> dict[Coordinates, dict]:
     return metas
 
 
-def _rank_folders(source: Path, layout: Layout, sizes: dict[str, int]) -> dict[Coordinates, Path]:
+def _rank_folders(source: Path, layout: Layout, numbering: dict[str, int]) -> dict[Coordinates, Path]:
     """The folder of each (tp, pp, ep): the lowest rank that holds it, in the order tp-cp-ep-dp-pp."""
     numbers = sorted(int(match.group(1)) for name in os.listdir(source) if (match := _RANK_FOLDER.match(name)))
-    dp, cp = sizes.get("dp", layout.dp), sizes.get("cp", layout.cp)
+    dp, cp = numbering.get("dp", layout.dp), numbering.get("cp", layout.cp)
     stage = dp * cp * layout.tp
-    if not sizes and (layout.pp - 1) * stage not in numbers:
+    if not numbering and (layout.pp - 1) * stage not in numbers:
         stage = _stage_size(source, numbers, layout)
     folders = {(tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
                for pp in range(layout.pp) for ep in range(layout.ep) for tp in range(layout.tp)}

@@ -1,0 +1,67 @@
+"""The shape of a Megatron-LM model's state dict, put together from parameter names where it is not recorded.
+
+Legacy models nest their state dicts, megatron-core's are flat; both hold `_extra_state: None` for each linear layer
+(Megatron-LM, core/tensor_parallel/layers.py and legacy/model/language_model.py, core_r0.6.0).
+"""
+
+from __future__ import annotations
+
+from ..checkpoint import Coordinates
+from ..sidecar import Sidecar, Slot
+from ..tensors import TensorSpec
+
+#: the linear layers that hold an extra state, by the last part of their module's name
+_LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "linear_qkv", "linear_proj", "linear_fc1",
+           "linear_fc2")
+#: parts of a legacy language model whose own state dict is flat
+_FLAT_PARTS = ("encoder", "decoder", "pooler")
+
+
+def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list[dict]:
+    """Each chunk's state dict, with a TensorSpec for each parameter, in the order of named_parameters().
+
+    Dense parameters that only the first expert rank's optimizer holds are in every expert rank's model.
+    """
+    tp, pp, _ = rank
+    chunks: list[dict] = []
+    for chunk in range(vpp):
+        slots: dict[str, Slot] = {}
+        for coordinates in ((tp, pp, 0), rank):
+            for buffers in sidecar.ranks[coordinates].optimizers if coordinates in sidecar.ranks else ():
+                for buffer in buffers or ():
+                    if buffer.chunk == chunk:
+                        slots |= {s.name: s for s in buffer.slots if coordinates == rank or not s.expert}
+        tree: dict = {}
+        for slot in sorted(slots.values(), key=lambda slot: -slot.start):
+            _insert(tree, _path(slot.name), TensorSpec(slot.name, slot.dtype, slot.shape))
+        chunks.append(_with_extra_states(tree))
+    return chunks
+
+
+def _path(name: str) -> list[str]:
+    """The keys that lead to a parameter: 'language_model', 'encoder', 'layers.0.…' for legacy models."""
+    parts = name.split(".")
+    if parts[0] == "language_model" and parts[1] in _FLAT_PARTS:
+        return [*parts[:2], ".".join(parts[2:])]
+    if parts[0] == "language_model" or parts[0] == "word_embeddings_for_head":
+        return parts
+    return [name]
+
+
+def _insert(tree: dict, path: list[str], leaf: TensorSpec) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def _with_extra_states(tree: dict) -> dict:
+    """The tree with `_extra_state: None` after the last tensor of each linear layer."""
+    result, keys = {}, list(tree)
+    for number, key in enumerate(keys):
+        value = tree[key]
+        result[key] = _with_extra_states(value) if isinstance(value, dict) else value
+        module = key.rpartition(".")[0]
+        following = keys[number + 1].rpartition(".")[0] if number + 1 < len(keys) else ""
+        if module and module != following and module.rpartition(".")[2] in _LINEAR:
+            result[f"{module}._extra_state"] = None
+    return result

@@ -1,0 +1,182 @@
+"""Megatron → MindSpore → Megatron on real checkpoints: what torch loads at the end is what it loaded at the beginning.
+
+Compared by torch alone: every tensor of the model file and every used element of the optimizer's buffers bit for bit, all
+metadata equal. Not equal by design: padding and gaps in the buffers (Megatron leaves garbage there, we write zeros).
+"""
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert.cli import main
+from tests.conftest import every_run
+from tests.lab.torch_load import torch_load
+from tests.lab.variants import DEFECTS, VARIANTS
+
+DATA = Path(__file__).parent / "data" / "megatron"
+GOLDENS = ["cac60ce4_patched_legacy_tp2pp2", "cac60ce4_patched_legacy_pp4vpp2",
+           "cac60ce4_patched_legacy_pp2dp3_untied_padded"]
+
+
+def there_and_back(source, tmp_path, *flags, form="ckpt"):
+    assert main(["convert", str(source), str(tmp_path / "ms"), "--to", "mindspore", "--format", form, *flags]) == 0
+    assert main(["convert", str(tmp_path / "ms"), str(tmp_path / "back"), "--to", "megatron", *flags]) == 0
+    return tmp_path / "back"
+
+
+def rank_folders(root):
+    iteration, = root.glob("iter_*")
+    return {path.name: path for path in iteration.glob("mp_rank_*")}
+
+
+def assert_equal(ours, theirs, where=""):
+    """Deep equality, tensors by their bits."""
+    assert type(ours) is type(theirs) or {type(ours), type(theirs)} <= {dict, __import__("collections").OrderedDict}, where
+    if isinstance(theirs, torch.Tensor):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, where
+        assert torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), where
+    elif isinstance(theirs, np.ndarray):
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), where
+    elif isinstance(theirs, dict):
+        assert list(ours) == list(theirs), (where, set(ours) ^ set(theirs))
+        for key in theirs:
+            assert_equal(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{where}/{number}")
+    elif hasattr(theirs, "__dict__") and not isinstance(theirs, type):
+        assert_equal(vars(ours), vars(theirs), where)
+    else:
+        assert ours == theirs or (ours != ours and theirs != theirs), (where, ours, theirs)
+
+
+def used(live, numel_in_file):
+    """Which elements of a buffer's file content belong to a parameter, by the live index map, and how many there are.
+
+    core 0.6 keeps padded buckets one after the other, later releases the unpadded ones.
+    """
+    starts = [start for start, _ in live["bucket_indices"]]
+    padded = numel_in_file == live["numel"]
+    shift = starts if padded else [sum(live["unpadded"][:number]) for number in range(len(starts))]
+    mask = np.zeros(numel_in_file, bool)
+    for _, shape, start, end, bucket in live["params"]:
+        low = start - starts[bucket] + shift[bucket]
+        assert end - start == math.prod(shape) and not mask[low:low + end - start].any()
+        mask[low:low + end - start] = True
+    return mask
+
+
+def assert_optimizer_equal(ours, theirs, live_buffers):
+    """live_buffers: for each optimizer of the chain, its buffers' live index maps in order."""
+    chains = [link if isinstance(link, list) else [link] for link in (ours, theirs)]
+    assert len(chains[0]) == len(chains[1])
+    compared = 0
+    for mine, original, buffers in zip(*chains, live_buffers, strict=True):
+        if original is None:
+            assert mine is None
+            continue
+        assert {k for k in mine if isinstance(k, str)} == {k for k in original if isinstance(k, str)}
+        for key in original:
+            if isinstance(key, str):
+                assert mine[key] == original[key]
+        for gbuf, live in enumerate(buffers):
+            (dtypes, states), = original[gbuf].items()
+            assert list(mine[gbuf]) == [dtypes] and set(mine[gbuf][dtypes]) == set(states)
+            for state, value in states.items():
+                if isinstance(value, int):
+                    assert mine[gbuf][dtypes][state] == value
+                    continue
+                a, b = (torch.cat(v) if isinstance(v, list) else v for v in (mine[gbuf][dtypes][state], value))
+                assert a.dtype == b.dtype and a.shape == b.shape
+                mask = used(live, b.numel())
+                assert np.array_equal(a.numpy()[mask].view(np.uint32), b.numpy()[mask].view(np.uint32)), (gbuf, state)
+                compared += int(mask.sum())
+    assert compared or all(link is None for link in chains[1])
+
+
+def live_of_golden(source, folder):
+    for path in (source / "truth").glob("rank*.json"):
+        live = json.loads(path.read_text())
+        pipeline = folder.split("_")[3:]
+        if live["dp"] == 0 and live["tp"] == int(folder.split("_")[2]) and live["pp"] == int((pipeline or ["0"])[0]):
+            return [live["chunks"]]
+    raise AssertionError(folder)
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_goldens_come_back(name, form, tmp_path):
+    back = there_and_back(DATA / name, tmp_path, form=form)
+    ours, theirs = rank_folders(back), rank_folders(DATA / name)
+    assert set(ours) == set(theirs)
+    for folder in theirs:
+        assert_equal(torch_load(ours[folder] / "model_optim_rng.pt"), torch_load(theirs[folder] / "model_optim_rng.pt"))
+        optimizers = [torch.load(root[folder] / "distrib_optim.pt", weights_only=True) for root in (ours, theirs)]
+        assert_optimizer_equal(*optimizers, live_of_golden(DATA / name, folder))
+    assert (back / "latest_checkpointed_iteration.txt").read_text() == "2"
+
+
+def layouts(root):
+    return {path.name: json.loads(path.read_text()) for path in root.glob("iter_*/param_map/layout_*.json")}
+
+
+def live_of_run(run, folder):
+    """The live buffers as the hook wrote them down; tests/test_hook.py holds those to the running process."""
+    for name, layout in layouts(run.path).items():
+        rank = layout["rank"]
+        numbers = [f"{rank['tp']:02d}"]
+        numbers += [f"{rank['pp']:03d}"] * (layout["parallel"]["pp"] > 1) + [f"{rank['ep']:03d}"] * (layout["parallel"]["ep"] > 1)
+        if folder == "_".join(["mp_rank", *numbers]):
+            return [[{"numel": b["numel"], "bucket_indices": [(k["start"], k["end"]) for k in b["buckets"]],
+                      "unpadded": [k["numel_unpadded"] for k in b["buckets"]],
+                      "params": [(p["name"], p["shape"], p["start"], p["end"], p["bucket"]) for p in b["params"]]}
+                     for b in (link or {"buffers": []})["buffers"]] for link in layout["optimizers"]]
+    raise AssertionError(folder)
+
+
+@every_run(*(variant for variant in VARIANTS if variant not in DEFECTS))
+def test_trained_checkpoints_come_back(trained_variant, tmp_path, core, variant):
+    run = trained_variant(core, variant)
+    back = there_and_back(run.path, tmp_path)
+    ours, theirs = rank_folders(back), rank_folders(run.path)
+    assert set(ours) == set(theirs)
+    for folder in theirs:
+        assert_equal(torch_load(ours[folder] / "model_optim_rng.pt"), torch_load(theirs[folder] / "model_optim_rng.pt"))
+        optimizers = [torch.load(root[folder] / "distrib_optim.pt", weights_only=True) for root in (ours, theirs)]
+        assert_optimizer_equal(*optimizers, live_of_run(run, folder))
+    assert layouts(back) == layouts(run.path)
+
+
+def test_the_way_back_can_go_forth_again(tmp_path):
+    source = DATA / GOLDENS[0]
+    back = there_and_back(source, tmp_path)
+    assert main(["convert", str(back), str(tmp_path / "again"), "--to", "mindspore"]) == 0
+    for path in (tmp_path / "ms").rglob("network.ckpt"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "ms")).read_bytes()
+
+
+def test_torch_files_are_sound_zip_archives(tmp_path):
+    """CRCs are right, which torch.load does not check, and files load memory-mapped."""
+    back = there_and_back(DATA / GOLDENS[0], tmp_path)
+    files = list(back.glob("iter_*/mp_rank_*/*.pt"))
+    assert len(files) == 8
+    for path in files:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+    mapped = torch.load(next(back.glob("iter_*/mp_rank_00_000/distrib_optim.pt")), weights_only=True, mmap=True)
+    assert mapped[0]
+
+
+def test_weights_only_comes_back(tmp_path):
+    source = DATA / "cac60ce4_mcore_pp2dp2_llama"
+    back = there_and_back(source, tmp_path, "--weights-only")
+    for folder, path in rank_folders(source).items():
+        ours, theirs = (torch_load(p / "model_optim_rng.pt") for p in (rank_folders(back)[folder], path))
+        assert_equal(ours["model"], theirs["model"])
+        assert not (rank_folders(back)[folder] / "distrib_optim.pt").exists()
