@@ -19,9 +19,9 @@ from .tensors import ITEMSIZE, Box
 MASK = (1 << 64) - 1
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _ROW_SEED, _COL_SEED = 0x243F6A8885A308D3, 0x13198A2E03707344
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_SHIFT = np.uint64(32)
-_ONE = np.uint64(1)
+#: the width that elements are mixed in: its type, an odd factor, and the shift that folds the high half into the low one
+_MIX_32 = np.uint32, np.uint32(0x9E3779B1), np.uint32(16)
+_MIX_64 = np.uint64, np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 #: elements digested at a time: the scratch then stays in a core's second-level cache, and no temporary is allocated
 _TILE = 1 << 15
 _TABLED_WEIGHTS = 1 << 17
@@ -31,7 +31,7 @@ class _Scratch(threading.local):
     """Each thread's room for one tile."""
 
     def __init__(self) -> None:
-        self.mixed, self.shifted = np.empty(_TILE, np.uint64), np.empty(_TILE, np.uint64)
+        self.mixed, self.shifted, self.wide = (np.empty(_TILE, np.uint64) for _ in range(3))
 
 
 _scratch = _Scratch()
@@ -66,11 +66,15 @@ def _tile_digest(bits: np.ndarray, tile: Box) -> int:
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
-    mixed, shifted = _scratch.mixed[:len(bits)], _scratch.shifted[:len(bits)]
-    np.add(bits, _ONE, out=mixed, dtype=np.uint64)
-    np.multiply(mixed, _MIX, out=mixed)
-    np.right_shift(mixed, _SHIFT, out=shifted)
-    return np.bitwise_xor(mixed, shifted, out=mixed)
+    width, factor, shift = _MIX_64 if bits.itemsize == 8 else _MIX_32
+    mixed, shifted = _scratch.mixed.view(width)[:len(bits)], _scratch.shifted.view(width)[:len(bits)]
+    np.add(bits, width(1), out=mixed, dtype=width)
+    np.multiply(mixed, factor, out=mixed)
+    np.right_shift(mixed, shift, out=shifted)
+    np.bitwise_xor(mixed, shifted, out=mixed)
+    wide = _scratch.wide[:len(bits)]
+    np.copyto(wide, mixed)
+    return wide
 
 
 def _weights(seed: int, start: int, count: int) -> np.ndarray:
@@ -90,4 +94,4 @@ def _splitmix(seed: int, start: int, count: int) -> np.ndarray:
     x = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) | _ONE
+    return (x ^ (x >> np.uint64(31))) | np.uint64(1)

@@ -36,6 +36,8 @@ class Request:
     to: str = "mindspore"
     sizes: dict[str, int] = field(default_factory=dict)
     source_sizes: dict[str, int] = field(default_factory=dict)
+    source_suffix: str | None = None
+    noop: frozenset[int] = frozenset()
     stage_layers: tuple[int, ...] = ()
     num_layers: int | None = None
     output: mindspore.Options = mindspore.Options()
@@ -67,7 +69,8 @@ class Report:
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing published)."""
     source = frameworks.read(request.source, iteration=request.iteration, sidecar=request.sidecar,
-                             weights_only=request.weights_only, drop=request.drop, sizes=request.source_sizes)
+                             weights_only=request.weights_only, drop=request.drop, sizes=request.source_sizes,
+                             noop=request.noop, suffix=request.source_suffix)
     _check_layout(source, request)
     planned = TARGETS[request.to](source, request)
     plan = Planner(source.index, {WEIGHT: MODEL_WEIGHT}).plan(planned.files)

@@ -29,6 +29,17 @@ class Layout:
         return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
 
+@dataclass(frozen=True, slots=True)
+class Numbering:
+    """How MindSpore's folders and layers are numbered where that is not recorded: dp and cp of the run that saved them,
+    the layers that do nothing and are not in the model, and the suffix of the files that count."""
+
+    dp: int | None = None
+    cp: int | None = None
+    noop: frozenset[int] = frozenset()
+    suffix: str | None = None
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
     """Where a tensor lives in a layout."""

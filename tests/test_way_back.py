@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from convert import convert_ckpt2pt
 from convert.cli import main
 from tests.conftest import every_run
 from tests.lab.torch_load import torch_load
@@ -180,3 +181,80 @@ def test_weights_only_comes_back(tmp_path):
         ours, theirs = (torch_load(p / "model_optim_rng.pt") for p in (rank_folders(back)[folder], path))
         assert_equal(ours["model"], theirs["model"])
         assert not (rank_folders(back)[folder] / "distrib_optim.pt").exists()
+
+
+def old_entry_point(tmp_path, *flags):
+    return convert_ckpt2pt.main(["--num-layers", "4", "--dp-size", "1", "--cp-size", "1", "--tp-size", "2", "--pp-size", "2",
+                                 "--vpp-size", "1", "--ms-path", str(tmp_path / "ms"), "--param-map-path",
+                                 str(tmp_path / "ms/pt_meta"), "--megatron-path", str(tmp_path / "back"), *flags])
+
+
+def test_the_entry_point_that_users_know(tmp_path, capsys):
+    source = DATA / GOLDENS[0]
+    assert main(["convert", str(source), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
+    assert old_entry_point(tmp_path, "--process-limit", "2") == 0
+    assert capsys.readouterr().out.count("successfully") == 4
+    for folder, path in rank_folders(source).items():
+        ours = rank_folders(tmp_path / "back")[folder]
+        assert_equal(torch_load(ours / "model_optim_rng.pt"), torch_load(path / "model_optim_rng.pt"))
+    assert old_entry_point(tmp_path, "--src-model-format", "safetensors") == 2
+    assert ".safetensors" in capsys.readouterr().err
+
+
+def test_wrong_sizes_are_refused(tmp_path, capsys):
+    assert main(["convert", str(DATA / GOLDENS[0]), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
+    for flag, value in (("--tp-size", "4"), ("--num-layers", "8"), ("--vpp-size", "2"), ("--dp-size", "3")):
+        assert old_entry_point(tmp_path, flag, value) == 2, flag
+    assert not (tmp_path / "back").exists()
+
+
+def test_layers_that_do_nothing_are_left_out(tmp_path):
+    """MindSpeed-Core-MS numbers layers 0, 1, 3, 4 where 2 and 5 do nothing; written by MindSpore itself."""
+    import subprocess
+    import sys
+    assert main(["convert", str(DATA / GOLDENS[0]), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
+    renumber = """
+import sys, re, mindspore
+for file in sys.argv[1:]:
+    parameters = mindspore.load_checkpoint(file)
+    moved = {re.sub(r"(?<=layers\\.)\\d", lambda m: str([0, 1, 3, 4][int(m[0])]), name): value for name, value in parameters.items()}
+    idle = [(name.replace("layers.0", f"layers.{n}"), value) for n in (2, 5) for name, value in moved.items() if "layers.0" in name]
+    import os; os.remove(file)
+    mindspore.save_checkpoint([{"name": n, "data": v} for n, v in [*moved.items(), *idle]], file)
+"""
+    files = [str(path) for path in (tmp_path / "ms").rglob("network.ckpt")]
+    subprocess.run([sys.executable, "-c", renumber, *files], check=True, capture_output=True)
+    assert old_entry_point(tmp_path, "--num-layers", "6", "--noop", "2", "5") == 0
+    for folder, path in rank_folders(DATA / GOLDENS[0]).items():
+        ours = rank_folders(tmp_path / "back")[folder]
+        assert_equal(torch_load(ours / "model_optim_rng.pt")["model"], torch_load(path / "model_optim_rng.pt")["model"])
+
+
+def test_training_that_went_on_in_mindspore_moves_the_counters(tmp_path):
+    """Step, iteration, rate and schedule come from what MindSpore saved; the rest of the metadata stays."""
+    import subprocess
+    import sys
+    source = DATA / GOLDENS[0]
+    assert main(["convert", str(source), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
+    advance = """
+import sys, os, mindspore, numpy as np
+new = {"step_num": np.int64(7), "state_step": np.array([7], np.float32), "num_steps": np.int64(56),
+       "learning_rate_group_0": np.float64(0.00125), "learning_rate_group_1": np.float64(0.00125)}
+for file in sys.argv[1:]:
+    parameters = mindspore.load_checkpoint(file)
+    os.remove(file)
+    mindspore.save_checkpoint([{"name": n, "data": mindspore.Tensor(new[n]) if n in new else v} for n, v in parameters.items()], file)
+"""
+    files = [str(path) for path in (tmp_path / "ms").rglob("network.ckpt")]
+    subprocess.run([sys.executable, "-c", advance, *files], check=True, capture_output=True)
+    assert main(["convert", str(tmp_path / "ms"), str(tmp_path / "back"), "--to", "megatron"]) == 0
+    assert (tmp_path / "back/latest_checkpointed_iteration.txt").read_text() == "7"
+    ours = torch_load(tmp_path / "back/iter_0000007/mp_rank_00_000/model_optim_rng.pt")
+    theirs = torch_load(source / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")
+    assert ours["iteration"] == 7 and ours["opt_param_scheduler"]["num_steps"] == 56
+    for mine, original in zip(ours["optimizer"]["optimizer"]["param_groups"], theirs["optimizer"]["optimizer"]["param_groups"],
+                              strict=True):
+        assert mine["step"] == 7 and isinstance(mine["step"], int) and mine["lr"] == 0.00125
+        assert {k: v for k, v in mine.items() if k not in ("step", "lr")} == \
+               {k: v for k, v in original.items() if k not in ("step", "lr")}
+    assert ours["args"].consumed_train_samples == theirs["args"].consumed_train_samples + 5 * theirs["args"].global_batch_size

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
+from ..layout import Numbering
 from . import megatron, mindspore_source
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
@@ -13,16 +14,19 @@ READERS = (mindspore_source, megatron)
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), sizes: dict[str, int] | None = None) -> Checkpoint:
+         drop: frozenset[str] = frozenset(), sizes: dict[str, int] | None = None,
+         noop: frozenset[int] = frozenset(), suffix: str | None = None) -> Checkpoint:
     """Read a checkpoint of whatever framework it is.
 
-    `sizes` is what the user says of its layout: dp and cp number MindSpore's rank folders, the others are checked.
+    `sizes` is what the user says of its layout: dp and cp number MindSpore's rank folders, the others are checked. `noop`
+    are the layers that do nothing, which MindSpeed-Core-MS counts and Megatron-LM does not have; `suffix` (.ckpt or
+    .safetensors) chooses among its files.
     Raises RefusedError if it is no checkpoint, damaged, or of other sizes.
     """
     sizes = sizes or {}
     reader = next((reader for reader in READERS if reader.recognizes(source)), READERS[-1])
     checkpoint = reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop,
-                             numbering={name: size for name, size in sizes.items() if name in ("dp", "cp")})
+                             numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix))
     for name, size in sizes.items():
         there = getattr(checkpoint.layout, name)
         if name not in ("dp", "cp") and size != there:

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
 from ..errors import RefusedError
 from ..index import Found, Held, Index, Naming
-from ..layout import Layout, Place, number_layers
+from ..layout import Layout, Numbering, Place, number_layers
 from ..naming import brief
 from ..sidecar import Sidecar
 from ..tensors import MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
@@ -89,7 +89,7 @@ def _tracked(source: Path) -> str:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), numbering: dict[str, int] | None = None) -> Checkpoint:
+         drop: frozenset[str] = frozenset(), numbering: Numbering = Numbering()) -> Checkpoint:
     """Read a checkpoint's headers and sidecar; its folders are numbered without dp and cp. Raises RefusedError for anything missing, damaged or contradictory."""
     folder, number = find_iteration(source, iteration)
     sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)

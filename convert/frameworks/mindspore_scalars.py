@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ..containers.pickles import Opaque
 from ..errors import RefusedError
 from ..tensors import TensorSpec
 
@@ -112,7 +113,16 @@ def updated(meta: dict, scalars: dict[str, float]) -> dict:
     if isinstance(meta.get("opt_param_scheduler"), dict):
         result["opt_param_scheduler"] = {key: _updated(key, key, value, scalars)
                                          for key, value in meta["opt_param_scheduler"].items()}
+        _count_samples(result, result["opt_param_scheduler"], meta["opt_param_scheduler"])
     return result
+
+
+def _count_samples(result: dict, now: dict, before: dict) -> None:
+    """Add the samples trained on since (Megatron-LM's scheduler counts samples as its steps) to args."""
+    args, since = result.get("args"), now.get("num_steps", 0) - before.get("num_steps", 0)
+    if since and isinstance(args, Opaque) and isinstance(args.state, dict) and "consumed_train_samples" in args.state:
+        samples = args.state["consumed_train_samples"] + since
+        result["args"] = replace(args, state={**args.state, "consumed_train_samples": samples})
 
 
 def _updated_groups(optimizer: object, scalars: dict[str, float], numbers: Iterator[int]) -> object:

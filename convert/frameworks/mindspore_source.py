@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, Coordinates
 from ..containers import mindspore_ckpt, safetensors, torch_zip
 from ..errors import RefusedError
 from ..index import Found, Index, Naming
-from ..layout import Layout, Place
+from ..layout import Layout, Numbering, Place
 from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
 from . import mindspore_scalars
 from .megatron_facts import Facts, experts_per_rank, is_gated
@@ -36,7 +36,7 @@ def recognizes(source: Path) -> bool:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), numbering: dict[str, int] | None = None) -> Checkpoint:
+         drop: frozenset[str] = frozenset(), numbering: Numbering = Numbering()) -> Checkpoint:
     """Read a MindSpore checkpoint. `numbering` overrules what pt_meta says of dp and cp, which number the rank folders.
 
     Raises RefusedError for anything missing, damaged or contradictory.
@@ -48,8 +48,8 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
                            "parallel sizes; name their folder with --sidecar")
     facts = Facts.of(sidecar, next(iter(metas.values()), {}))
     layout = facts.layout({})
-    folders = _rank_folders(source, layout, numbering or {})
-    contents = {rank: _content(folder) for rank, folder in folders.items()}
+    folders = _rank_folders(source, layout, numbering)
+    contents = {rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop) for rank, folder in folders.items()}
     naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
     found = [one for rank, (tensors, _) in contents.items() for one in _found(rank, tensors, weights_only)]
     index = Index([naming.hold(one) for one in found], layout)
@@ -72,12 +72,12 @@ def _metas(folder: Path) -> dict[Coordinates, dict]:
     return metas
 
 
-def _rank_folders(source: Path, layout: Layout, numbering: dict[str, int]) -> dict[Coordinates, Path]:
+def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Coordinates, Path]:
     """The folder of each (tp, pp, ep): the lowest rank that holds it, in the order tp-cp-ep-dp-pp."""
     numbers = sorted(int(match.group(1)) for name in os.listdir(source) if (match := _RANK_FOLDER.match(name)))
-    dp, cp = numbering.get("dp", layout.dp), numbering.get("cp", layout.cp)
+    dp, cp = numbering.dp or layout.dp, numbering.cp or layout.cp
     stage = dp * cp * layout.tp
-    if not numbering and (layout.pp - 1) * stage not in numbers:
+    if not (numbering.dp or numbering.cp) and (layout.pp - 1) * stage not in numbers:
         stage = _stage_size(source, numbers, layout)
     folders = {(tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
                for pp in range(layout.pp) for ep in range(layout.ep) for tp in range(layout.tp)}
@@ -96,11 +96,12 @@ def _stage_size(source: Path, numbers: list[int], layout: Layout) -> int:
     return size
 
 
-def _content(folder: Path) -> tuple[dict[str, Stored], dict[str, float]]:
+def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[str, float]]:
     """The tensors and the scalars of the newest file in a rank's folder."""
-    files = [path for path in folder.iterdir() if path.suffix in CONTAINERS]
+    wanted = [suffix] if suffix else list(CONTAINERS)
+    files = [path for path in folder.iterdir() if path.suffix in wanted]
     if not files:
-        raise RefusedError(f"{folder}: has no .ckpt and no .safetensors file; copy the whole checkpoint")
+        raise RefusedError(f"{folder}: has no {' or '.join(wanted)} file; copy the whole checkpoint")
     newest = max(files, key=lambda path: path.stat().st_mtime_ns)
     entries = {name: stored for name, stored in CONTAINERS[newest.suffix].read(newest).items()
                if isinstance(stored, Stored)}
@@ -109,6 +110,18 @@ def _content(folder: Path) -> tuple[dict[str, Stored], dict[str, float]]:
     if not tensors:
         raise RefusedError(f"{newest}: holds no tensor of a model")
     return tensors, scalars
+
+
+def _without_noop(tensors: dict[str, Stored], scalars: dict[str, float],
+                  noop: frozenset[int]) -> tuple[dict[str, Stored], dict[str, float]]:
+    """The tensors of the layers that do something, these numbered through."""
+    kept = {}
+    for name, stored in tensors.items():
+        layer = families.layer_of(name)
+        if layer is None or layer[1] not in noop:
+            number = layer and layer[1] - sum(other < layer[1] for other in noop)
+            kept[families.renumber(name, number, None)] = stored
+    return kept, scalars
 
 
 def _scalar(stored: Stored) -> float:

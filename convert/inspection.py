@@ -1,0 +1,345 @@
+"""What a checkpoint is, as plain data: the one source of the text, the JSON and the HTML of `parammap inspect`.
+
+Everything comes from headers and sidecars; no tensor data is read.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import families, frameworks
+from .checkpoint import Checkpoint
+from .errors import RefusedError
+from .frameworks import megatron, mindspore_source
+from .frameworks.megatron_facts import Facts
+from .frameworks.mindspore_scalars import param_groups
+from .inspection_buffers import Optimizers
+from .sidecar import Sidecar
+from .tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MODEL_WEIGHT, WEIGHT, Tensor
+
+SCHEMA, VERSION = "parammap.inspection", 1
+
+#: kinds of parameters with the parts of names that tell them, asked in this order
+KINDS = {
+    "norm": ("norm",),
+    "experts": ("expert", "router"),
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "embedding": ("embedding", "output_layer", "output."),
+    "other": ("",),
+}
+MODEL_FACTS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+    "padded_vocab_size", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu",
+    "add_bias_linear", "num_experts", "untie_embeddings_and_output_weights")
+_GROUP_FACTS = ("lr", "step", "weight_decay", "betas", "eps", "lr_mult", "wd_mult", "max_lr", "min_lr", "is_expert_parallel")
+_ROLE_ORDER = (WEIGHT, EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT)
+_EMBEDDING, _HEAD = "embedding.word.weight", "output.weight"
+#: what each of a checkpoint's files is for, by name or by ending
+_FILE_KINDS = {
+    megatron.MODEL_FILE: "model", megatron.OPTIMIZER_FILE: "optimizer", ".ckpt": "tensors", ".safetensors": "tensors",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What could be read: the model's weights, and the optimizer's states whole, without experts, or not at all (None).
+
+    `reason` says why the states are not whole.
+    """
+
+    weights: Checkpoint
+    states: Checkpoint | None
+    reason: str | None = None
+
+    @property
+    def best(self) -> Checkpoint:
+        return self.states or self.weights
+
+    @property
+    def whole(self) -> Checkpoint:
+        """The one whose index names every tensor."""
+        return self.weights if self.reason else self.best
+
+
+def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None) -> Reading:
+    """Read as much as the sidecar allows. Raises RefusedError for what the reader refuses in the weights, in the
+    optimizer's files, or between them and a sidecar that should suffice.
+    """
+    try:
+        checkpoint = frameworks.read(source, iteration=iteration, sidecar=sidecar)
+        return Reading(checkpoint, checkpoint if checkpoint.with_optimizer else None)
+    except RefusedError as error:
+        if sidecar or mindspore_source.recognizes(source):
+            raise
+        return _fall_back(source, iteration, error)
+
+
+def _fall_back(source: Path, iteration: int | None, error: RefusedError) -> Reading:
+    """A Megatron-LM checkpoint whose optimizer cannot be read whole because there is no sidecar, or a bare map only."""
+    weights = frameworks.read(source, iteration=iteration, weights_only=True)
+    with_optimizer = [(path / megatron.OPTIMIZER_FILE).is_file() for path in weights.rank_folders.values()]
+    if not any(with_optimizer):
+        return Reading(weights, None, f"no rank has a {megatron.OPTIMIZER_FILE}: saved without its optimizer")
+    if not all(with_optimizer):
+        raise error
+    try:
+        bare = not megatron.find_sidecar(weights.folder, weights.iteration, None).complete
+    except RefusedError as no_sidecar:
+        return Reading(weights, None, str(no_sidecar))
+    if not bare:
+        raise error
+    try:
+        return Reading(weights, frameworks.read(source, iteration=iteration, drop=frozenset({"experts"})), str(error))
+    except RefusedError:
+        return Reading(weights, None, str(error))
+
+
+def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
+    """The facts of a checkpoint as JSON knows them; element counts and offsets in elements, sizes in bytes."""
+    checkpoint, whole = reading.best, reading.whole
+    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.metas.values()), {}))
+    model = _model(facts, whole)
+    optimizers = Optimizers(checkpoint)
+    result = {
+        "schema": SCHEMA, "version": VERSION,
+        "framework": checkpoint.framework, "folder": str(checkpoint.folder), "iteration": checkpoint.iteration,
+        "release": _release(facts.recorded),
+        "layout": _layout(checkpoint),
+        "stages": _stages(checkpoint, whole),
+        "ranks": _ranks(whole),
+        "model": model,
+        "parameters": _parameters(whole, model),
+        "states": _states(reading),
+        "optimizer": _optimizer(reading, optimizers),
+        "buffers": optimizers.buffers(),
+        "files": _files(checkpoint),
+        "sidecar": _sidecar(checkpoint.sidecar),
+        "missing": _missing(reading, facts),
+    }
+    if tensors:
+        result["tensors"] = _tensors(whole)
+    return result
+
+
+def kind_of(name: str) -> str:
+    """The kind of a tensor, by its canonical name or by any framework's."""
+    return next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
+
+
+def _release(recorded: dict | None) -> dict[str, Any] | None:
+    framework = recorded and recorded.get("framework")
+    return framework and {"core": framework.get("core_version"), "torch": framework.get("torch_version")}
+
+
+def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
+    layout = checkpoint.layout
+    return {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "order")}
+
+
+def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
+    """Each pipeline stage's chunks with their global layers; by the layout files where the tensors do not tell chunks."""
+    chunks: dict[tuple[int, int], set[str]] = {(pp, 0): set() for pp in range(checkpoint.layout.pp)}
+    layers: dict[tuple[int, int], set[int]] = {}
+    for held in whole.index.held:
+        key = held.found.place.pp, held.found.place.vpp
+        chunks.setdefault(key, set()).add(held.canonical)
+        if held.layer is not None:
+            layers.setdefault(key, set()).add(held.layer)
+    if checkpoint.framework != "megatron":
+        layers = _recorded_layers(checkpoint) or layers
+    keys = sorted(chunks.keys() | layers.keys())
+    return [{"pp": pp, "chunks": [
+        {"vpp": vpp, "layers": sorted(layers.get((pp, vpp), ())), "embedding": _EMBEDDING in chunks.get((pp, vpp), ()),
+         "head": _HEAD in chunks.get((pp, vpp), ())} for p, vpp in keys if p == pp]}
+        for pp in range(checkpoint.layout.pp)]
+
+
+def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:
+    ranks = checkpoint.sidecar.ranks if checkpoint.sidecar else {}
+    return {(pp, chunk["vpp"]): {number for numbers in chunk["layers"].values() for number in numbers}
+            for (_, pp, _), rank in ranks.items() if rank.layout for chunk in rank.layout["chunks"]}
+
+
+def _ranks(whole: Checkpoint) -> list[dict[str, Any]]:
+    """Each (tp, pp, ep): its folder, the bytes of its files, and the elements of the weights it holds, by kind."""
+    elements: dict[tuple[int, int, int], dict[str, int]] = {}
+    for held in whole.index.held:
+        if held.found.role == WEIGHT:
+            place = held.found.place
+            kinds = elements.setdefault((place.tp, place.pp, place.ep), dict.fromkeys(KINDS, 0))
+            kinds[kind_of(held.canonical)] += held.found.stored.numel
+    dense = _dense_of_experts(whole)
+    return [{"tp": tp, "pp": pp, "ep": ep, "folder": folder.name,
+             "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+             "elements": {kind: n for kind, n in {**elements.get((tp, pp, ep), {}), **dense.get((tp, pp, ep), {})}.items()
+                          if n}}
+            for (tp, pp, ep), folder in sorted(whole.rank_folders.items(), key=lambda item: (item[0][1], item[0]))]
+
+
+def _dense_of_experts(whole: Checkpoint) -> dict[tuple[int, int, int], dict[str, int]]:
+    """The elements of the model's own copies: expert ranks past the first hold no optimizer state of dense parameters."""
+    elements: dict[tuple[int, int, int], dict[str, int]] = {}
+    for held in whole.index.held:
+        if held.found.role == MODEL_WEIGHT:
+            place = held.found.place
+            kinds = elements.setdefault((place.tp, place.pp, place.ep), {})
+            kind = kind_of(held.canonical)
+            kinds[kind] = kinds.get(kind, 0) + held.found.stored.numel
+    return elements
+
+
+def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
+    """What the run recorded of the model; layers, width and vocabulary by the tensors themselves where it did not."""
+    recorded = (facts.recorded or {}).get("model") or facts.args
+    heads = facts.heads()
+    embedding = next((t for t in whole.index.tensors(WEIGHT) if t.name == _EMBEDDING), None)
+    by_tensors = {"num_layers": whole.num_layers}
+    if embedding:
+        by_tensors |= {"padded_vocab_size": embedding.rows, "hidden_size": embedding.cols}
+    if heads:
+        by_tensors["num_query_groups"] = heads.groups
+    known = {**{name: recorded.get(name) for name in MODEL_FACTS}, **by_tensors}
+    return {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
+
+
+def _parameters(whole: Checkpoint, model: dict[str, Any]) -> dict[str, Any]:
+    """Logical parameters, each counted once however many ranks keep a copy. `total` is all; `tied_copy` the elements of
+    an output layer that repeats the embedding; `vocab_padding` the rows past the vocabulary of what is no such copy."""
+    sizes = {tensor.name: _numel(tensor) for tensor in whole.index.tensors(WEIGHT)}
+    by_kind = dict.fromkeys(KINDS, 0)
+    for name, size in sizes.items():
+        by_kind[kind_of(name)] += size
+    tied = _tied(whole, model)
+    copy = sizes.get(_HEAD, 0) if tied else 0 if tied is False or _HEAD not in sizes else None
+    padding = None
+    if model.get("vocab_size") and model.get("padded_vocab_size"):
+        rows = model["padded_vocab_size"] - model["vocab_size"]
+        names = [_EMBEDDING] if tied else [_EMBEDDING, _HEAD, "output.bias"]
+        padding = sum(sizes.get(name, 0) // model["padded_vocab_size"] * rows for name in names)
+    total = sum(sizes.values())
+    return {"tensors": len(sizes), "total": total, "by_kind": {kind: n for kind, n in by_kind.items() if n},
+            "tied_copy": copy, "vocab_padding": padding,
+            "without_copy_and_padding": None if copy is None or padding is None else total - copy - padding}
+
+
+def _tied(whole: Checkpoint, model: dict[str, Any]) -> bool | None:
+    """Whether the output layer is a copy of the embedding; None where nobody says."""
+    untied = model.get("untie_embeddings_and_output_weights")
+    if untied is not None:
+        return not untied
+    named = any(held.found.name.startswith("word_embeddings_for_head") for held in whole.index.held)
+    slots = [slot for rank in (whole.sidecar.ranks if whole.sidecar else {}).values() for buffers in rank.optimizers
+             for buffer in buffers or () for slot in buffer.slots]
+    return True if named or any(slot.tied for slot in slots) else None
+
+
+def _numel(tensor: Tensor) -> int:
+    return tensor.rows * tensor.cols
+
+
+def _states(reading: Reading) -> list[dict[str, Any]]:
+    """Each role and dtype: tensors and logical elements, and bytes on disk with the copies that several ranks keep."""
+    counted: dict[tuple[str, str], dict[str, int]] = {}
+    for checkpoint in {id(one): one for one in (reading.states, reading.weights) if one}.values():
+        fresh = {}
+        for tensor in checkpoint.index.boxes:
+            entry = fresh.setdefault((tensor.role, tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
+            entry["tensors"] += 1
+            entry["elements"] += _numel(tensor)
+        for held in checkpoint.index.held:
+            fresh[held.found.role, held.found.stored.dtype]["bytes"] += held.found.stored.nbytes
+        counted = {**fresh, **counted}
+    order = {role: number for number, role in enumerate(_ROLE_ORDER)}
+    return [{"role": role, "dtype": dtype, **entry}
+            for (role, dtype), entry in sorted(counted.items(), key=lambda item: (order.get(item[0][0], 9), item[0]))]
+
+
+def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
+    checkpoint = reading.best
+    meta = next(iter(checkpoint.metas.values()), {})
+    scheduler = meta.get("opt_param_scheduler")
+    return {
+        "readable": reading.states is not None and reading.reason is None,
+        "reason": reading.reason,
+        "generation": optimizers.generation(),
+        "states": sorted(reading.states.index.roles() - {WEIGHT}) if reading.states else [],
+        "groups": [_plain(group, _GROUP_FACTS) for group in param_groups(meta.get("optimizer"))],
+        "scheduler": _plain(scheduler, tuple(sorted(scheduler))) if isinstance(scheduler, dict) else None,
+    }
+
+
+def _plain(values: dict, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the values that are numbers, words or lists of numbers."""
+    return {name: list(value) if isinstance(value, tuple) else value for name in names
+            if isinstance(value := values.get(name), (bool, int, float, str, tuple))}
+
+
+def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    kinds: dict[str, list[int]] = {}
+    for folder in checkpoint.rank_folders.values():
+        for path in folder.iterdir():
+            if path.is_file():
+                kind = _FILE_KINDS.get(path.name) or _FILE_KINDS.get(path.suffix) or "other"
+                kinds.setdefault(kind, []).append(path.stat().st_size)
+    if checkpoint.sidecar:
+        kinds["sidecar"] = [path.stat().st_size for path in sorted(checkpoint.sidecar.folder.iterdir()) if path.is_file()]
+    return [{"kind": kind, "files": len(sizes), "bytes": sum(sizes)} for kind, sizes in sorted(kinds.items())]
+
+
+def _sidecar(sidecar: Sidecar | None) -> dict[str, Any] | None:
+    return sidecar and {"kind": "layout" if sidecar.complete else "maps", "folder": str(sidecar.folder),
+                        "files": len(sidecar.files), "ranks": len(sidecar.ranks), "iteration": sidecar.iteration}
+
+
+def _missing(reading: Reading, facts: Facts) -> list[str]:
+    """What one would want and is not there, one line each; damage is refused before."""
+    checkpoint, lines = reading.best, []
+    if reading.reason:
+        lines.append(f"the optimizer's states{' of the experts' if reading.states else ''} cannot be read: {reading.reason}")
+    elif reading.states is None:
+        lines.append("there are no optimizer states: these are weights only")
+    if checkpoint.sidecar and not checkpoint.sidecar.complete:
+        lines.append("the sidecar is bare maps: no release, and no bucket bounds but those of the checkpoint itself")
+    if not facts.args:
+        lines.append("the run's arguments are not saved" + ("" if facts.recorded else ": dp, cp and heads are not known"))
+    names = {held.canonical for held in reading.whole.index.held}
+    if lacking := families.missing(_fused(names), reading.whole.num_layers):
+        lines.append(f"tensors of a GPT-like model: {frameworks.megatron.brief(lacking)}")
+    return lines
+
+
+
+
+def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
+    """Each logical tensor: shape, dtype of each role, how it is split, and who holds it under which name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for tensor, boxes in whole.index.boxes.items():
+        entry = entries.setdefault(tensor.name, {"name": tensor.name, "shape": list(tensor.shape), "roles": {},
+                                                 "kind": kind_of(tensor.name), "split": "", "held_by": []})
+        entry["roles"][tensor.role] = tensor.dtype
+        if tensor.role == WEIGHT:
+            rows = any(box.rows != tensor.rows for box in boxes)
+            cols = any(box.cols != tensor.cols for box in boxes)
+            entry["split"] = "rows" if rows else "columns" if cols else "whole"
+    holders: dict[str, dict[tuple[str, int], set[tuple[int, int, int]]]] = {}
+    for held in whole.index.held:
+        place = held.found.place
+        for tensor, _ in held.blocks:
+            names = holders.setdefault(tensor.name, {})
+            names.setdefault((held.found.name, place.vpp), set()).add((place.tp, place.pp, place.ep))
+    for name, found in holders.items():
+        entries[name]["held_by"] = [{"name": key, "vpp": vpp, "ranks": sorted(map(list, places))}
+                                    for (key, vpp), places in sorted(found.items())]
+        if entries[name]["split"] != "whole" and len({p[0] for places in found.values() for p in places}) == 1:
+            entries[name]["split"] = "whole"
+    return [entries[name] for name in sorted(entries, key=_natural)]
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts the embedding first and the head last, and layer 10 after layer 9."""
+    first = {"embedding": 0, "layers": 1}.get(name.partition(".")[0], 2)
+    return [(0, first), *((0, int(part)) if part.isdigit() else (1, part) for part in name.split("."))]
