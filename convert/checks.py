@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .digest import bits_dtype
 from .tensors import ITEMSIZE, Box, Piece, Tensor
 
 STALE, PERMUTED, UNRELATED = "stale", "permuted", "unrelated"
@@ -41,8 +40,8 @@ class Misfit:
     def kind(self) -> str:
         if self.permuted_with:
             return PERMUTED
-        is_matrix = self.tensor.rows > 1 and self.tensor.cols > 1
-        return UNRELATED if is_matrix and self.count >= _LEAST_ELEMENTS and self._correlation() < _LEAST_CORRELATION else STALE
+        is_telling = self.tensor.rows > 1 and self.tensor.cols > 1 and self.count >= _LEAST_ELEMENTS
+        return UNRELATED if is_telling and self._correlation() < _LEAST_CORRELATION else STALE
 
     def _correlation(self) -> float:
         """Of the cast and the model weights that differ; `sums` are Σa, Σb, Σab, Σaa, Σbb."""

@@ -111,7 +111,7 @@ def _run(task: FileTask, staging: Path, report) -> Outcome:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise TaskError(f"{target}: {error.strerror or error}")
+        raise TaskError(f"{target}: {error.strerror or error}") from error
     return outcome
 
 

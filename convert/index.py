@@ -14,7 +14,7 @@ from . import families
 from .errors import RefusedError
 from .fusion import COLS, GATE_UP, QKV, REPLICATED, ROWS, Block, Heads, blocks
 from .layout import Layout, Place
-from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Extent, Piece, Stored, Tensor
+from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
 _FUSED_SEGMENT = {QKV: "qkv", GATE_UP: "fc1"}
@@ -130,7 +130,7 @@ def _hold(found: Found, canonical: str, row: families.Row | None, kind: str, nam
     try:
         arranged: list[Block] = blocks(kind, shape, naming.layout.tp, found.place.tp, naming.heads)
     except RefusedError as error:
-        raise RefusedError(f"{found.where}: {found.name}: {error}")
+        raise RefusedError(f"{found.where}: {found.name}: {error}") from error
     return Held(found, canonical, row, tuple(
         (Tensor(found.role, canonical.replace(segment, b.part) if b.part else canonical, found.stored.dtype, b.shape),
          b.box) for b in arranged))

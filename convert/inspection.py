@@ -5,32 +5,24 @@ Everything comes from headers and sidecars; no tensor data is read.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import families, frameworks
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Coordinates
 from .errors import RefusedError
 from .frameworks import megatron, mindspore_source
 from .frameworks.megatron_facts import Facts
 from .frameworks.mindspore_scalars import param_groups
-from .inspection_buffers import Optimizers
+from .inspection_buffers import RELEASES, Optimizers
+from .inspection_kinds import KINDS, kind_of
+from .naming import brief
 from .sidecar import Sidecar
-from .tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MODEL_WEIGHT, WEIGHT, Tensor
+from .tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Tensor
 
 SCHEMA, VERSION = "parammap.inspection", 1
 
-#: kinds of parameters with the parts of names that tell them, asked in this order
-KINDS = {
-    "norm": ("norm",),
-    "experts": ("expert", "router"),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
-    "embedding": ("embedding", "output_layer", "output."),
-    "other": ("",),
-}
 MODEL_FACTS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
     "padded_vocab_size", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu",
@@ -103,7 +95,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     checkpoint, whole = reading.best, reading.whole
     facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.metas.values()), {}))
     model = _model(facts, whole)
-    optimizers = Optimizers(checkpoint)
+    optimizers = Optimizers.of(checkpoint)
     result = {
         "schema": SCHEMA, "version": VERSION,
         "framework": checkpoint.framework, "folder": str(checkpoint.folder), "iteration": checkpoint.iteration,
@@ -123,11 +115,6 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     if tensors:
         result["tensors"] = _tensors(whole)
     return result
-
-
-def kind_of(name: str) -> str:
-    """The kind of a tensor, by its canonical name or by any framework's."""
-    return next(kind for kind, parts in KINDS.items() if any(part in name for part in parts))
 
 
 def _release(recorded: dict | None) -> dict[str, Any] | None:
@@ -154,7 +141,7 @@ def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
     keys = sorted(chunks.keys() | layers.keys())
     return [{"pp": pp, "chunks": [
         {"vpp": vpp, "layers": sorted(layers.get((pp, vpp), ())), "embedding": _EMBEDDING in chunks.get((pp, vpp), ()),
-         "head": _HEAD in chunks.get((pp, vpp), ())} for p, vpp in keys if p == pp]}
+         "output": _HEAD in chunks.get((pp, vpp), ())} for p, vpp in keys if p == pp]}
         for pp in range(checkpoint.layout.pp)]
 
 
@@ -165,31 +152,18 @@ def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:
 
 
 def _ranks(whole: Checkpoint) -> list[dict[str, Any]]:
-    """Each (tp, pp, ep): its folder, the bytes of its files, and the elements of the weights it holds, by kind."""
-    elements: dict[tuple[int, int, int], dict[str, int]] = {}
+    """Each (tp, pp, ep): its folder, the bytes of its files, and the elements of the model it holds, by kind."""
+    elements: dict[Coordinates, dict[str, int]] = {rank: dict.fromkeys(KINDS, 0) for rank in whole.rank_folders}
+    counted = set()
     for held in whole.index.held:
-        if held.found.role == WEIGHT:
-            place = held.found.place
-            kinds = elements.setdefault((place.tp, place.pp, place.ep), dict.fromkeys(KINDS, 0))
-            kinds[kind_of(held.canonical)] += held.found.stored.numel
-    dense = _dense_of_experts(whole)
+        one = held.found
+        if one.role in (WEIGHT, MODEL_WEIGHT) and (one.place, one.name) not in counted:
+            counted.add((one.place, one.name))
+            elements[one.place.tp, one.place.pp, one.place.ep][kind_of(held.canonical)] += one.stored.numel
     return [{"tp": tp, "pp": pp, "ep": ep, "folder": folder.name,
              "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-             "elements": {kind: n for kind, n in {**elements.get((tp, pp, ep), {}), **dense.get((tp, pp, ep), {})}.items()
-                          if n}}
+             "elements": {kind: count for kind, count in elements[tp, pp, ep].items() if count}}
             for (tp, pp, ep), folder in sorted(whole.rank_folders.items(), key=lambda item: (item[0][1], item[0]))]
-
-
-def _dense_of_experts(whole: Checkpoint) -> dict[tuple[int, int, int], dict[str, int]]:
-    """The elements of the model's own copies: expert ranks past the first hold no optimizer state of dense parameters."""
-    elements: dict[tuple[int, int, int], dict[str, int]] = {}
-    for held in whole.index.held:
-        if held.found.role == MODEL_WEIGHT:
-            place = held.found.place
-            kinds = elements.setdefault((place.tp, place.pp, place.ep), {})
-            kind = kind_of(held.canonical)
-            kinds[kind] = kinds.get(kind, 0) + held.found.stored.numel
-    return elements
 
 
 def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
@@ -244,28 +218,41 @@ def _numel(tensor: Tensor) -> int:
 def _states(reading: Reading) -> list[dict[str, Any]]:
     """Each role and dtype: tensors and logical elements, and bytes on disk with the copies that several ranks keep."""
     counted: dict[tuple[str, str], dict[str, int]] = {}
-    for checkpoint in {id(one): one for one in (reading.states, reading.weights) if one}.values():
-        fresh = {}
+    for checkpoint, roles in _read_roles(reading):
         for tensor in checkpoint.index.boxes:
-            entry = fresh.setdefault((tensor.role, tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
-            entry["tensors"] += 1
-            entry["elements"] += _numel(tensor)
+            if tensor.role in roles:
+                entry = counted.setdefault((roles[tensor.role], tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
+                entry["tensors"] += 1
+                entry["elements"] += _numel(tensor)
         for held in checkpoint.index.held:
-            fresh[held.found.role, held.found.stored.dtype]["bytes"] += held.found.stored.nbytes
-        counted = {**fresh, **counted}
+            if held.found.role in roles:
+                counted[roles[held.found.role], held.found.stored.dtype]["bytes"] += held.found.stored.nbytes
     order = {role: number for number, role in enumerate(_ROLE_ORDER)}
     return [{"role": role, "dtype": dtype, **entry}
             for (role, dtype), entry in sorted(counted.items(), key=lambda item: (order.get(item[0][0], 9), item[0]))]
 
 
+def _read_roles(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
+    """The checkpoints to count, with the roles to take from each and what they are: without an optimizer, the weights
+    that Megatron-LM's model computes with stand in for those that an optimizer steps."""
+    roles = {role: role for role in reading.best.index.roles() | {MODEL_WEIGHT}}
+    alone = (reading.weights, {WEIGHT: MODEL_WEIGHT if reading.weights.framework == "megatron" else WEIGHT})
+    if reading.states is None:
+        return [alone]
+    if reading.reason is None:
+        return [(reading.states, roles)]
+    return [(reading.states, {role: role for role in roles if role != MODEL_WEIGHT}), alone]
+
+
 def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
     checkpoint = reading.best
     meta = next(iter(checkpoint.metas.values()), {})
-    scheduler = meta.get("opt_param_scheduler")
+    scheduler, generation = meta.get("opt_param_scheduler"), optimizers.generation()
     return {
         "readable": reading.states is not None and reading.reason is None,
         "reason": reading.reason,
-        "generation": optimizers.generation(),
+        "generation": generation,
+        "written_by": RELEASES.get(generation),
         "states": sorted(reading.states.index.roles() - {WEIGHT}) if reading.states else [],
         "groups": [_plain(group, _GROUP_FACTS) for group in param_groups(meta.get("optimizer"))],
         "scheduler": _plain(scheduler, tuple(sorted(scheduler))) if isinstance(scheduler, dict) else None,
@@ -307,8 +294,8 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
     if not facts.args:
         lines.append("the run's arguments are not saved" + ("" if facts.recorded else ": dp, cp and heads are not known"))
     names = {held.canonical for held in reading.whole.index.held}
-    if lacking := families.missing(_fused(names), reading.whole.num_layers):
-        lines.append(f"tensors of a GPT-like model: {frameworks.megatron.brief(lacking)}")
+    if lacking := families.missing(names, reading.whole.num_layers):
+        lines.append(f"tensors of a GPT-like model: {brief(lacking)}")
     return lines
 
 

@@ -40,6 +40,9 @@ class Numbering:
     suffix: str | None = None
 
 
+AS_RECORDED = Numbering()
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
     """Where a tensor lives in a layout."""

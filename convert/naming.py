@@ -24,4 +24,5 @@ def _span(numbers: Iterable[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
     contiguous = numbers[-1] - numbers[0] == len(numbers) - 1
-    return "{%s}" % (f"{numbers[0]}-{numbers[-1]}" if contiguous else ",".join(map(str, numbers)))
+    inside = f"{numbers[0]}-{numbers[-1]}" if contiguous else ",".join(map(str, numbers))
+    return f"{{{inside}}}"

@@ -21,7 +21,8 @@ from .tensors import ITEMSIZE, Box, Piece, Stored, Tensor, TensorSpec
 class Wanted:
     """A tensor that an output file should hold: its spec and the boxes of logical tensors that make it up, in order.
 
-    A box without a tensor is a gap, filled with zeros. `source` stands instead of boxes for a tensor that is copied as it is and is no part of the training state.
+    A box without a tensor is a gap, filled with zeros. `source` stands instead of boxes for a tensor that is
+    copied as it is and is no part of the training state.
     """
 
     spec: TensorSpec

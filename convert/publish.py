@@ -30,11 +30,11 @@ class Staging:
     def open(self) -> dict[str, Outcome]:
         """Lock the staging folder and return what an earlier, killed run of the same conversion finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")
+        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RefusedError(f"{self.folder}: another conversion into {self.target} is running; wait for it to end")
+            raise RefusedError(f"{self.target}: another conversion into it is running; wait for it to end") from None
         if self.old.exists() and not self.target.exists():
             os.rename(self.old, self.target)
         done = self._resumable()

@@ -105,7 +105,7 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
         try:
             ranks[tp, pp, ep] = RankSidecar(tuple(_layout_optimizer(entry) for entry in data["optimizers"]), data)
         except (KeyError, TypeError, ValueError) as error:
-            raise RefusedError(f"{folder / name}: damaged layout file ({error!r}); take the one of the save itself")
+            raise RefusedError(f"{folder / name}: damaged layout file ({error!r}); take the save's own") from error
         iterations.add(data.get("iteration"))
     if len(iterations) > 1:
         raise RefusedError(f"{folder}: layout files of several iterations {sorted(iterations)}; "
@@ -148,7 +148,7 @@ def _map_slots(path: Path) -> tuple[Slot, ...]:
             _checked(Slot(_checkpoint_name(name), tuple(shape), dtype.removeprefix("torch."), start, end, bucket))
             for name, (dtype, shape, start, end, bucket) in data.items())
     except (AttributeError, TypeError, ValueError) as error:
-        raise RefusedError(f"{path}: not a parameter map ({error}); take the one written with this checkpoint")
+        raise RefusedError(f"{path}: not a parameter map ({error}); take the one written with this checkpoint") from error
 
 
 def _checkpoint_name(name: str) -> str:
@@ -167,4 +167,4 @@ def _load(path: Path) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RefusedError(f"{path}: cannot be read as JSON ({error})")
+        raise RefusedError(f"{path}: cannot be read as JSON ({error})") from error

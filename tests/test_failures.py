@@ -94,8 +94,10 @@ def test_map_of_another_model(source, capsys):
     other = DATA / "cac60ce4_patched_legacy_pp2dp3_untied_padded" / "param_map"
     for pp in (0, 1):
         for tp in (0, 1):
-            shutil.copy(other / f"param_map_buffer0_dp0tp0pp{pp}vpp0.json",
-                        source / f"param_map/param_map_buffer0_dp0tp{tp}pp{pp}vpp0.json")
+            shutil.copy(
+                other / f"param_map_buffer0_dp0tp0pp{pp}vpp0.json",
+                source / f"param_map/param_map_buffer0_dp0tp{tp}pp{pp}vpp0.json",
+            )
     assert_refused(capsys, source, "another run")
 
 
@@ -116,9 +118,10 @@ def test_map_of_another_run_of_the_same_shape(source, capsys):
 def test_optimizer_file_of_another_run(source, capsys):
     """A file of the same shape whose values belong to no parameter of this model."""
     import torch
+
     path = rank(source, "mp_rank_00_000") / "distrib_optim.pt"
     saved = torch.load(path, weights_only=True)
-    buffer, = saved[0].values()
+    (buffer,) = saved[0].values()
     generator = torch.Generator().manual_seed(1)
     buffer["param"] = [torch.randn(bucket.shape, generator=generator) * 0.02 for bucket in buffer["param"]]
     torch.save(saved, path)
@@ -199,8 +202,12 @@ def test_a_file_that_cannot_grow_fails_the_run(source, workers):
     """The kernel refuses to write on, as on a full disk: nothing is published, no temporary file stays."""
     out = source.parent / "out"
     limited = subprocess.run(
-        command(source, out, "--workers", workers), capture_output=True, text=True, cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+        command(source, out, "--workers", workers),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
     assert limited.returncode == 3, limited.stderr
     assert "File too large" in limited.stderr and "network.ckpt" in limited.stderr
     assert not out.exists() and not list(source.parent.rglob("*.tmp"))
@@ -226,9 +233,11 @@ def command(source, out, *flags):
 def test_killed_midway_then_run_again(source):
     """kill −9 after the first file: nothing is published; the same command goes on and the result is the usual one."""
     out, staging = source.parent / "out", source.parent / ".out.parammap"
-    slow = "import convert.execute as e, time; w = e._Writer._fill\n" \
-           "def slow(*a):\n    time.sleep(0.02)\n    yield from w(*a)\n" \
-           "e._Writer._fill = slow\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+    slow = (
+        "import convert.execute as e, time; w = e._Writer._fill\n"
+        "def slow(*a):\n    time.sleep(0.02)\n    yield from w(*a)\n"
+        "e._Writer._fill = slow\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     running = subprocess.Popen([sys.executable, "-c", slow, *command(source, out, "--workers", "1")[3:]], cwd=ROOT)
     first = staging / "out/rank_0/network.ckpt"
     deadline = time.monotonic() + 60
@@ -249,12 +258,18 @@ def test_killed_midway_then_run_again(source):
 
 def test_a_killed_worker_fails_the_run(source):
     out = source.parent / "out"
-    suicidal = "import convert.execute as e, os, signal; w = e._Writer._fill\n" \
-               "def die(self, hole):\n    if 'rank_3' in self.task.path: os.kill(os.getpid(), signal.SIGKILL)\n" \
-               "    yield from w(self, hole)\n" \
-               "e._Writer._fill = die\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
-    run = subprocess.run([sys.executable, "-c", suicidal, *command(source, out, "--workers", "2")[3:]], cwd=ROOT,
-                         capture_output=True, text=True)
+    suicidal = (
+        "import convert.execute as e, os, signal; w = e._Writer._fill\n"
+        "def die(self, hole):\n    if 'rank_3' in self.task.path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    yield from w(self, hole)\n"
+        "e._Writer._fill = die\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", suicidal, *command(source, out, "--workers", "2")[3:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 3 and "killed" in run.stderr and not out.exists()
     assert convert(source, out) == 0
 
@@ -262,8 +277,12 @@ def test_a_killed_worker_fails_the_run(source):
 def test_a_changed_source_is_not_resumed(source):
     """What an interrupted run has written counts only for the very same source files."""
     out, staging = source.parent / "out", source.parent / ".out.parammap"
-    run = subprocess.run(command(source, out), cwd=ROOT, capture_output=True,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (670_000, 670_000)))
+    run = subprocess.run(
+        command(source, out),
+        cwd=ROOT,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (670_000, 670_000)),
+    )
     assert run.returncode == 3 and len((staging / "journal").read_text().splitlines()) > 1
     os.utime(rank(source) / "distrib_optim.pt")
     assert convert(source, out) == 0
@@ -273,5 +292,8 @@ def test_a_changed_source_is_not_resumed(source):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != MANIFEST}
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }

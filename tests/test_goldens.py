@@ -16,8 +16,13 @@ from tests.lab.mindspore_load import load
 from tests.lab.torch_load import torch_load
 
 DATA = Path(__file__).parent / "data" / "megatron"
-RENAMES = {"self_attention": "attention", "query_key_value": "qkv_proj", "dense": "out_proj", "dense_h_to_4h": "mapping",
-           "dense_4h_to_h": "projection"}
+RENAMES = {
+    "self_attention": "attention",
+    "query_key_value": "qkv_proj",
+    "dense": "out_proj",
+    "dense_h_to_4h": "mapping",
+    "dense_4h_to_h": "projection",
+}
 #: golden: global number of each stage's layers by (pp, chunk), and the ranks of the output by (tp, pp)
 GOLDENS = {
     "cac60ce4_patched_legacy_tp2pp2": ({(0, 0): [0, 1], (1, 0): [2, 3]}, lambda tp, pp: pp * 2 + tp),
@@ -57,7 +62,7 @@ def truth(golden: Path, layers: dict) -> dict[tuple[int, int], dict[str, np.ndar
         saved = torch.load(folder / "distrib_optim.pt", weights_only=True)
         arrays = result.setdefault((rank["tp"], rank["pp"]), {})
         for gbuf, live in enumerate(rank["chunks"]):
-            buffer, = saved[gbuf].values()
+            (buffer,) = saved[gbuf].values()
             for role, prefix in (("param", ""), ("exp_avg", "exp_avg."), ("exp_avg_sq", "exp_avg_sq.")):
                 flat = buckets_of(buffer, role)
                 assert len(flat) == live["numel"]
@@ -81,24 +86,34 @@ def test_golden_converts_exactly(name, form, tmp_path):
         states = {key for key in arrays if key.startswith(("language_model.", "exp_avg"))}
         assert states == set(expected[rank])
         for key, value in expected[rank].items():
-            assert value.dtype == arrays[key].dtype and np.array_equal(value.view(np.uint32), arrays[key].view(np.uint32)), key
+            assert value.dtype == arrays[key].dtype and np.array_equal(
+                value.view(np.uint32), arrays[key].view(np.uint32)
+            ), key
 
 
 def test_scalars_have_the_types_that_the_loader_assigns(tmp_path):
     golden = DATA / "cac60ce4_patched_legacy_tp2pp2"
     assert main(["convert", str(golden), str(tmp_path / "out"), "--to", "mindspore"]) == 0
-    arrays, = load([tmp_path / "out/rank_0/network.ckpt"], tmp_path / "loaded")
+    (arrays,) = load([tmp_path / "out/rank_0/network.ckpt"], tmp_path / "loaded")
     saved = torch_load(golden / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")
     groups = saved["optimizer"]["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.01}
     scalars = {k: v for k, v in arrays.items() if not k.startswith(("language_model.", "exp_avg"))}
     expected = {
-        "state_step": np.array([2], np.float32), "learning_rate_group_0": np.float64(0.008272727272727274),
+        "state_step": np.array([2], np.float32),
+        "learning_rate_group_0": np.float64(0.008272727272727274),
         "weight_decay_group_0": np.float64(groups[0]["weight_decay"]),
         "weight_decay_group_1": np.float64(groups[1]["weight_decay"]),
-        "max_lr": np.float64(0.01), "min_lr": np.float64(0.001), "lr_warmup_steps": np.int64(0), "num_steps": np.int64(16),
-        "lr_decay_steps": np.int64(80), "lr_decay_style": np.int64(2), "wd_incr_style": np.int64(0),
-        "step_num": np.int64(2), "epoch_num": np.int64(0)}
+        "max_lr": np.float64(0.01),
+        "min_lr": np.float64(0.001),
+        "lr_warmup_steps": np.int64(0),
+        "num_steps": np.int64(16),
+        "lr_decay_steps": np.int64(80),
+        "lr_decay_style": np.int64(2),
+        "wd_incr_style": np.int64(0),
+        "step_num": np.int64(2),
+        "epoch_num": np.int64(0),
+    }
     for name, value in expected.items():
         assert scalars[name].dtype == value.dtype and scalars[name].shape == value.shape, name
         assert scalars[name] == value, name
@@ -119,11 +134,15 @@ def test_moe_golden_converts_without_its_experts_on_demand(tmp_path):
     assert main(["convert", str(golden), str(tmp_path / "out"), "--to", "mindspore", "--drop", "experts"]) == 0
     live = json.loads((golden / "truth/rank0.json").read_text())["chunks"]
     saved = torch.load(golden / "iter_0000002/mp_rank_00_000/distrib_optim.pt", weights_only=True)
-    dense, = saved[0][0].values()
+    (dense,) = saved[0][0].values()
     ranks = load([tmp_path / f"out/rank_{n}/network.ckpt" for n in (0, 1)], tmp_path / "loaded")
-    buffer, = (b for b in live if b["kind"] == "dense")
-    table = {"self_attention.linear_qkv.weight": "attention.qkv_proj.weight", "mlp.router.weight": "mlp.router.gating.weight",
-             "pre_mlp_layernorm.weight": "post_attention_norm.gamma", "self_attention.linear_proj.bias": "attention.out_proj.bias"}
+    (buffer,) = (b for b in live if b["kind"] == "dense")
+    table = {
+        "self_attention.linear_qkv.weight": "attention.qkv_proj.weight",
+        "mlp.router.weight": "mlp.router.gating.weight",
+        "pre_mlp_layernorm.weight": "post_attention_norm.gamma",
+        "self_attention.linear_proj.bias": "attention.out_proj.bias",
+    }
     compared = 0
     for name, shape, start, end, _ in buffer["params"]:
         layer, _, tail = name.removeprefix("module.").removeprefix("decoder.layers.").partition(".")
@@ -140,16 +159,41 @@ def test_moe_golden_converts_without_its_experts_on_demand(tmp_path):
 def test_weights_only_keeps_the_dtype_on_disk_or_casts(tmp_path):
     golden = DATA / "cac60ce4_mcore_pp2dp2_llama"
     for form in ("ckpt", "safetensors"):
-        assert main(["convert", str(golden), str(tmp_path / form), "--to", "mindspore", "--weights-only",
-                     "--format", form]) == 0
-    assert main(["convert", str(golden), str(tmp_path / "cast"), "--to", "mindspore", "--weights-only",
-                 "--dtype", "float32"]) == 0
+        assert (
+            main(
+                ["convert", str(golden), str(tmp_path / form), "--to", "mindspore", "--weights-only", "--format", form]
+            )
+            == 0
+        )
+    assert (
+        main(
+            [
+                "convert",
+                str(golden),
+                str(tmp_path / "cast"),
+                "--to",
+                "mindspore",
+                "--weights-only",
+                "--dtype",
+                "float32",
+            ]
+        )
+        == 0
+    )
     model = torch_load(golden / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")["model"]
-    ckpt, safe, cast = load([tmp_path / "ckpt/rank_0/network.ckpt", tmp_path / "safetensors/rank_0/network.safetensors",
-                             tmp_path / "cast/rank_0/network.ckpt"], tmp_path / "loaded")
-    pairs = {"decoder.layers.1.mlp.linear_fc1.weight": "language_model.encoder.layers.1.mlp.mapping.weight",
-             "decoder.layers.0.input_layernorm.weight": "language_model.encoder.layers.0.input_norm.gamma",
-             "decoder.layers.0.self_attention.linear_qkv.weight": "language_model.encoder.layers.0.attention.qkv_proj.weight"}
+    ckpt, safe, cast = load(
+        [
+            tmp_path / "ckpt/rank_0/network.ckpt",
+            tmp_path / "safetensors/rank_0/network.safetensors",
+            tmp_path / "cast/rank_0/network.ckpt",
+        ],
+        tmp_path / "loaded",
+    )
+    pairs = {
+        "decoder.layers.1.mlp.linear_fc1.weight": "language_model.encoder.layers.1.mlp.mapping.weight",
+        "decoder.layers.0.input_layernorm.weight": "language_model.encoder.layers.0.input_norm.gamma",
+        "decoder.layers.0.self_attention.linear_qkv.weight": "language_model.encoder.layers.0.attention.qkv_proj.weight",
+    }
     for source, name in pairs.items():
         bits = model[source].view(torch.uint16).numpy()
         assert np.array_equal(bits, ckpt["bf16:" + name]) and np.array_equal(bits, safe["bf16:" + name])
@@ -164,7 +208,13 @@ def test_pt_meta_restores_what_the_way_back_needs(tmp_path):
     ours = torch_load(tmp_path / "out/pt_meta/args_tp01_pp001.pt")
     theirs = torch_load(golden / "iter_0000002/mp_rank_01_001/model_optim_rng.pt")
     assert vars(ours["args"]) == vars(theirs["args"]) and len(vars(ours["args"])) > 200
-    for key in ("checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "num_floating_point_operations_so_far"):
+    for key in (
+        "checkpoint_version",
+        "iteration",
+        "optimizer",
+        "opt_param_scheduler",
+        "num_floating_point_operations_so_far",
+    ):
         assert ours[key] == theirs[key]
     for key, value in theirs["rng_state"][0].items():
         assert repr(ours["rng_state"][0][key]) == repr(value)

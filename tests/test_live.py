@@ -24,8 +24,12 @@ def convert(run, out, *flags):
 
 
 def prove(run, out):
-    proof = subprocess.run([sys.executable, "-W", "ignore", "-m", "examples.mindspore_proof", str(run.path), str(out)],
-                           cwd=ROOT, capture_output=True, text=True)
+    proof = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "examples.mindspore_proof", str(run.path), str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert "proved: mindspore.load_checkpoint loaded" in proof.stdout
 
@@ -46,7 +50,9 @@ def test_safetensors_equal_the_live_state(trained_variant, tmp_path):
 
 
 @every_run("stale")
-def test_stale_model_weights_are_reported_and_the_optimizers_are_taken(trained_variant, tmp_path, capsys, core, variant):
+def test_stale_model_weights_are_reported_and_the_optimizers_are_taken(
+    trained_variant, tmp_path, capsys, core, variant
+):
     """core 0.6 with --overlap-param-gather saves 16-bit weights that are one step old; the optimizer's are right."""
     run = trained_variant(core, variant)
     assert convert(run, tmp_path / "out") == 1
@@ -70,6 +76,7 @@ def test_permuted_optimizer_slices_are_refused(trained_variant, tmp_path, capsys
 @pytest.mark.parametrize("lost", ["layout_tp01_pp001.json", "layout_tp00_pp000.json"])
 def test_a_layout_file_is_missing(trained_variant, tmp_path, capsys, lost):
     import shutil
+
     run = trained_variant("0.16.1", "tp2pp2")
     source = Path(shutil.copytree(run.path, tmp_path / "src"))
     for path in source.rglob(lost):
@@ -80,6 +87,7 @@ def test_a_layout_file_is_missing(trained_variant, tmp_path, capsys, lost):
 
 def test_layout_of_another_iteration_is_refused(trained_variant, tmp_path, capsys):
     import shutil
+
     run = trained_variant("0.16.1", "tp2pp2")
     source = Path(shutil.copytree(run.path, tmp_path / "src"))
     shutil.rmtree(next(source.glob("iter_*/param_map")))
@@ -93,6 +101,7 @@ def test_layout_of_another_iteration_is_refused(trained_variant, tmp_path, capsy
 def test_bare_maps_of_a_padded_release_are_refused(trained_variant, tmp_path, capsys):
     """From core 0.7 on the file has no bucket bounds: where buckets are padded, a bare map cannot say what lies where."""
     import shutil
+
     run = trained_variant("0.16.1", "dp3_padded")
     source = Path(shutil.copytree(run.path, tmp_path / "src"))
     for path in source.rglob("layout_*.json"):
@@ -104,6 +113,7 @@ def test_bare_maps_of_a_padded_release_are_refused(trained_variant, tmp_path, ca
 def test_bare_maps_of_core_0_6_suffice(trained_variant, tmp_path):
     """distrib_optim.pt of core 0.6 has its bucket bounds itself."""
     import shutil
+
     run = trained_variant("0.6.0", "dp3_padded")
     source = Path(shutil.copytree(run.path, tmp_path / "src"))
     for path in source.rglob("layout_*.json"):

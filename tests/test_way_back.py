@@ -20,8 +20,11 @@ from tests.lab.torch_load import torch_load
 from tests.lab.variants import DEFECTS, VARIANTS
 
 DATA = Path(__file__).parent / "data" / "megatron"
-GOLDENS = ["cac60ce4_patched_legacy_tp2pp2", "cac60ce4_patched_legacy_pp4vpp2",
-           "cac60ce4_patched_legacy_pp2dp3_untied_padded"]
+GOLDENS = [
+    "cac60ce4_patched_legacy_tp2pp2",
+    "cac60ce4_patched_legacy_pp4vpp2",
+    "cac60ce4_patched_legacy_pp2dp3_untied_padded",
+]
 
 
 def there_and_back(source, tmp_path, *flags, form="ckpt"):
@@ -31,13 +34,15 @@ def there_and_back(source, tmp_path, *flags, form="ckpt"):
 
 
 def rank_folders(root):
-    iteration, = root.glob("iter_*")
+    (iteration,) = root.glob("iter_*")
     return {path.name: path for path in iteration.glob("mp_rank_*")}
 
 
 def assert_equal(ours, theirs, where=""):
     """Deep equality, tensors by their bits."""
-    assert type(ours) is type(theirs) or {type(ours), type(theirs)} <= {dict, __import__("collections").OrderedDict}, where
+    assert type(ours) is type(theirs) or {type(ours), type(theirs)} <= {dict, __import__("collections").OrderedDict}, (
+        where
+    )
     if isinstance(theirs, torch.Tensor):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, where
         assert torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), where
@@ -68,8 +73,8 @@ def used(live, numel_in_file):
     mask = np.zeros(numel_in_file, bool)
     for _, shape, start, end, bucket in live["params"]:
         low = start - starts[bucket] + shift[bucket]
-        assert end - start == math.prod(shape) and not mask[low:low + end - start].any()
-        mask[low:low + end - start] = True
+        assert end - start == math.prod(shape) and not mask[low : low + end - start].any()
+        mask[low : low + end - start] = True
     return mask
 
 
@@ -87,7 +92,7 @@ def assert_optimizer_equal(ours, theirs, live_buffers):
             if isinstance(key, str):
                 assert mine[key] == original[key]
         for gbuf, live in enumerate(buffers):
-            (dtypes, states), = original[gbuf].items()
+            ((dtypes, states),) = original[gbuf].items()
             assert list(mine[gbuf]) == [dtypes] and set(mine[gbuf][dtypes]) == set(states)
             for state, value in states.items():
                 if isinstance(value, int):
@@ -129,15 +134,25 @@ def layouts(root):
 
 def live_of_run(run, folder):
     """The live buffers as the hook wrote them down; tests/test_hook.py holds those to the running process."""
-    for name, layout in layouts(run.path).items():
+    for layout in layouts(run.path).values():
         rank = layout["rank"]
         numbers = [f"{rank['tp']:02d}"]
-        numbers += [f"{rank['pp']:03d}"] * (layout["parallel"]["pp"] > 1) + [f"{rank['ep']:03d}"] * (layout["parallel"]["ep"] > 1)
+        numbers += [f"{rank['pp']:03d}"] * (layout["parallel"]["pp"] > 1) + [f"{rank['ep']:03d}"] * (
+            layout["parallel"]["ep"] > 1
+        )
         if folder == "_".join(["mp_rank", *numbers]):
-            return [[{"numel": b["numel"], "bucket_indices": [(k["start"], k["end"]) for k in b["buckets"]],
-                      "unpadded": [k["numel_unpadded"] for k in b["buckets"]],
-                      "params": [(p["name"], p["shape"], p["start"], p["end"], p["bucket"]) for p in b["params"]]}
-                     for b in (link or {"buffers": []})["buffers"]] for link in layout["optimizers"]]
+            return [
+                [
+                    {
+                        "numel": b["numel"],
+                        "bucket_indices": [(k["start"], k["end"]) for k in b["buckets"]],
+                        "unpadded": [k["numel_unpadded"] for k in b["buckets"]],
+                        "params": [(p["name"], p["shape"], p["start"], p["end"], p["bucket"]) for p in b["params"]],
+                    }
+                    for b in (link or {"buffers": []})["buffers"]
+                ]
+                for link in layout["optimizers"]
+            ]
     raise AssertionError(folder)
 
 
@@ -184,9 +199,29 @@ def test_weights_only_comes_back(tmp_path):
 
 
 def old_entry_point(tmp_path, *flags):
-    return convert_ckpt2pt.main(["--num-layers", "4", "--dp-size", "1", "--cp-size", "1", "--tp-size", "2", "--pp-size", "2",
-                                 "--vpp-size", "1", "--ms-path", str(tmp_path / "ms"), "--param-map-path",
-                                 str(tmp_path / "ms/pt_meta"), "--megatron-path", str(tmp_path / "back"), *flags])
+    return convert_ckpt2pt.main(
+        [
+            "--num-layers",
+            "4",
+            "--dp-size",
+            "1",
+            "--cp-size",
+            "1",
+            "--tp-size",
+            "2",
+            "--pp-size",
+            "2",
+            "--vpp-size",
+            "1",
+            "--ms-path",
+            str(tmp_path / "ms"),
+            "--param-map-path",
+            str(tmp_path / "ms/pt_meta"),
+            "--megatron-path",
+            str(tmp_path / "back"),
+            *flags,
+        ]
+    )
 
 
 def test_the_entry_point_that_users_know(tmp_path, capsys):
@@ -212,13 +247,16 @@ def test_layers_that_do_nothing_are_left_out(tmp_path):
     """MindSpeed-Core-MS numbers layers 0, 1, 3, 4 where 2 and 5 do nothing; written by MindSpore itself."""
     import subprocess
     import sys
+
     assert main(["convert", str(DATA / GOLDENS[0]), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
     renumber = """
 import sys, re, mindspore
 for file in sys.argv[1:]:
     parameters = mindspore.load_checkpoint(file)
-    moved = {re.sub(r"(?<=layers\\.)\\d", lambda m: str([0, 1, 3, 4][int(m[0])]), name): value for name, value in parameters.items()}
-    idle = [(name.replace("layers.0", f"layers.{n}"), value) for n in (2, 5) for name, value in moved.items() if "layers.0" in name]
+    number = lambda match: str([0, 1, 3, 4][int(match[0])])
+    moved = {re.sub(r"(?<=layers\\.)\\d", number, name): value for name, value in parameters.items()}
+    first = [(name, value) for name, value in moved.items() if "layers.0" in name]
+    idle = [(name.replace("layers.0", f"layers.{n}"), value) for n in (2, 5) for name, value in first]
     import os; os.remove(file)
     mindspore.save_checkpoint([{"name": n, "data": v} for n, v in [*moved.items(), *idle]], file)
 """
@@ -234,6 +272,7 @@ def test_training_that_went_on_in_mindspore_moves_the_counters(tmp_path):
     """Step, iteration, rate and schedule come from what MindSpore saved; the rest of the metadata stays."""
     import subprocess
     import sys
+
     source = DATA / GOLDENS[0]
     assert main(["convert", str(source), str(tmp_path / "ms"), "--to", "mindspore"]) == 0
     advance = """
@@ -243,7 +282,8 @@ new = {"step_num": np.int64(7), "state_step": np.array([7], np.float32), "num_st
 for file in sys.argv[1:]:
     parameters = mindspore.load_checkpoint(file)
     os.remove(file)
-    mindspore.save_checkpoint([{"name": n, "data": mindspore.Tensor(new[n]) if n in new else v} for n, v in parameters.items()], file)
+    parameters.update({name: mindspore.Tensor(value) for name, value in new.items()})
+    mindspore.save_checkpoint([{"name": name, "data": value} for name, value in parameters.items()], file)
 """
     files = [str(path) for path in (tmp_path / "ms").rglob("network.ckpt")]
     subprocess.run([sys.executable, "-c", advance, *files], check=True, capture_output=True)
@@ -252,9 +292,14 @@ for file in sys.argv[1:]:
     ours = torch_load(tmp_path / "back/iter_0000007/mp_rank_00_000/model_optim_rng.pt")
     theirs = torch_load(source / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")
     assert ours["iteration"] == 7 and ours["opt_param_scheduler"]["num_steps"] == 56
-    for mine, original in zip(ours["optimizer"]["optimizer"]["param_groups"], theirs["optimizer"]["optimizer"]["param_groups"],
-                              strict=True):
+    for mine, original in zip(
+        ours["optimizer"]["optimizer"]["param_groups"], theirs["optimizer"]["optimizer"]["param_groups"], strict=True
+    ):
         assert mine["step"] == 7 and isinstance(mine["step"], int) and mine["lr"] == 0.00125
-        assert {k: v for k, v in mine.items() if k not in ("step", "lr")} == \
-               {k: v for k, v in original.items() if k not in ("step", "lr")}
-    assert ours["args"].consumed_train_samples == theirs["args"].consumed_train_samples + 5 * theirs["args"].global_batch_size
+        assert {k: v for k, v in mine.items() if k not in ("step", "lr")} == {
+            k: v for k, v in original.items() if k not in ("step", "lr")
+        }
+    assert (
+        ours["args"].consumed_train_samples
+        == theirs["args"].consumed_train_samples + 5 * theirs["args"].global_batch_size
+    )

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--accept-permuted", action="store_true", help="convert although optimizer slices are permuted")
     add("--overwrite", action="store_true", help="replace an output folder that has content")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N", help="processes (default: %(default)s)")
+    add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
     sizes = parser.add_argument_group("layout of the output (default: the source's)")
     for name, what in SIZES.items():
         sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")

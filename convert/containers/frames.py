@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Literal as OneOf, Union
+from typing import BinaryIO
+from typing import Literal as OneOf
 
 from convert.tensors import TensorSpec
 
@@ -45,7 +46,7 @@ class Crc:
     byteorder: OneOf["little", "big"]
 
 
-Segment = Union[Literal, Hole, Crc]
+Segment = Literal | Hole | Crc
 
 
 def place(segments: Iterable[Segment]) -> Iterator[tuple[int, Segment]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from . import gpt
 
@@ -61,12 +61,12 @@ def dialect_of(names: list[str]) -> str:
     return LEGACY if any(name.startswith(("language_model.", "word_embeddings")) for name in names) else CORE
 
 
-@lru_cache(maxsize=None)
+@cache
 def _by_name(dialect: str) -> dict[str, Row]:
     rows = {}
     for canonical, (arrangement, legacy, core, mindspore) in gpt.ROWS_OF_TABLE.items():
         for w in ("weight", "bias") if "{w}" in canonical else ("weight",):
-            pattern = mindspore and mindspore.replace("{w}", w).replace("{norm_w}", "{norm_%s}" % w)
+            pattern = mindspore and mindspore.replace("{w}", w).replace("{norm_w}", f"{{norm_{w}}}")
             row = Row(canonical.replace("{w}", w), arrangement, pattern)
             names = {LEGACY: legacy, CORE: core, MINDSPORE: _norm_variants(pattern)}[dialect]
             rows.update((name.replace("{w}", w), row) for name in names)

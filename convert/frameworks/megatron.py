@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
 from ..errors import RefusedError
 from ..index import Found, Held, Index, Naming
-from ..layout import Layout, Numbering, Place, number_layers
+from ..layout import AS_RECORDED, Layout, Numbering, Place, number_layers
 from ..naming import brief
 from ..sidecar import Sidecar
 from ..tensors import MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
@@ -89,8 +89,11 @@ def _tracked(source: Path) -> str:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), numbering: Numbering = Numbering()) -> Checkpoint:
-    """Read a checkpoint's headers and sidecar; its folders are numbered without dp and cp. Raises RefusedError for anything missing, damaged or contradictory."""
+         drop: frozenset[str] = frozenset(), numbering: Numbering = AS_RECORDED) -> Checkpoint:
+    """Read a checkpoint's headers and sidecar; its folders are numbered without dp and cp.
+
+    Raises RefusedError for anything missing, damaged or contradictory.
+    """
     folder, number = find_iteration(source, iteration)
     sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)
     ranks = _read_ranks(folder, sidecar)
@@ -240,7 +243,7 @@ def _global_layers(ranks: list[Rank], sidecar: Sidecar | None) -> dict[tuple[int
 
 
 def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
-    for (tp, pp, ep), rank in (sidecar.ranks if sidecar else {}).items():
+    for (_, pp, _), rank in (sidecar.ranks if sidecar else {}).items():
         for chunk in rank.layout["chunks"] if rank.layout else []:
             for prefix, numbers in chunk["layers"].items():
                 counted = layers.get((pp, chunk["vpp"]), {}).get(prefix, [])

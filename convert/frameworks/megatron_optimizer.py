@@ -86,7 +86,7 @@ def _states(path: Path, saved: dict, gbuf: int) -> dict:
     bounds = saved.get("per_bucket_numel")
     unpadded = saved.get("per_bucket_numel_unpadded")
     if bounds:
-        states = {**states, "per_bucket": list(zip(bounds[gbuf][dtypes], unpadded[gbuf][dtypes]))}
+        states = {**states, "per_bucket": list(zip(bounds[gbuf][dtypes], unpadded[gbuf][dtypes], strict=True))}
     return states
 
 
@@ -159,7 +159,7 @@ def _runs(where: str, key: str, value: Stored | list[Stored], buckets: tuple[Buc
         if lengths != expected:
             raise RefusedError(f"{where}: its {key} buckets are {lengths} elements long and not {expected}; "
                                "the sidecar is of another run")
-        return [_Run(bucket.start, bucket.end, stored, 0) for bucket, stored in zip(buckets, value)]
+        return [_Run(bucket.start, bucket.end, stored, 0) for bucket, stored in zip(buckets, value, strict=True)]
     runs, position = [], 0
     for bucket in buckets:
         runs.append(_Run(bucket.start, bucket.start + bucket.numel_unpadded, value, position))

@@ -7,7 +7,6 @@ so that the result can be converted again. distrib_optim.pt comes in the generat
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
 from ..containers.frames import Literal
-from ..containers.pickles import Global, Opaque
+from ..containers.pickles import Global
 from ..errors import RefusedError
 from ..index import Found, Naming
 from ..layout import Place, number_layers
@@ -185,7 +184,7 @@ class _Writer:
     def _target_naming(self) -> Naming:
         source = self.source
         meta = next(iter(source.metas.values()), {})
-        slots = {key: slot for key, slot in _slots(source.sidecar)}
+        slots: dict = dict(_slots(source.sidecar))
         if not slots:
             slots = {(rank, number, spec.name): spec for rank, trees in source.structures.items()
                      for number, tree in enumerate(trees) for spec in _specs(tree)}

@@ -93,7 +93,8 @@ class _Namer:
         if self.options.names == "megatron":
             return families.renumber(held.found.name, layer, None)
         name = held.row.mindspore.format(i=layer, e=expert, **self.norm_names)
-        theirs = ".".join(_THEIR_NAMES.get(part, part) for part in families.renumber(held.found.name, layer, None).split("."))
+        parts = families.renumber(held.found.name, layer, None).split(".")
+        theirs = ".".join(_THEIR_NAMES.get(part, part) for part in parts)
         if theirs != name:
             self.unlike[name] = theirs
         return name

@@ -135,7 +135,7 @@ def _updated_groups(optimizer: object, scalars: dict[str, float], numbers: Itera
         return {key: _updated_groups(value, scalars, numbers) for key, value in optimizer.items()}
     groups = [{key: _updated(key, "state_step" if key == "step" else f"{_RENAMED.get(key, key)}_group_{number}", value,
                              scalars) for key, value in group.items()}
-              for group, number in zip(optimizer["param_groups"], numbers)]
+              for group, number in zip(optimizer["param_groups"], numbers, strict=False)]
     return {**optimizer, "param_groups": groups}
 
 

@@ -65,9 +65,20 @@ class Combined:
     strings: list[str]
 
 
-def is_shard(names: Iterator[str] | dict) -> bool:
-    """Whether a file with tensors of these names is one rank's part of a distributed optimizer."""
-    return any(map(_SHARD.match, names))
+def whole(file: Path, entries: dict[str, Stored]) -> dict[str, Stored]:
+    """The entries of `file`, the newest in a `rank_N` folder; where they are shards, those of its data parallel group.
+
+    The strategy is looked for in `opt_shard_info` beside the rank folders. Raises RefusedError as `combined` does.
+    """
+    if not any(map(_SHARD.match, entries)):
+        return entries
+    root, rank = file.parent.parent, int(_RANK_FOLDER.match(file.parent.name).group(1))
+    path = strategy_files(root / STRATEGY_FOLDER).get(rank)
+    if path is None:
+        raise RefusedError(f"{file}: holds a rank's part of flat buckets, and {root / STRATEGY_FOLDER} has no strategy of "
+                           f"rank {rank} that says what lies where; copy that folder as well")
+    group = combined(read_strategy(path, rank), root, suffixes=(file.suffix,))
+    return group.states | group.others
 
 
 def strategy_files(folder: Path) -> dict[int, Path]:
@@ -243,7 +254,8 @@ def _buffer(data: dict, number: int) -> Buffer:
             raise ValueError(f"{name} lies in buffer {buffer}, which is not described")
         if buffer == number:
             slots.append(Slot(name, tuple(map(operator.index, entry["shape"])), entry["dtype"], first, end, bucket))
-    return Buffer(0, slots[0].dtype if slots else None, tuple(buckets), tuple(slots))
+    return Buffer(chunk=0, param_dtype=slots[0].dtype if slots else None, grad_dtype=None, buckets=tuple(buckets),
+                  slots=tuple(slots))
 
 
 def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:

@@ -18,9 +18,9 @@ from ..checkpoint import Checkpoint, Coordinates
 from ..containers import mindspore_ckpt, safetensors, torch_zip
 from ..errors import RefusedError
 from ..index import Found, Index, Naming
-from ..layout import Layout, Numbering, Place
+from ..layout import AS_RECORDED, Layout, Numbering, Place
 from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
-from . import mindspore_scalars
+from . import mindspore_scalars, mindspore_sharded
 from .megatron_facts import Facts, experts_per_rank, is_gated
 from .mindspore import STRUCTURE_KEY
 
@@ -36,7 +36,7 @@ def recognizes(source: Path) -> bool:
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
-         drop: frozenset[str] = frozenset(), numbering: Numbering = Numbering()) -> Checkpoint:
+         drop: frozenset[str] = frozenset(), numbering: Numbering = AS_RECORDED) -> Checkpoint:
     """Read a MindSpore checkpoint. `numbering` overrules what pt_meta says of dp and cp, which number the rank folders.
 
     Raises RefusedError for anything missing, damaged or contradictory.
@@ -81,6 +81,9 @@ def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Co
         stage = _stage_size(source, numbers, layout)
     folders = {(tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
                for pp in range(layout.pp) for ep in range(layout.ep) for tp in range(layout.tp)}
+    first = mindspore_sharded.strategy_files(source / mindspore_sharded.STRATEGY_FOLDER)
+    if len(first) == len(folders):
+        folders = {rank: source / f"rank_{number}" for rank, number in zip(folders, first)}
     for rank, folder in folders.items():
         if not folder.is_dir():
             raise RefusedError(f"{folder}: missing; it should hold {Place(*rank)} of {layout}: copy the whole checkpoint")
@@ -105,6 +108,7 @@ def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[
     newest = max(files, key=lambda path: path.stat().st_mtime_ns)
     entries = {name: stored for name, stored in CONTAINERS[newest.suffix].read(newest).items()
                if isinstance(stored, Stored)}
+    entries = mindspore_sharded.whole(newest, entries)
     tensors = {name: stored for name, stored in entries.items() if "." in name}
     scalars = {name: _scalar(stored) for name, stored in entries.items() if "." not in name and stored.numel == 1}
     if not tensors:
