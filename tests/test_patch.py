@@ -1,0 +1,42 @@
+"""The patch file is what hooks/ says, and git and patch both accept it. (On real releases: test_megatron_lm.py.)"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from patches import make_patches
+
+ROOT = Path(__file__).resolve().parent.parent
+PATCH = ROOT / "patches/param_map.patch"
+BEFORE = ["def save_checkpoint():", "    args = None", "", "    # Collect args, model, RNG.", "    return args", ""]
+CALL = ["    from megatron.training.param_map import save_param_map",
+        "    save_param_map(args, iteration, model, optimizer, checkpoint_name)", ""]
+COMMANDS = {"git": ["git", "apply"], "patch": ["patch", "-p1", "--no-backup-if-mismatch", "-i"]}
+
+
+def test_patches_have_not_drifted_from_hooks():
+    assert make_patches.main(["--check"]) == 0, "run: python patches/make_patches.py"
+
+
+def test_drift_is_seen(monkeypatch, capsys):
+    monkeypatch.setitem(make_patches.PATCHES, "param_map.patch", lambda: "something else")
+    assert make_patches.main(["--check"]) == 1
+    assert "param_map.patch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("lines_before", [280, 290, 786])
+def test_it_adds_one_call_and_one_file(command, lines_before, tmp_path):
+    training = tmp_path / "megatron/training"
+    training.mkdir(parents=True)
+    padding = [f"# {number}" for number in range(lines_before)]
+    (training / "checkpointing.py").write_text("\n".join(padding + BEFORE))
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run([*COMMANDS[command], PATCH], cwd=tmp_path, check=True, capture_output=True)
+    expected = padding + BEFORE[:3] + CALL + BEFORE[3:]
+    assert (training / "checkpointing.py").read_text().splitlines() == "\n".join(expected).splitlines()
+    assert (training / "param_map.py").read_bytes() == (ROOT / "hooks/param_map.py").read_bytes()
+    assert sorted(file.name for file in training.iterdir()) == ["checkpointing.py", "param_map.py"]
