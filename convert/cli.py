@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from . import __version__
-from .commands import convert
+from .commands import convert, diff, digest, inspect, locate, verify
 from .errors import RefusedError, TaskError
 
-COMMANDS = {"convert": convert}
+COMMANDS = {"convert": convert, "inspect": inspect, "digest": digest, "verify": verify, "diff": diff, "locate": locate}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,10 +127,12 @@ def _check_free(folder: Path, outputs: list[str]) -> None:
 
 def _execute(args: argparse.Namespace, tasks: list[FileTask], links: list[tuple[str, str]], outputs: list[str]) -> None:
     """Write all files into a staging folder inside the output folder, then move them to their places."""
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     staging = Staging(args.output_dir / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
                       _fingerprint(tasks), overwrite=False)
-    done = staging.open()
+    try:
+        done = staging.open()
+    except OSError as error:
+        raise RefusedError(f"{args.output_dir}: cannot be written to ({error.strerror}); choose another folder") from error
     left = [task for task in tasks if task.path not in done]
     needed, free = sum(task.nbytes for task in left), shutil.disk_usage(args.output_dir).free
     if needed > free:
@@ -159,7 +161,7 @@ def _move(staged: Path, folder: Path, outputs: list[str]) -> None:
     except OSError as error:
         for path in moved:
             os.rename(folder / path, staged / path)
-        raise TaskError(f"{folder / outputs[len(moved)]}: {error.strerror}")
+        raise TaskError(f"{folder / outputs[len(moved)]}: {error.strerror}") from error
 
 
 def _fingerprint(tasks: list[FileTask]) -> str:

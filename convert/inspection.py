@@ -128,21 +128,27 @@ def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
-    """Each pipeline stage's chunks with their global layers; by the layout files where the tensors do not tell chunks."""
-    chunks: dict[tuple[int, int], set[str]] = {(pp, 0): set() for pp in range(checkpoint.layout.pp)}
-    layers: dict[tuple[int, int], set[int]] = {}
+    """Each pipeline stage's chunks with their global layers; by the layout files where the tensors do not tell chunks.
+
+    The embedding is in a stage's first chunk, an output layer in its last one.
+    """
+    layers: dict[tuple[int, int], set[int]] = {(pp, 0): set() for pp in range(checkpoint.layout.pp)}
+    ends: dict[str, set[int]] = {_EMBEDDING: set(), _HEAD: set()}
     for held in whole.index.held:
-        key = held.found.place.pp, held.found.place.vpp
-        chunks.setdefault(key, set()).add(held.canonical)
+        place = held.found.place
         if held.layer is not None:
-            layers.setdefault(key, set()).add(held.layer)
+            layers.setdefault((place.pp, place.vpp), set()).add(held.layer)
+        if held.canonical in ends:
+            ends[held.canonical].add(place.pp)
     if checkpoint.framework != "megatron":
         layers = _recorded_layers(checkpoint) or layers
-    keys = sorted(chunks.keys() | layers.keys())
-    return [{"pp": pp, "chunks": [
-        {"vpp": vpp, "layers": sorted(layers.get((pp, vpp), ())), "embedding": _EMBEDDING in chunks.get((pp, vpp), ()),
-         "output": _HEAD in chunks.get((pp, vpp), ())} for p, vpp in keys if p == pp]}
-        for pp in range(checkpoint.layout.pp)]
+    stages = []
+    for pp in range(checkpoint.layout.pp):
+        vpps = sorted(vpp for stage, vpp in layers if stage == pp)
+        stages.append({"pp": pp, "chunks": [
+            {"vpp": vpp, "layers": sorted(layers[pp, vpp]), "embedding": vpp == vpps[0] and pp in ends[_EMBEDDING],
+             "output": vpp == vpps[-1] and pp in ends[_HEAD]} for vpp in vpps]})
+    return stages
 
 
 def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:

@@ -99,7 +99,8 @@ def convert(request: Request) -> Report:
         "framework": {"from": source.framework, "to": request.to}, "layout": asdict(source.layout),
         "files": [{"path": o.path, "bytes": o.nbytes} for o in outcomes], "links": linked,
         "dropped": dropped, "misfits": _misfit_entries(misfits), "replicas_that_differ": differing,
-        "digests": digests, **planned.notes})
+        "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": request.output.cast},
+        "digests": digests, "scalars": _scalars(plan), **planned.notes})
     return Report(status, _summary(plan, request, misfits, differing, dropped, time.monotonic() - started),
                   planned.converted)
 
@@ -215,8 +216,19 @@ def _digests(outcomes: list[Outcome]) -> tuple[list[dict], list[str]]:
         if len(whole) > 1:
             differing.append(f"{tensor.name} ({tensor.role})")
         entries.append({"role": tensor.role, "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape),
-                        "digest": f"{replicas[0][0]:016x}"})
+                        "digest": f"{replicas[0][0]:016x}",
+                        "digests_of_other_copies": [f"{other:016x}" for other in sorted(whole - {replicas[0][0]})]})
     return entries, sorted(differing)
+
+
+def _scalars(plan: Plan) -> list[dict]:
+    """The tensors whose content was known before the run, in hexadecimal, with the files that hold these very ones."""
+    files: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for task in plan.tasks:
+        values = tuple((spec.name, spec.data.hex()) for spec in task.specs if spec.data is not None)
+        if values:
+            files.setdefault(values, []).append(task.path)
+    return [{"files": paths, "values": dict(values)} for values, paths in files.items()]
 
 
 def _fingerprint(plan: Plan, request: Request) -> str:

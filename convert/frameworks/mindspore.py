@@ -19,7 +19,7 @@ from ..index import Held
 from ..layout import Place
 from ..naming import brief
 from ..plan import Output, Wanted, WantedFile
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
+from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
 from .mindspore_scalars import Scalars, scalars_of
 
 FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
@@ -184,13 +184,16 @@ STRUCTURE_KEY = "parammap_model_structure"
 
 
 def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
-    """What MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) keeps of a model file, and the model's structure."""
-    kept = {key: meta.get(key) for key in _META_KEYS}
+    """All of a model file but the model, with the keys that MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) always has,
+    and the model's structure. The state of an optimizer that is not distributed is no metadata and is left out."""
+    kept = {**meta, **{key: None for key in _META_KEYS if key not in meta}}
+    if any(stored.shape for stored in _leaves(kept["optimizer"], Stored)):  # a loss scale has none
+        kept["optimizer"] = None
     kept[STRUCTURE_KEY] = [_described(tree) for tree in source.structures[rank]]
     if not source.with_optimizer:
         chunks = source.structures[rank]
         key = "model" if len(chunks) == 1 else "model{}"
-        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed(list(_specs(tree)))]
+        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed(list(_leaves(tree, TensorSpec)))]
                                    for number, tree in enumerate(chunks)]
     return kept
 
@@ -202,8 +205,10 @@ def _described(tree: object) -> object:
     return {key: _described(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _specs(tree: object) -> Iterator[TensorSpec]:
-    if isinstance(tree, TensorSpec):
+def _leaves(tree: object, kind: type) -> Iterator:
+    """The leaves of one kind in nested dicts and lists."""
+    if isinstance(tree, kind):
         yield tree
-    for value in tree.values() if isinstance(tree, dict) else ():
-        yield from _specs(value)
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(value, kind)

@@ -131,7 +131,7 @@ def combined(strategy: Strategy, folder: Path, prefixes: tuple[str, ...] = PREFI
 def _check_same_step(paths: list[Path], contents: list[dict]) -> None:
     for name in _COUNTERS:
         values = [_content(entry) if isinstance(entry := content.get(name), Stored) else None for content in contents]
-        for path, value in zip(paths, values):
+        for path, value in zip(paths, values, strict=True):
             if value != values[0]:
                 raise RefusedError(f"{path}: its {name} is not that of {paths[0]}; the newest files of these ranks are of "
                                    "different saves: remove what an interrupted save left")
@@ -171,7 +171,7 @@ def _bucket_states(strategy: Strategy, paths: list[Path], shards: dict[str, list
 
 def _check_shards(strategy: Strategy, paths: list[Path], name: str, shards: dict[str, list], bucket: Bucket) -> None:
     size = (bucket.end - bucket.start) // len(paths)
-    for path, shard in zip(paths, shards[name]):
+    for path, shard in zip(paths, shards[name], strict=True):
         if not isinstance(shard, Stored):
             raise RefusedError(f"{path}: has no {name}, which {strategy.file} asks for; it is of another run, or no "
                                "distributed optimizer's" + ("; without moments: --no-save-optim" if "." in name else ""))
@@ -185,7 +185,7 @@ def _cut_out(slot: Slot, shards: list[Stored], bucket: Bucket) -> Stored:
     size, itemsize = shards[0].numel, ITEMSIZE[shards[0].dtype]
     low, high = slot.start - bucket.start, slot.end - bucket.start
     extents: list[Extent] = []
-    for start, shard in zip(range(0, size * len(shards), size), shards):
+    for start, shard in zip(range(0, size * len(shards), size), shards, strict=True):
         begin, end = max(low, start), min(high, start + size)
         if begin < end:
             extents += _run(shard, (begin - start) * itemsize, (end - start) * itemsize)
@@ -204,7 +204,7 @@ def _run(stored: Stored, low: int, high: int) -> Iterator[Extent]:
 
 def _stacked(name: str, paths: list[Path], parts: list) -> Stored:
     """A ZeRO-3 tensor from the ranks' parts of its dim 0."""
-    for path, part in zip(paths, parts):
+    for path, part in zip(paths, parts, strict=True):
         if not isinstance(part, Stored) or not part.shape:
             raise RefusedError(f"{path}: has no part of the ZeRO-3 parameter {name}; it is of another run")
         if (part.dtype, part.shape) != (parts[0].dtype, parts[0].shape):
@@ -227,7 +227,7 @@ def read_strategy(path: Path, rank: int) -> Strategy:
         zero3 = tuple(data.get("zero3_params", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RefusedError(f"{path}: no description of a distributed optimizer's shards, or damaged ({error!r}); take the "
-                           "one that the training run wrote")
+                           "one that the training run wrote") from error
     if rank not in ranks or len(set(ranks)) != len(ranks):
         raise RefusedError(f"{path}: says that the data parallel group is {list(ranks)}, which is not rank {rank}'s")
     if not buffers and not zero3:

@@ -1,27 +1,40 @@
-"""torch.load of a Megatron-LM model file, with empty stand-ins for the classes of Megatron that its arguments name."""
+"""torch.load of a Megatron-LM model file without Megatron: inert stand-ins take the place of its classes."""
 
-import enum
-import sys
+import pickle
 import types
+from functools import cache
 from pathlib import Path
 
 import torch
 
-CLASSES = {module: enum.Enum(name, {f"m{number}": number for number in range(8)}) for module, name in {
-    "megatron.core.enums": "ModelType", "megatron.core.transformer.enums": "AttnBackend"}.items()}
+
+class StandIn:
+    """An object of a class that is not here: what it was made of, and the state that was set."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __eq__(self, other):
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self):
+        return hash((type(self).__name__, str(vars(self))))
+
+
+@cache
+def stand_in(module: str, name: str) -> type:
+    return type(f"{module}.{name}", (StandIn,), {})
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        return stand_in(module, name) if module.startswith("megatron") else super().find_class(module, name)
 
 
 def torch_load(path: Path) -> dict:
-    """What torch.load gives; the stand-ins are gone again afterwards, so that a real Megatron can be imported."""
-    before = dict(sys.modules)
-    try:
-        for module, kind in CLASSES.items():
-            for count in range(1, module.count(".") + 2):
-                part = ".".join(module.split(".")[:count])
-                sys.modules.setdefault(part, types.ModuleType(part))
-            setattr(sys.modules[module], kind.__name__, kind)
-        return torch.load(path, weights_only=False)
-    finally:
-        for name in set(sys.modules) - set(before):
-            if name.startswith("megatron"):
-                del sys.modules[name]
+    module = types.ModuleType("pickle_with_stand_ins")
+    module.Unpickler, module.load = _Unpickler, pickle.load
+    return torch.load(path, weights_only=False, pickle_module=module)
