@@ -1,8 +1,8 @@
 """`combine_ckpt_dp_zero.py`, with the flags that users of MindSpeed-Core-MS's tool of that name know.
 
-Per data parallel group, the newest files of its ranks, which hold parts of flat buckets, become one file that holds each
-parameter's weight and moments under its own name: `rank_N/<name of rank N's file>_dp_merged.<format>` for the group's
-first rank N. The output folder may be that of the checkpoint: files are added to it, all or none, and never replaced.
+Per data parallel group, the newest files of its ranks, which hold parts of flat buckets, become one file that holds
+each parameter's weight and moments under its own name: `rank_N/<name of rank N's file>_dp_merged.<format>` for the
+group's first rank N. The output folder may be that of the checkpoint: files are added to it, all or none, and never replaced.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OPTIMIZER_SCALARS = ("learning_rate", "weight_decay", "epoch", "state", "defaul
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """One data parallel group: its output file, the other ranks' copies of it as (link, file), and what to tell of it."""
+    """One data parallel group: its output file, the other ranks' copies of it as (link, file), what to tell of it."""
 
     file: WantedFile
     links: list[tuple[str, str]]
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dst-format", default="ckpt", choices=sorted(FRAMES), help="format to write (default: %(default)s)")
     add("--copy-to-all-dp-ranks", action="store_true", help="a file for every rank, as hard links where possible")
     add("--max-proccess-limit", type=positive, default=8, help="worker processes (default: %(default)s)")
-    add("--rank-section", type=int, nargs=2, metavar=("FIRST", "END"), help="groups whose first rank is in [FIRST, END)")
+    add("--rank-section", type=int, nargs=2, metavar=("FIRST", "END"), help="groups whose first rank is there")
     add("--no-save-optim", action="store_true", help="weights only")
     return parser
 
@@ -87,8 +87,8 @@ def _strategies(args: argparse.Namespace) -> dict[int, Path]:
     found = {rank: path for rank, path in sharded.strategy_files(args.strategy_dir).items() if first <= rank < end}
     if not found:
         section = f" of ranks {first} to {end - 1}" if args.rank_section else ""
-        raise RefusedError(f"{args.strategy_dir}: holds no rank_N/dist_opt_shard_info_rank_N-0_0.json{section}; name the "
-                           "folder that the training run wrote with --strategy-dir")
+        raise RefusedError(f"{args.strategy_dir}: holds no rank_N/dist_opt_shard_info_rank_N-0_0.json{section}; name "
+                           "the folder that the training run wrote with --strategy-dir")
     return found
 
 
@@ -132,13 +132,14 @@ def _execute(args: argparse.Namespace, tasks: list[FileTask], links: list[tuple[
     try:
         done = staging.open()
     except OSError as error:
-        raise RefusedError(f"{args.output_dir}: cannot be written to ({error.strerror}); choose another folder") from error
+        raise RefusedError(f"{args.output_dir}: cannot be written to ({error.strerror}); "
+                           "choose another folder") from error
     left = [task for task in tasks if task.path not in done]
     needed, free = sum(task.nbytes for task in left), shutil.disk_usage(args.output_dir).free
     if needed > free:
         staging.discard()
-        raise RefusedError(f"{args.output_dir}: has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB "
-                           "more; make room or choose another place")
+        raise RefusedError(f"{args.output_dir}: has {free / 1e9:.2f} GB free and the output needs "
+                           f"{needed / 1e9:.2f} GB more; make room or choose another place")
     progress = Progress(sum(task.streamed for task in tasks), sum(task.streamed for task in tasks if task.path in done))
     for outcome in run_tasks(left, staging.out, min(args.max_proccess_limit, len(left)) or 1, progress):
         staging.record(outcome)

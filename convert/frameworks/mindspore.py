@@ -187,7 +187,7 @@ def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
     """All of a model file but the model, with the keys that MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) always has,
     and the model's structure. The state of an optimizer that is not distributed is no metadata and is left out."""
     kept = {**meta, **{key: None for key in _META_KEYS if key not in meta}}
-    if any(stored.shape for stored in _leaves(kept["optimizer"], Stored)):  # a loss scale has none
+    if any(stored.numel > 1 for stored in _leaves(kept["optimizer"], Stored)):  # a loss scale is one number
         kept["optimizer"] = None
     kept[STRUCTURE_KEY] = [_described(tree) for tree in source.structures[rank]]
     if not source.with_optimizer:

@@ -3,9 +3,9 @@
 Source: MindSpeed-Core-MS r0.1.0, mindspeed_ms/core/{optimizer,ddp}/distrib_optimizer.py and
 core/distributed/param_and_grad_buffer.py. Of each bucket of n elements every rank of the data parallel group (context
 parallel ranks count as data parallel ones) saves its n/dp, in ascending rank order, as float32 `buffer_b_bucket_k`,
-`exp_avg.buffer_b_bucket_k` and `exp_avg_sq.buffer_b_bucket_k`. The group's first rank writes once, when training starts,
-`opt_shard_info/rank_N/dist_opt_shard_info_rank_N-0_0.json`: which elements [start, end) of which buffer a parameter fills.
-Parameters of ZeRO-3 lie in no buffer: each rank saves its equal part of their dim 0 under their own names.
+`exp_avg.buffer_b_bucket_k` and `exp_avg_sq.buffer_b_bucket_k`. The group's first rank writes once, when training
+starts, `opt_shard_info/rank_N/dist_opt_shard_info_rank_N-0_0.json`: which elements [start, end) of which buffer each
+parameter fills. Parameters of ZeRO-3 lie in no buffer: each rank saves its equal part of their dim 0 under their own names.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def whole(file: Path, entries: dict[str, Stored]) -> dict[str, Stored]:
     root, rank = file.parent.parent, int(_RANK_FOLDER.match(file.parent.name).group(1))
     path = strategy_files(root / STRATEGY_FOLDER).get(rank)
     if path is None:
-        raise RefusedError(f"{file}: holds a rank's part of flat buckets, and {root / STRATEGY_FOLDER} has no strategy of "
-                           f"rank {rank} that says what lies where; copy that folder as well")
+        raise RefusedError(f"{file}: holds a rank's part of flat buckets, and {root / STRATEGY_FOLDER} has no "
+                           f"strategy of rank {rank} that says what lies where; copy that folder as well")
     group = combined(read_strategy(path, rank), root, suffixes=(file.suffix,))
     return group.states | group.others
 
@@ -133,8 +133,8 @@ def _check_same_step(paths: list[Path], contents: list[dict]) -> None:
         values = [_content(entry) if isinstance(entry := content.get(name), Stored) else None for content in contents]
         for path, value in zip(paths, values, strict=True):
             if value != values[0]:
-                raise RefusedError(f"{path}: its {name} is not that of {paths[0]}; the newest files of these ranks are of "
-                                   "different saves: remove what an interrupted save left")
+                raise RefusedError(f"{path}: its {name} is not that of {paths[0]}; the newest files of these ranks are "
+                                   "of different saves: remove what an interrupted save left")
 
 
 def _content(stored: Stored) -> bytes:
@@ -153,7 +153,8 @@ def _expected(strategy: Strategy) -> Iterator[str]:
 def _check_no_shard_left(strategy: Strategy, path: Path, rest: dict[str, Stored | str]) -> None:
     left = [name for name in rest if _SHARD.match(name)]
     if left:
-        raise RefusedError(f"{path}: holds {brief(left)}, of which {strategy.file} says nothing; they are of different runs")
+        raise RefusedError(f"{path}: holds {brief(left)}, of which {strategy.file} says nothing; they are of "
+                           "different runs")
 
 
 def _bucket_states(strategy: Strategy, paths: list[Path], shards: dict[str, list],
@@ -174,10 +175,10 @@ def _check_shards(strategy: Strategy, paths: list[Path], name: str, shards: dict
     for path, shard in zip(paths, shards[name], strict=True):
         if not isinstance(shard, Stored):
             raise RefusedError(f"{path}: has no {name}, which {strategy.file} asks for; it is of another run, or no "
-                               "distributed optimizer's" + ("; without moments: --no-save-optim" if "." in name else ""))
+                               "distributed optimizer's" + ("; or --no-save-optim" if "." in name else ""))
         if shard.shape != (size,) or shard.dtype != "float32":
-            raise RefusedError(f"{path}: {name} is {shard.dtype} {list(shard.shape)} and not float32 [{size}], a part of "
-                               f"{len(paths)} of the bucket in {strategy.file}; they are of different runs")
+            raise RefusedError(f"{path}: {name} is {shard.dtype} {list(shard.shape)} and not float32 [{size}], a "
+                               f"part of {len(paths)} of the bucket in {strategy.file}; they are of different runs")
 
 
 def _cut_out(slot: Slot, shards: list[Stored], bucket: Bucket) -> Stored:
@@ -226,8 +227,8 @@ def read_strategy(path: Path, rank: int) -> Strategy:
         buffers = tuple(_buffer(data, b) for b in range(len(data["buffer_info"])))
         zero3 = tuple(data.get("zero3_params", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RefusedError(f"{path}: no description of a distributed optimizer's shards, or damaged ({error!r}); take the "
-                           "one that the training run wrote") from error
+        raise RefusedError(f"{path}: no description of a distributed optimizer's shards, or damaged ({error!r}); take "
+                           "the one that the training run wrote") from error
     if rank not in ranks or len(set(ranks)) != len(ranks):
         raise RefusedError(f"{path}: says that the data parallel group is {list(ranks)}, which is not rank {rank}'s")
     if not buffers and not zero3:
@@ -265,7 +266,8 @@ def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:
         used, position = bucket.start + bucket.numel_unpadded, bucket.start
         saved = bucket.start + (bucket.end - bucket.start) // dp * dp
         for slot in slots:
-            if slot.start < position or slot.end > min(used, bucket.end) or slot.end - slot.start != math.prod(slot.shape):
+            fits = position <= slot.start and slot.end <= min(used, bucket.end)
+            if not fits or slot.end - slot.start != math.prod(slot.shape):
                 raise RefusedError(f"{where}: {slot.name} {list(slot.shape)} cannot lie at elements {slot.start} to "
                                    f"{slot.end} of bucket {k}; the file is damaged")
             if slot.end > saved:
