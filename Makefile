@@ -47,7 +47,7 @@ bench: $(READY)  ## speed and memory beside cp and the way it is done today
 patches: $(READY)  ## write patches/ anew from hooks/
 	$(RUN) patches/make_patches.py
 
-lint: $(READY)
+lint: $(READY)  ## ruff
 	$(VENV)/bin/ruff check .
 
 clean:  ## remove what was trained, fetched and converted here, and the environment

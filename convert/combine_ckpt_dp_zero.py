@@ -2,7 +2,8 @@
 
 Per data parallel group, the newest files of its ranks, which hold parts of flat buckets, become one file that holds
 each parameter's weight and moments under its own name: `rank_N/<name of rank N's file>_dp_merged.<format>` for the
-group's first rank N. The output folder may be that of the checkpoint: files are added to it, all or none, and never replaced.
+group's first rank N. The output folder may be that of the checkpoint: files are added to it, all or none, and never
+replaced.
 """
 
 from __future__ import annotations

@@ -253,8 +253,10 @@ def _describe(source: Checkpoint, plan: Plan, request: Request) -> list[str]:
     lines += [f"  {request.target / task.path}  {task.nbytes:,} bytes, {len(task.specs)} tensors" for task in plan.tasks]
     read = sum(task.bytes_read for task in plan.tasks)
     memory = workers * (_WORKER_BYTES + 8 * BUFFER_BYTES)
-    lines.append(f"reads {read / 1e9:.3f} GB, writes {plan.nbytes / 1e9:.3f} GB in {len(plan.tasks)} files; "
-                 f"{workers} workers need about {memory / 1e6:.0f} MB beside the interpreter; nothing was written")
+    parent = next(folder for folder in request.target.absolute().parents if folder.exists())
+    lines.append(f"reads {read / 1e9:.3f} GB, writes {plan.nbytes / 1e9:.3f} GB in {len(plan.tasks)} files "
+                 f"({shutil.disk_usage(parent).free / 1e9:.1f} GB of disk free); {workers} workers need about "
+                 f"{memory / 1e6:.0f} MB of memory beside the interpreter; nothing was written")
     return lines
 
 

@@ -5,7 +5,8 @@ core/distributed/param_and_grad_buffer.py. Of each bucket of n elements every ra
 parallel ranks count as data parallel ones) saves its n/dp, in ascending rank order, as float32 `buffer_b_bucket_k`,
 `exp_avg.buffer_b_bucket_k` and `exp_avg_sq.buffer_b_bucket_k`. The group's first rank writes once, when training
 starts, `opt_shard_info/rank_N/dist_opt_shard_info_rank_N-0_0.json`: which elements [start, end) of which buffer each
-parameter fills. Parameters of ZeRO-3 lie in no buffer: each rank saves its equal part of their dim 0 under their own names.
+parameter fills. Parameters of ZeRO-3 lie in no buffer: each rank saves its equal part of their dim 0 under their own
+names.
 """
 
 from __future__ import annotations
