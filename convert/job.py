@@ -92,8 +92,8 @@ def convert(request: Request) -> Report:
     outcomes = _execute(plan, staging, request)
     misfits = _judge(source, outcomes, request, staging)
     linked = staging.link(planned.links)
-    status = 1 if misfits and not _accepted(misfits, request) else 0
     digests, differing = _digests(outcomes)
+    status = 1 if differing or not _accepted(misfits, request) else 0
     staging.publish({
         "parammap": __version__, "status": status, "source": str(source.folder), "iteration": source.iteration,
         "framework": {"from": source.framework, "to": request.to}, "layout": asdict(source.layout),

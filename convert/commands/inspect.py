@@ -1,0 +1,36 @@
+"""`parammap inspect CKPT`: say what a checkpoint is, from its headers and sidecar; as text, JSON or a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from .. import inspection, inspection_html, inspection_text
+from ..errors import RefusedError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="a save folder, or one of its iteration folders")
+    add("--iteration", type=int, metavar="N", help="the iteration to look at (default: the latest)")
+    add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
+    add("--tensors", action="store_true", help="the tree of tensors: shape, dtype, split, and each rank's name for it")
+    add("--json", action="store_true", help="the facts as JSON")
+    add("--html", type=Path, metavar="FILE", help="draw the layout and the optimizer's buffers, in one HTML file")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = inspection.inspect(inspection.read(args.checkpoint, iteration=args.iteration, sidecar=args.sidecar),
+                               tensors=args.tensors)
+    if args.html:
+        _write(args.html, inspection_html.page(facts))
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(inspection_text.lines(facts)))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RefusedError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None

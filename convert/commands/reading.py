@@ -1,0 +1,34 @@
+"""The flags that say how a checkpoint is to be read, for every command that reads one without converting it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from .. import frameworks
+from ..checkpoint import Checkpoint
+from . import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser, what: str = "", prefix: str = "") -> None:
+    """`what` says whose flags these are, and `prefix` goes before those that name one checkpoint's own."""
+    of = f" of {what}" if what else ""
+    add = parser.add_argument
+    add(f"--{prefix}iteration", type=int, metavar="N", help=f"the iteration{of} to take (default: the latest)")
+    add(f"--{prefix}sidecar", type=Path, metavar="DIR", help=f"where param_map*.json or layout_*.json{of} are")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights-only", action="store_true", help="take the weights of model_optim_rng.pt, no optimizer state")
+    add("--drop", action="append", choices=["experts"], default=[], help="leave these tensors out")
+    add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N",
+        help="processes (default: %(default)s)")
+    add("--json", action="store_true", help="the result as JSON")
+
+
+def read(source: Path, args: argparse.Namespace, prefix: str = "") -> Checkpoint:
+    flags = vars(args)
+    return frameworks.read(source, iteration=flags[f"{prefix}iteration"], sidecar=flags[f"{prefix}sidecar"],
+                           weights_only=args.weights_only, drop=frozenset(args.drop))

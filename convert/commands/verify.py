@@ -1,0 +1,51 @@
+"""`parammap verify OUT [--against SRC]`: read an output again and prove it, or say what is wrong in it; repair it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import RefusedError
+from ..repair import repair
+from ..verify import Request, Verdict, verify
+from . import reading
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("output", type=Path, metavar="OUT", help="what a conversion wrote")
+    add("--against", type=Path, metavar="SRC", help="the source: compare element by element, say where and by how much")
+    add("--cast", choices=["float32", "bfloat16", "float16"], help="weights of OUT were cast to this dtype")
+    add("--repair", action="store_true", help="write the wrong tensors' bytes anew from SRC")
+    add("--into", type=Path, metavar="COPY", help="repair a copy of OUT, to be made here")
+    add("--in-place", action="store_true", help="repair OUT itself")
+    reading.add_arguments(parser, "SRC")
+    reading.add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.repair and (not args.against or bool(args.into) == args.in_place):
+        raise RefusedError("--repair: needs --against SRC, and either --into COPY or --in-place")
+    if not args.repair and (args.into or args.in_place):
+        raise RefusedError("--into and --in-place say where to --repair; give that as well")
+    request = Request(output=args.output, against=args.against, iteration=args.iteration, sidecar=args.sidecar,
+                      weights_only=args.weights_only, drop=frozenset(args.drop), cast=args.cast, workers=args.workers)
+    verdict, output = verify(request), args.output
+    if args.repair and verdict.problems:
+        if not args.json:
+            _show(verdict, args, output)
+        verdict, output = repair(request, verdict, args.into), args.into or output
+    _show(verdict, args, output)
+    return 1 if verdict.problems else 0
+
+
+def _show(verdict: Verdict, args: argparse.Namespace, output: Path) -> None:
+    if args.json:
+        print(json.dumps({"output": str(output), "problems": [asdict(problem) for problem in verdict.problems],
+                          "notes": verdict.notes, "tensors_compared": len(verdict.compared)}, indent=1))
+        return
+    for line in (*verdict.problems, *verdict.notes):
+        print(line)
+    print(f"{output}: {len(verdict.problems) or 'no'} problems; {len(verdict.compared)} tensors compared")

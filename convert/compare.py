@@ -1,0 +1,227 @@
+"""Comparing two checkpoints of any framework and layout, logical tensor by logical tensor and element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .checks import SHOWN_POSITIONS, cast_bits, widen_bits
+from .errors import RefusedError
+from .index import Index
+from .stream import Files, View, bands, copies_of, in_processes
+from .tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
+
+#: what of a rank's metadata belongs to the training state
+STATE_KEYS = ("optimizer", "opt_param_scheduler")
+_FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
+_CASTS = {("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "float32")}
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Elements a and b are equal if |a − b| ≤ atol + rtol · |b|, or if both are NaN; None stands for bit by bit."""
+
+    rtol: float = 0.0
+    atol: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """An element that differs: of the tensor seen as a matrix, with both values and where each lies on disk."""
+
+    row: int
+    column: int
+    a: float
+    b: float
+    place_a: tuple[str, int]
+    place_b: tuple[str, int]
+
+
+@dataclass(slots=True)
+class Difference:
+    """What differs of tensor `a`, which is `b` on the other side. `largest` is max |a − b|, NaN aside.
+
+    `apart` says in what else the two differ: the shape, so that no elements could be compared, or the dtype.
+    """
+
+    a: Tensor
+    b: Tensor
+    elements: int = 0
+    largest: float = 0.0
+    positions: list[Position] = field(default_factory=list)
+    apart: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.a.name} ({self.a.role})"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors to compare; where `cast`, a's values are those of b in another dtype, and compared as such."""
+
+    a: Tensor
+    b: Tensor
+    cast: bool = False
+
+    @property
+    def elements(self) -> int:
+        return self.a.rows * self.a.cols
+
+
+@dataclass(slots=True)
+class Pairing:
+    """The tensors of both sides, and those of one side only; `aside` counts the model's own copies that only one keeps."""
+
+    pairs: list[Pair]
+    only_a: list[Tensor]
+    only_b: list[Tensor]
+    aside: int = 0
+
+
+def pair(a: Index, b: Index) -> Pairing:
+    """Pair tensors by role and name. The model's own copies of weights are left aside where only one side keeps any."""
+    others = {(tensor.role, tensor.name): tensor for tensor in b.boxes}
+    pairs, only_a = [], []
+    for tensor in a.boxes:
+        other = others.pop((tensor.role, tensor.name), None)
+        if other is None:
+            only_a.append(tensor)
+        else:
+            pairs.append(Pair(tensor, other))
+    pairing = Pairing(pairs, only_a, list(others.values()))
+    for mine, theirs in (("only_a", b), ("only_b", a)):
+        if not theirs.tensors(MODEL_WEIGHT):
+            kept = [tensor for tensor in getattr(pairing, mine) if tensor.role != MODEL_WEIGHT]
+            pairing.aside += len(getattr(pairing, mine)) - len(kept)
+            setattr(pairing, mine, kept)
+    return pairing
+
+
+def casts_of_weights(a: Index, b: Index) -> list[Pair]:
+    """The model's own copies in `a`, each with the weight in `b` of which it must be the cast."""
+    weights = {tensor.name: tensor for tensor in b.tensors(WEIGHT)}
+    return [Pair(tensor, weights[tensor.name], cast=True) for tensor in a.tensors(MODEL_WEIGHT) if tensor.name in weights]
+
+
+def differences(a: Index, b: Index, pairs: list[Pair], tolerance: Tolerance | None = None,
+                workers: int = 1) -> list[Difference]:
+    """The pairs that differ, in order; every copy that ranks keep of a tensor is compared.
+
+    Raises RefusedError if there is no element to compare.
+    """
+    if not sum(pair.elements for pair in pairs):
+        raise RefusedError("no tensor is in both checkpoints, so nothing was compared; are they of the same model?")
+    found = in_processes(lambda pair: _difference(a, b, pair, tolerance), pairs, workers)
+    return [difference for difference in found if difference]
+
+
+def _difference(a: Index, b: Index, pair: Pair, tolerance: Tolerance | None) -> Difference | None:
+    found = Difference(pair.a, pair.b)
+    if pair.a.shape != pair.b.shape:
+        found.apart = f"shape {list(pair.a.shape)} and {list(pair.b.shape)}"
+        return found
+    same_bits = pair.a.dtype == pair.b.dtype or (pair.cast and (pair.b.dtype, pair.a.dtype) in _CASTS)
+    if not same_bits and tolerance is None:
+        found.apart = f"{pair.a.dtype} and {pair.b.dtype}"
+    wrong = _wrong_bits if same_bits and tolerance is None else _Wrong(tolerance or Tolerance())
+    boxes = a.boxes[pair.a], b.boxes[pair.b]
+    with Files() as files:
+        for number in range(max(map(copies_of, boxes))):
+            views = View(pair.a, boxes[0], number), View(pair.b, boxes[1], number)
+            _compare(pair, views, wrong, files, found)
+    return found if found.elements or found.apart else None
+
+
+def _compare(pair: Pair, views: tuple[View, View], wrong, files: Files, found: Difference) -> None:
+    view_a, view_b = views
+    for band, bits_a, bits_b in read_both(pair, view_a, view_b, files):
+        dtype_b = pair.a.dtype if pair.cast else pair.b.dtype
+        if pair.a.dtype == dtype_b and np.array_equal(bits_a, bits_b):
+            continue
+        a, b = values(bits_a, pair.a.dtype), values(bits_b, dtype_b)
+        at = np.flatnonzero(wrong(bits_a, bits_b, a, b, pair.cast))
+        if not len(at):
+            continue
+        found.elements += len(at)
+        found.largest = max(found.largest, _largest(a[at], b[at]))
+        for element in map(int, at[:SHOWN_POSITIONS - len(found.positions)]):
+            row, col = band.row + element // band.cols, band.col + element % band.cols
+            found.positions.append(Position(row, col, a[element].item(), b[element].item(),
+                                            view_a.place(row, col), view_b.place(row, col)))
+
+
+def read_both(pair: Pair, view_a: View, view_b: View, files: Files) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
+    """The bits of both, band by band; b's in a's dtype where they are compared across a cast."""
+    itemsize = max(ITEMSIZE[pair.a.dtype], ITEMSIZE[pair.b.dtype])
+    for band in bands(Box(0, pair.a.rows, 0, pair.a.cols), itemsize):
+        bits = view_b.read(band, files)
+        yield band, view_a.read(band, files), recast(bits, pair.b.dtype, pair.a.dtype) if pair.cast else bits
+
+
+def recast(bits: np.ndarray, dtype: str, to: str) -> np.ndarray:
+    """The bits of `dtype` values as the bits of the same values in `to`, rounded to nearest even."""
+    if dtype == to:
+        return bits
+    return widen_bits(bits, dtype) if to == "float32" else cast_bits(bits, to)
+
+
+def _wrong_bits(bits_a: np.ndarray, bits_b: np.ndarray, a: np.ndarray, b: np.ndarray, cast: bool) -> np.ndarray:
+    """Bit by bit; across a cast a NaN is a NaN, since frameworks do not agree which one it becomes."""
+    return (bits_a != bits_b) & ~(np.isnan(a) & np.isnan(b)) if cast else bits_a != bits_b
+
+
+class _Wrong:
+    """By value, within a tolerance."""
+
+    def __init__(self, tolerance: Tolerance) -> None:
+        self.tolerance = tolerance
+
+    def __call__(self, bits_a, bits_b, a: np.ndarray, b: np.ndarray, cast: bool) -> np.ndarray:
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(a - b) <= self.tolerance.atol + self.tolerance.rtol * np.abs(b)
+        return ~(close | (a == b) | (np.isnan(a) & np.isnan(b)))
+
+
+def values(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of elements given as bits, in a numpy dtype that holds them exactly; shape as `bits`."""
+    if dtype == "bfloat16":
+        return widen_bits(bits, dtype).view(np.float32)
+    return bits.view(_FLOATS.get(dtype) or np.dtype(dtype))
+
+
+def _largest(a: np.ndarray, b: np.ndarray) -> float:
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    return float(np.max(distance, initial=0.0, where=~np.isnan(distance)))
+
+
+def metadata_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
+    """What the ranks of both say differently of iteration, parameter groups and scheduler.
+
+    Only where the grids are the same: another layout may number the parameter groups otherwise. What one side does not
+    keep at all is not compared.
+    """
+    lines: dict[str, None] = {}
+    if a.iteration != b.iteration:
+        lines[f"iteration: {a.iteration} and {b.iteration}"] = None
+    for rank, meta in a.metas.items() if a.metas.keys() == b.metas.keys() else ():
+        for key in STATE_KEYS:
+            if meta.get(key) is not None and b.metas[rank].get(key) is not None:
+                lines.update(dict.fromkeys(_tree_differences(meta[key], b.metas[rank][key], key)))
+    return list(lines)
+
+
+def _tree_differences(a: object, b: object, path: str) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            yield from _tree_differences(a.get(key), b.get(key), f"{path}.{key}")
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for number, (one, other) in enumerate(zip(a, b, strict=True)):
+            yield from _tree_differences(one, other, f"{path}[{number}]")
+    elif isinstance(a, (bool, int, float, str, type(None))) and a != b and not (a != a and b != b):
+        yield f"{path}: {a!r} and {b!r}"

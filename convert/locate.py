@@ -1,0 +1,251 @@
+"""From an element of a logical tensor to the bytes on disk that hold it, and back from a byte to what it is."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .compare import values
+from .contents import entries_of, structure_at
+from .digest import bits_dtype
+from .errors import RefusedError
+from .index import Held
+from .layout import Place
+from .stream import Files, offset_in
+from .tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
+
+_QUERY = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
+
+#: a range of indices per dimension
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive elements on disk that follow each other in the logical tensor as well, row by row of `box`.
+
+    `key` is the file's own name of the tensor they lie in, and `element` the number of the first one in it, row-major.
+    """
+
+    tensor: Tensor
+    box: Box
+    place: Place
+    file: str
+    key: str
+    element: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What lies at a byte: elements of logical tensors, else `what` says it. `key`, `element`: in the file's own terms."""
+
+    file: str
+    offset: int
+    runs: list[Run]
+    key: str | None
+    element: int | None
+    what: str
+
+
+def locate(checkpoint: Checkpoint, query: str, place: dict[str, int] | None = None) -> Iterator[Run]:
+    """The runs of bytes that hold `NAME[index, …]`, of every rank that keeps a copy, in the order of the ranks.
+
+    NAME is an atom's canonical name, or a tensor's own name in the files; a role and a dot may go before it (exp_avg.,
+    exp_avg_sq., weight., model_weight.), without it the weight and the model's own copy are meant. An index is a number,
+    a slice a:b, or left out for all; it counts in the atom's shape, or in the shape that the stored tensor has on its
+    rank. `place` keeps only ranks with these tp, pp, ep, vpp.
+    Raises RefusedError for names and indices that do not exist.
+    """
+    match = _QUERY.match(query.strip())
+    if not match:
+        raise RefusedError(f"{query}: write NAME[index, …], with a number, a:b or : for each dimension")
+    name, index = match["name"], match["index"]
+    found = _named(checkpoint, name)
+    chosen = [(held, tensor) for held, tensor in found
+              if all(getattr(held.found.place, axis) == number for axis, number in (place or {}).items())]
+    if not chosen:
+        raise RefusedError(f"{checkpoint.folder}: no rank of that place holds {name}; these do: "
+                           f"{', '.join(sorted({str(held.found.place) for held, _ in found}))}")
+    selections = [(held, tensor, _ranges(query, index, tensor.shape if tensor else held.found.stored.shape))
+                  for held, tensor in chosen]
+    return itertools.chain.from_iterable(
+        _runs_of_atom(held, tensor, ranges) if tensor else _runs_of_stored(held, ranges)
+        for held, tensor, ranges in selections)
+
+
+def _named(checkpoint: Checkpoint, name: str) -> list[tuple[Held, Tensor | None]]:
+    """The tensors on disk that hold atom `name`, each with that atom; else those that are called so, with None."""
+    for roles, rest in _readings(checkpoint, name):
+        held_of_roles = [held for held in checkpoint.index.held if held.found.role in roles]
+        atoms = [(held, tensor) for held in held_of_roles
+                 for tensor in dict.fromkeys(tensor for tensor, _ in held.blocks) if tensor.name == rest]
+        stored = [(held, None) for held in held_of_roles if rest in (held.found.name, held.canonical)]
+        if atoms or stored:
+            return atoms or stored
+    known = {tensor.name for tensor in checkpoint.index.boxes} | {held.found.name for held in checkpoint.index.held}
+    near = difflib.get_close_matches(name, known, 3)
+    raise RefusedError(f"{checkpoint.folder}: holds no {name}" + (f"; perhaps {' or '.join(near)}?" if near else ""))
+
+
+def _readings(checkpoint: Checkpoint, name: str) -> Iterator[tuple[set[str], str]]:
+    yield {WEIGHT, MODEL_WEIGHT}, name.removeprefix("module.")
+    role, _, rest = name.partition(".")
+    if role in checkpoint.index.roles() | {MODEL_WEIGHT}:
+        yield {role}, rest.removeprefix("module.")
+
+
+def _ranges(query: str, index: str | None, shape: tuple[int, ...]) -> Ranges:
+    parts = [part.strip() for part in index.split(",")] if index and index.strip() else []
+    if len(parts) > len(shape):
+        raise RefusedError(f"{query}: has {len(parts)} indices, the tensor's shape is {list(shape)}")
+    ranges = [_range(query, part, size) for part, size in zip(parts, shape, strict=False)]
+    return (*ranges, *((0, size) for size in shape[len(parts):]))
+
+
+def _range(query: str, part: str, size: int) -> tuple[int, int]:
+    low, colon, high = part.partition(":")
+    try:
+        start = int(low) if low else 0
+        stop = (int(high) if high else size) if colon else int(part) + 1
+    except ValueError:
+        raise RefusedError(f"{query}: {part!r} is no index; write a number, a:b or :") from None
+    if not 0 <= start < stop <= size:
+        raise RefusedError(f"{query}: {part} is out of range for a dimension of {size} elements")
+    return start, stop
+
+
+# ---------------------------------------------------------------------------------------------------- elements to bytes
+
+
+def _flat_runs(ranges: Ranges, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The runs [start, stop) of row-major elements that `ranges` choose of a tensor; as long as they can be."""
+    whole = len(shape)
+    while whole and ranges[whole - 1] == (0, shape[whole - 1]):
+        whole -= 1
+    inner = math.prod(shape[whole:])
+    if not whole:
+        yield 0, inner
+        return
+    strides = [math.prod(shape[dim + 1:]) for dim in range(whole)]
+    low, high = ranges[whole - 1]
+    for outer in itertools.product(*(range(*bounds) for bounds in ranges[:whole - 1])):
+        start = sum(number * stride for number, stride in zip(outer, strides[:-1], strict=True)) + low * inner
+        yield start, start + (high - low) * inner
+
+
+def _runs_of_atom(held: Held, tensor: Tensor, ranges: Ranges) -> Iterator[Run]:
+    row, stop = ranges[0] if ranges else (0, 1)
+    pieces = [piece for piece in held.pieces(0) if piece.tensor == tensor]
+    for low, high in _flat_runs(ranges[1:], tensor.shape[1:]):
+        for piece in pieces:
+            part = piece.box.intersect(Box(row, stop - row, low, high - low))
+            if part:
+                yield from (_run(held, piece, box) for box in _contiguous(piece, part))
+
+
+def _contiguous(piece: Piece, part: Box) -> Iterator[Box]:
+    if part.cols == piece.box.cols:
+        yield part
+    else:
+        yield from (Box(row, 1, part.col, part.cols) for row in range(part.row, part.row + part.rows))
+
+
+def _runs_of_stored(held: Held, ranges: Ranges) -> Iterator[Run]:
+    pieces = held.pieces(0)
+    for start, stop in _flat_runs(ranges, held.found.stored.shape):
+        position = 0
+        for piece in pieces:
+            low, high = max(start - position, 0), min(stop - position, piece.box.numel)
+            if low < high:
+                yield from (_run(held, piece, box) for box, _ in piece.box.split_flat(low, high))
+            position += piece.box.numel
+
+
+def _run(held: Held, piece: Piece, box: Box) -> Run:
+    itemsize = ITEMSIZE[piece.tensor.dtype]
+    offset = offset_in(piece, box.row, box.col)
+    key, element, _ = _entry_at(piece.file, offset) or ("", 0, None)
+    return Run(piece.tensor, box, held.found.place, piece.file, key, element, offset, box.numel * itemsize)
+
+
+@lru_cache(maxsize=64)
+def _extents(file: str, changed: int) -> list[tuple[int, int, int, str, Stored]]:
+    """The extents of a file's tensors in the order of their bytes: first byte, end, first byte in the tensor, the tensor."""
+    found = []
+    for key, stored in entries_of(Path(file)):
+        starts = itertools.accumulate((extent.nbytes for extent in stored.extents), initial=0)
+        found += [(extent.offset, extent.offset + extent.nbytes, start, key, stored)
+                  for extent, start in zip(stored.extents, starts, strict=False)]
+    return sorted(found, key=lambda extent: extent[0])
+
+
+def _entry_at(file: str, offset: int) -> tuple[str, int, Stored] | None:
+    """The key of the tensor in which a byte lies, the number of the element, and the tensor."""
+    extents = _extents(file, os.stat(file).st_mtime_ns)
+    for low, high, start, key, stored in reversed(extents[:bisect_right(extents, offset, key=lambda extent: extent[0])]):
+        if offset < high:
+            return key, (start + offset - low) // ITEMSIZE[stored.dtype], stored
+    return None
+
+
+def value_at(file: str, offset: int, dtype: str) -> float | int:
+    """The value of one element on disk."""
+    bits = np.empty(1, bits_dtype(dtype))
+    with Files() as files:
+        files.read(file, offset, bits)
+    return values(bits, dtype)[0].item()
+
+
+# ---------------------------------------------------------------------------------------------------- bytes to elements
+
+
+def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
+    """What lies at a byte of a file, which is named as it is, or from the checkpoint's folder on.
+
+    Raises RefusedError if there is no such byte.
+    """
+    path = next((path for path in (file, checkpoint.folder / file) if path.is_file()), None)
+    if path is None:
+        raise RefusedError(f"{file}: no such file, neither here nor in {checkpoint.folder}")
+    if not 0 <= offset < path.stat().st_size:
+        raise RefusedError(f"{path}: has {path.stat().st_size} bytes and no byte {offset}")
+    known = sorted({extent.file for held in checkpoint.index.held for extent in held.found.stored.extents})
+    name = next((name for name in known if os.path.samefile(name, path)), str(path))
+    pieces = [(held, piece) for held in checkpoint.index.held for piece in held.pieces(0) if piece.file == name]
+    runs = [_run_at(held, piece, offset) for held, piece in pieces
+            if piece.offset <= offset < piece.offset + piece.box.numel * ITEMSIZE[piece.tensor.dtype]]
+    entry = _entry_at(name, offset)
+    if entry is None:
+        return Answer(name, offset, runs, None, None, structure_at(path, offset))
+    key, element, stored = entry
+    return Answer(name, offset, runs, key, element, "" if runs else _other(name, offset, stored, pieces))
+
+
+def _run_at(held: Held, piece: Piece, offset: int) -> Run:
+    element = (offset - piece.offset) // ITEMSIZE[piece.tensor.dtype]
+    row, col = divmod(element, piece.box.cols)
+    return _run(held, piece, Box(piece.box.row + row, 1, piece.box.col + col, 1))
+
+
+def _other(name: str, offset: int, stored: Stored, pieces: list[tuple[Held, Piece]]) -> str:
+    """A byte of a tensor that no parameter fills: a scalar, another tensor, or padding among parameters."""
+    inside = sorted((piece.offset, piece.tensor.name) for _, piece in pieces
+                    if any(e.offset <= piece.offset < e.offset + e.nbytes for e in stored.extents))
+    if not inside:
+        return "scalar" if stored.numel == 1 else "a tensor that is no part of the training state"
+    before = [neighbour for start, neighbour in inside if start <= offset]
+    after = [neighbour for start, neighbour in inside if start > offset]
+    return ("padding" + (f" after {before[-1]}" if before else "") + (f" before {after[0]}" if after else ""))

@@ -1,0 +1,343 @@
+"""Proving an output: what is on disk is read again by its own framework's reader, and its digests are compared with those
+that the copier took of the source on its way; with the source at hand, element by element."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import families, frameworks
+from .checkpoint import Checkpoint
+from .checks import cast_bits, widen_bits
+from .compare import Difference, Pair, casts_of_weights, differences, metadata_differences, pair
+from .contents import entries_of
+from .digest import MASK, box_digest
+from .errors import RefusedError
+from .index import Index
+from .naming import brief
+from .publish import MANIFEST
+from .stream import Files, copies_of, in_processes, read_piece
+from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
+
+#: bytes that a worker process is given at a time
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, about a tensor where it has a name."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found wrong, what is worth knowing, the tensors compared, and those that differ from the source's."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    compared: set[Tensor] = field(default_factory=set)
+    wrong: list[tuple[Pair, Difference]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to verify, and against which source, read how; `cast` is a dtype that weights may have been cast to."""
+
+    output: Path
+    against: Path | None = None
+    iteration: int | None = None
+    sidecar: Path | None = None
+    weights_only: bool = False
+    drop: frozenset[str] = frozenset()
+    cast: str | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a conversion wrote down of its output, in whose folder `root` it lies."""
+
+    root: Path
+    files: dict[str, int]
+    digests: dict[tuple[str, str], dict]
+    scalars: list[dict]
+    options: dict
+
+    @classmethod
+    def of(cls, output: Path) -> Manifest | None:
+        """The manifest of an output, or of the save folder of which it is an iteration; None if there is none.
+
+        Raises RefusedError if it is damaged.
+        """
+        for root in (output, output.parent):
+            path = root / MANIFEST
+            try:
+                content = json.loads(path.read_text()) if path.is_file() else None
+                if content is None:
+                    continue
+                files = {file["path"]: file["bytes"] for file in content["files"]}
+                if root == output or any(Path(file).parts[0] == output.name for file in files):
+                    return cls(root, files, {(entry["role"], entry["name"]): entry for entry in content["digests"]},
+                               content.get("scalars", []), content.get("options", {}))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
+        return None
+
+    @property
+    def cast(self) -> str | None:
+        return self.options.get("cast")
+
+
+def verify(request: Request) -> Verdict:
+    """Check an output. Raises RefusedError if it or the source is no checkpoint, or nothing could be compared."""
+    verdict, manifest = Verdict(), Manifest.of(request.output)
+    if manifest is not None:
+        verdict.problems += _missing_files(manifest)
+        if verdict.problems:
+            return verdict
+    output = read_output(request, manifest)
+    casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
+    verdict.problems += _missing_names(output, verdict)
+    if manifest is None:
+        verdict.notes.append(f"{request.output}: has no {MANIFEST}, so there are no digests to compare with: "
+                             "only its structure was checked")
+    else:
+        archives = [manifest.root / path for path in manifest.files if path.endswith(".pt")]
+        verdict.problems += wrong_archives(archives, request.workers)
+        verdict.problems += _wrong_scalars(manifest)
+        verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
+        _check_own_casts(output, request, verdict)
+    if request.against:
+        _compare(output, request, manifest, casts, verdict)
+    if (manifest or request.against) and not verdict.compared and not verdict.problems:
+        raise RefusedError(f"{request.output}: no tensor could be compared; compare with the source: --against SRC")
+    return verdict
+
+
+def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
+    """The output; one that was made of weights alone is read so, as it has no sidecar."""
+    return frameworks.read(request.output, drop=request.drop, weights_only=request.weights_only or bool(
+        manifest and manifest.options.get("weights_only")))
+
+
+def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
+    """The source, read with the flags given, else with those of the conversion."""
+    options = manifest.options if manifest else {}
+    return frameworks.read(request.against, iteration=request.iteration, sidecar=request.sidecar,
+                           weights_only=request.weights_only or options.get("weights_only", False),
+                           drop=request.drop or frozenset(options.get("drop", ())))
+
+
+def _missing_files(manifest: Manifest) -> Iterator[Problem]:
+    for name, nbytes in manifest.files.items():
+        path = manifest.root / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != nbytes:
+            yield Problem(str(path), "is missing" if size is None else f"has {size} bytes and not {nbytes}")
+
+
+def _missing_names(output: Checkpoint, verdict: Verdict) -> Iterator[Problem]:
+    if all(held.row is None for held in output.index.held):
+        verdict.notes.append(f"{output.folder}: is of no family whose tensors are known, so its names were not checked")
+        return
+    missing = families.missing({held.canonical for held in output.index.held}, output.num_layers)
+    if missing:
+        yield Problem(str(output.folder), f"lacks {len(missing)} tensors of a complete model: {brief(missing)}")
+
+
+def wrong_archives(paths: list[Path], workers: int = 1) -> Iterator[Problem]:
+    """Files of torch.save with a record that does not fit its CRC-32: this covers all that is no tensor, too."""
+    for path, record in zip(paths, in_processes(_bad_record, paths, workers), strict=True):
+        if record:
+            yield Problem(str(path), f"the content of its record {record} does not fit the record's checksum")
+
+
+def _bad_record(path: Path) -> str | None:
+    """The first record of a zip archive that does not fit its CRC-32; None if all do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return f"({error})"
+
+
+def _wrong_scalars(manifest: Manifest) -> Iterator[Problem]:
+    """The scalars of MindSpore's files: tensors that are part of no logical tensor."""
+    with Files() as files:
+        for group in manifest.scalars:
+            for path in group["files"]:
+                there = dict(entries_of(manifest.root / path))
+                for name, expected in group["values"].items():
+                    yield from _wrong_scalar(name, there.get(name), expected, path, files)
+
+
+def _wrong_scalar(name: str, stored: Stored | None, expected: str, path: str, files: Files) -> Iterator[Problem]:
+    if stored is None:
+        yield Problem(name, f"is missing in {path}")
+        return
+    content, (extent,) = np.empty(stored.nbytes, np.uint8), stored.extents
+    files.read(extent.file, extent.offset, content)
+    if content.tobytes().hex() != expected:
+        yield Problem(name, f"{path} holds the bytes {content.tobytes().hex()} at byte {extent.offset} and not {expected}")
+
+
+# ------------------------------------------------------------------------------------------------------------- digests
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One copy of one box of the `tensor`-th tensor."""
+
+    tensor: int
+    box: Box
+    number: int
+    piece: Piece
+
+
+@dataclass(slots=True)
+class Summed:
+    """The digest of each copy of a tensor that ranks keep, and how many elements a cast back would not keep exactly."""
+
+    digests: list[int]
+    inexact: int = 0
+
+
+def digests(index: Index, workers: int = 1, dtypes: dict[Tensor, str] | None = None) -> dict[Tensor, Summed]:
+    """The digests of every logical tensor, read from disk; those in `dtypes` as if they still were of that dtype."""
+    dtypes, tensors = dtypes or {}, list(index.boxes)
+    shares = [_Share(number, box, copy, piece) for number, tensor in enumerate(tensors)
+              for box, pieces in index.boxes[tensor].items()
+              for copy, piece in enumerate(sorted(pieces, key=lambda piece: piece.replica))]
+    sums: dict[tuple[int, Box, int], int] = {}
+    result = {tensor: Summed([0] * copies_of(boxes)) for tensor, boxes in index.boxes.items()}
+    for batch in in_processes(lambda batch: _digests_of(batch, dtypes), list(_batches(shares)), workers):
+        for share, digest, inexact in batch:
+            key = share.tensor, share.box, share.number
+            sums[key] = sums.get(key, 0) + digest
+            result[tensors[share.tensor]].inexact += inexact
+    for number, tensor in enumerate(tensors):
+        for box, pieces in index.boxes[tensor].items():
+            totals = result[tensor].digests
+            for copy in range(len(totals)):
+                totals[copy] = (totals[copy] + sums[number, box, copy % len(pieces)]) & MASK
+    return result
+
+
+def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
+    batch, nbytes = [], 0
+    for share in shares:
+        batch.append(share)
+        nbytes += share.box.numel * ITEMSIZE[share.piece.tensor.dtype]
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _digests_of(batch: list[_Share], dtypes: dict[Tensor, str]) -> list[tuple[_Share, int, int]]:
+    with Files() as files:
+        return [(share, *_piece_digest(share.piece, files, dtypes.get(share.piece.tensor))) for share in batch]
+
+
+def _piece_digest(piece: Piece, files: Files, dtype: str | None) -> tuple[int, int]:
+    total = inexact = 0
+    for band, bits in read_piece(piece, files):
+        if dtype is not None:
+            narrow = cast_bits(bits, dtype)
+            inexact += int(np.count_nonzero(widen_bits(narrow, dtype) != bits))
+            bits = narrow
+        total += box_digest(bits, band)
+    return total, inexact
+
+
+def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], workers: int,
+                   verdict: Verdict) -> Iterator[Problem]:
+    there = {(tensor.role, tensor.name): tensor for tensor in output.index.boxes}
+    extra = {key for key in there.keys() - manifest.digests.keys() if key[0] != MODEL_WEIGHT}
+    for what, keys in (("is missing", manifest.digests.keys() - there.keys()), ("is not of the source", extra)):
+        yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
+    known = {tensor: manifest.digests[key] for key, tensor in there.items() if key in manifest.digests}
+    narrow = {tensor: entry["dtype"] for tensor, entry in known.items()
+              if tensor.dtype in casts and ITEMSIZE[tensor.dtype] > ITEMSIZE[entry["dtype"]]}
+    chosen = Index([], output.layout, {tensor: output.index.boxes[tensor] for tensor in known})
+    for tensor, found in digests(chosen, workers, narrow).items():
+        yield from _wrong_digest(tensor, found, known[tensor], narrow, verdict)
+
+
+def _wrong_digest(tensor: Tensor, found: Summed, entry: dict, narrow: dict[Tensor, str],
+                  verdict: Verdict) -> Iterator[Problem]:
+    name = f"{tensor.name} ({tensor.role})"
+    if list(tensor.shape) != entry["shape"]:
+        yield Problem(name, f"has the shape {list(tensor.shape)} and not {entry['shape']}")
+    elif tensor.dtype != entry["dtype"] and tensor not in narrow:
+        yield Problem(name, f"is {tensor.dtype}, was {entry['dtype']} in the source, and the manifest names no such cast")
+    else:
+        verdict.compared.add(tensor)
+        known = {entry["digest"], *entry.get("digests_of_other_copies", [])}
+        wrong = [digest for digest in found.digests if f"{digest:016x}" not in known]
+        if wrong or found.inexact:
+            yield Problem(name, f"differs from what was copied (digest {(wrong or found.digests)[0]:016x}, "
+                                f"the source's is {entry['digest']})")
+
+
+def _check_own_casts(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+    """The model's own copies of weights, of which the source had none, must be the casts of the weights beside them."""
+    pairs = casts_of_weights(output.index, output.index)
+    verdict.compared |= {one.a for one in pairs}
+    for found in differences(output.index, output.index, pairs, workers=request.workers) if pairs else []:
+        verdict.problems.append(Problem(found.name, f"is not the cast of the optimizer's weight: {told(found)}"))
+
+
+# ------------------------------------------------------------------------------------------------------ with the source
+
+
+def _compare(output: Checkpoint, request: Request, manifest: Manifest | None, casts: set[str], verdict: Verdict) -> None:
+    source = read_source(request, manifest)
+    absent = source.index.roles() - output.index.roles()
+    left_out = absent - {role for role, _ in manifest.digests} if manifest else set()
+    if left_out:
+        verdict.notes.append(f"left out by the conversion: {', '.join(sorted(left_out))}")
+    verdict.problems += [Problem(str(output.folder), f"has no {role}") for role in sorted(absent - left_out)]
+    pairs = _expected_pairs(output.index, source.index, casts, verdict)
+    by_tensor = {one.a: one for one in pairs}
+    verdict.compared |= by_tensor.keys()
+    for found in differences(output.index, source.index, pairs, workers=request.workers):
+        verdict.wrong.append((by_tensor[found.a], found))
+        verdict.problems.append(Problem(found.name, told(found)))
+    verdict.problems += [Problem("metadata", line) for line in metadata_differences(output, source)]
+
+
+def _expected_pairs(output: Index, source: Index, casts: set[str], verdict: Verdict) -> list[Pair]:
+    """Each tensor of the output with the one of the source it must equal: in dtype too, unless the cast is declared."""
+    pairing = pair(output, source)
+    weights = {one.a: one for one in casts_of_weights(output, source)}
+    verdict.problems += [Problem(f"{tensor.name} ({tensor.role})", "is not in the source")
+                         for tensor in pairing.only_a if tensor not in weights]
+    verdict.problems += [Problem(f"{tensor.name} ({tensor.role})", "is missing") for tensor in pairing.only_b
+                         if tensor.role in output.roles() | {MODEL_WEIGHT}]
+    pairs = [Pair(one.a, one.b, cast=one.a.dtype != one.b.dtype and one.a.dtype in casts) for one in pairing.pairs]
+    kept = {tensor.name for tensor in source.tensors(MODEL_WEIGHT)}
+    return pairs + [one for tensor, one in weights.items() if tensor.name not in kept]
+
+
+def told(found: Difference) -> str:
+    """A difference in words: how many elements, by how much, and where the first ones lie."""
+    if not found.elements:
+        return f"{found.apart} in output and source"
+    first = [f"[{at.row}, {at.column}] {at.a:.9g} and {at.b:.9g} ({at.place_a[0]} byte {at.place_a[1]}, "
+             f"{at.place_b[0]} byte {at.place_b[1]})" for at in found.positions]
+    return ((f"{found.apart}; " if found.apart else "")
+            + f"{found.elements} of {found.a.rows * found.a.cols} elements differ, by at most {found.largest:.9g}; first: "
+            + "; ".join(first))
+
