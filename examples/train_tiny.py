@@ -23,6 +23,8 @@ from examples.tiny import options as choices
 def main() -> None:
     options = choices.parser().parse_args()
     options.out = options.out.resolve()
+    if options.resume and not options.resume.is_dir():
+        raise SystemExit(f"--resume {options.resume}: no such folder")
     if options.out.exists() and any(options.out.iterdir()):
         raise SystemExit(f"{options.out} is not empty; remove it or choose another --out")
     core = Path(options.core) if os.path.isdir(options.core) else fetch_core(options.core)

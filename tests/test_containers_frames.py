@@ -4,7 +4,8 @@ import io
 import zlib
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convert.containers.frames import Crc, FrameBuilder, Hole, Literal, place, total_nbytes, write
 from convert.tensors import TensorSpec

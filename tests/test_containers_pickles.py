@@ -18,7 +18,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from convert.containers import numpy_values, pickle_writer, pickles
 from convert.containers.pickles import Global, Opaque, Size
@@ -225,7 +226,7 @@ HONEST = {
     "dict-like": DictLike(a=1),
     "collections": [collections.defaultdict(list, a=[1]), collections.deque([1], 3), collections.Counter("aab")],
     "paths": pathlib.PurePosixPath("a/b"),
-    "dates": [datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc), datetime.timedelta(1)],
+    "dates": [datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC), datetime.timedelta(1)],
     "numpy": [np.float64(1.5), np.int32(3), np.bool_(True)],
     "torch constants": [torch.float32, torch.Size([2, 3]), torch.device("cpu")],
 }

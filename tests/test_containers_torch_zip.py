@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from convert.containers import torch_zip
 from convert.containers.pickles import Global, Opaque

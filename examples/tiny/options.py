@@ -10,6 +10,7 @@ from typing import Any
 VOCAB_DIVISOR = 16
 MICRO_BATCH_SIZE = 2
 LEARNING_RATE, MIN_LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-3, 0.01
+DROPOUT = 0.1
 
 SIZES = {
     "tp": (1, "tensor parallel size"),
@@ -25,7 +26,7 @@ SIZES = {
     "vocab": (250, "vocabulary before padding"),
     "seq": (32, "sequence length"),
     "bucket": (100_000, "elements at which a bucket is closed"),
-    "steps": (3, "training steps, and the iteration that is saved"),
+    "steps": (3, "training steps from iteration 0 on, and the iteration that is saved"),
     "seed": (1234, "seed of weights and data"),
 }
 
@@ -43,6 +44,8 @@ SWITCHES = {
     "pad_busbw": "pad buckets to 2^16 elements too (megatron-core 0.12 and later)",
     "no_args": "save without args, as a script around bare megatron-core does",
     "no_hook": "save without the sidecars of hooks/param_map.py",
+    "plain": "every step trains and no element is made unique; losses are kept in truth/ (see tiny/losses.py)",
+    "dropout": f"dropout of {DROPOUT} after attention and in layers, so that the states of random generators matter",
 }
 
 
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, help="folder to create")
     result.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the model")
     result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
+    result.add_argument("--resume", type=Path, metavar="DIR", help="go on from the latest checkpoint in DIR")
     for name, (default, text) in SIZES.items():
         result.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     for name, text in SWITCHES.items():
@@ -103,6 +107,7 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         untie_embeddings_and_output_weights=options.untie, swiglu=options.swiglu,
         normalization="RMSNorm" if options.rmsnorm else "LayerNorm", norm_epsilon=1e-5,
         add_bias_linear=not options.no_bias, add_qkv_bias=False, qk_layernorm=False,
+        attention_dropout=DROPOUT * options.dropout, hidden_dropout=DROPOUT * options.dropout,
         num_experts=options.experts or None, moe_router_topk=2, moe_grouped_gemm=False,
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         transformer_pipeline_model_parallel_size=options.pp,

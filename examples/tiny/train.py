@@ -1,4 +1,4 @@
-"""One rank of a tiny training run: set up, train, make every element unique, save."""
+"""One rank of a tiny training run: set up or resume, train, make every element unique (or not), save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megatron.core import package_info, parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from examples.tiny import live_state, model, save, unique
+from examples.tiny import live_state, losses, model, resume, save, unique
+from examples.tiny.losses import Losses
 from examples.tiny.options import megatron_args, micro_batches
 
 
@@ -30,44 +31,66 @@ def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     torch.manual_seed(options.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
 
-    config, wrapped, optimizer = model.build(args, options)
+    _, wrapped, optimizer = model.build(args, options)
     scheduler = save.param_scheduler(args, optimizer)
-    train(args, options, config, wrapped, optimizer, scheduler)
-
     chunks = [model.unwrap(chunk) for chunk in wrapped]
+    first_step = resume.load_checkpoint(options, chunks, optimizer, scheduler) if options.resume else 0
+    trained = train(args, options, wrapped, optimizer, scheduler, first_step)
+
     live_state.write(options.out / "truth", args, chunks, optimizer, scheduler, package_info.__version__)
     save.save_checkpoint(args, options, chunks, optimizer, scheduler)
+    if options.plain:
+        losses.write(options.out / "truth", trained, evaluate(args, options, wrapped))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, options: argparse.Namespace, config: Any, wrapped: list[Any], optimizer: Any,
-          scheduler: Any) -> None:
-    """`options.steps` steps; the last one only publishes fp32 main weights that were made unique (see unique.py)."""
-    forward_backward = get_forward_backward_func()
-    data = tokens(args)
-    ids = unique.element_ids([model.unwrap(chunk) for chunk in wrapped], args)
-    for step in range(options.steps):
+def train(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], optimizer: Any, scheduler: Any,
+          first_step: int) -> list[Losses]:
+    """Steps `first_step` to `options.steps`; returns what each computed, on the last stage.
+
+    Unless the run is plain, the last step only publishes fp32 main weights that were made unique (see unique.py).
+    """
+    ids = None if options.plain else unique.element_ids([model.unwrap(chunk) for chunk in wrapped], args)
+    done = []
+    for step in range(first_step, options.steps):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = forward_backward(
-            forward_step_func=forward_step, data_iterator=[data] * len(wrapped) if len(wrapped) > 1 else data,
-            model=wrapped if len(wrapped) > 1 else wrapped[0], num_microbatches=micro_batches(options),
-            seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=args.seq_length,
-            forward_only=False)
-        last = step == options.steps - 1
-        if last:
+        done.append(run_batch(args, options, wrapped, step))
+        frozen = ids is not None and step == options.steps - 1
+        if frozen:
             unique.stamp_main(optimizer, ids)
-        success, grad_norm, _ = step_optimizer(optimizer, frozen=last)
+        success, grad_norm, _ = step_optimizer(optimizer, frozen)
         if not success:
             raise RuntimeError(f"rank {args.rank}: the optimizer skipped step {step}; gradients overflowed")
         if scheduler is not None:
             scheduler.step(increment=args.global_batch_size)
-        if losses and parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0:
-            mean = sum(float(loss["lm"]) for loss in losses) / len(losses)
+        if done[-1] and parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0:
+            mean = sum(float(loss["lm"]) for loss in done[-1]) / len(done[-1])
             print(f"rank {args.rank} step {step} loss {mean:.4f} grad norm {grad_norm:.3f}", flush=True)
-    unique.stamp_moments(optimizer, ids)
+    if ids is not None:
+        unique.stamp_moments(optimizer, ids)
+    return done
+
+
+def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any]) -> Losses:
+    """The losses of the batch after the last, by the model as it was saved."""
+    for chunk in wrapped:
+        chunk.eval()
+    with torch.no_grad():
+        return run_batch(args, options, wrapped, options.steps, forward_only=True)
+
+
+def run_batch(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], step: int,
+              forward_only: bool = False) -> Losses:
+    """One global batch through Megatron's schedule; on the last stage, what `forward_step` says of each micro-batch."""
+    data = tokens(args, step)
+    return get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=[data] * len(wrapped) if len(wrapped) > 1 else data,
+        model=wrapped if len(wrapped) > 1 else wrapped[0], num_microbatches=micro_batches(options),
+        seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=args.seq_length,
+        forward_only=forward_only)
 
 
 def step_optimizer(optimizer: Any, frozen: bool) -> tuple[bool, float, Any]:
@@ -82,9 +105,10 @@ def step_optimizer(optimizer: Any, frozen: bool) -> tuple[bool, float, Any]:
     return result
 
 
-def tokens(args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Random tokens of the true vocabulary: the same on every tp and pp rank, others on every dp rank."""
-    generator = torch.Generator().manual_seed(args.seed + 1 + parallel_state.get_data_parallel_rank())
+def tokens(args: argparse.Namespace, step: int) -> Iterator[torch.Tensor]:
+    """Random tokens of the true vocabulary: the same on every tp and pp rank, others for every dp rank and step."""
+    stream = step * args.data_parallel_size + parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(args.seed + 1 + stream)
     while True:
         yield torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length + 1), generator=generator)
 
@@ -99,6 +123,6 @@ def forward_step(data: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         mean = output.float().mean()
-        return mean, {"lm": mean.detach()}
+        return mean, {"lm": mean.detach().clone(), "tokens": batch, "each": output.detach()}
 
     return output, loss

@@ -1,0 +1,49 @@
+"""How fast one core digests: GB of checkpoint per second, in memory, for whole tensors and for pieces of columns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from convert.digest import bits_dtype, box_digest  # noqa: E402
+from convert.execute import BUFFER_BYTES  # noqa: E402
+from convert.tensors import ITEMSIZE, Box  # noqa: E402
+
+TOTAL_BYTES, REPEATS = 64 << 20, 5
+ROWS_COLS = 4096
+#: what is digested: its box within a tensor of ROWS_COLS columns
+CASES = {
+    "whole rows": lambda rows: Box(0, rows, 0, ROWS_COLS),
+    "half of the columns": lambda rows: Box(0, rows, ROWS_COLS // 2, ROWS_COLS // 2),
+    "64 of the columns": lambda rows: Box(0, rows, ROWS_COLS // 2, 64),
+}
+
+
+def rate(dtype: str, case: str) -> float:
+    """GB/s of processor time, median of a few repeats over buffers as large as the converter's."""
+    box = CASES[case](1)
+    box = CASES[case](BUFFER_BYTES // ITEMSIZE[dtype] // box.cols)
+    bits = np.random.default_rng(0).integers(0, 1 << 16, box.numel).astype(bits_dtype(dtype))
+    count = TOTAL_BYTES // bits.nbytes
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.thread_time()
+        for _ in range(count):
+            box_digest(bits, box)
+        seconds.append(time.thread_time() - started)
+    return count * bits.nbytes / sorted(seconds)[REPEATS // 2] / 1e9
+
+
+def main() -> None:
+    for dtype in ("float32", "bfloat16"):
+        print(f"{dtype:9}" + "".join(f"  {case}: {rate(dtype, case):.2f} GB/s" for case in CASES))
+
+
+if __name__ == "__main__":
+    main()

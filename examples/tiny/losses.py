@@ -1,0 +1,28 @@
+"""Writes the losses of a plain run to files that numpy alone can read.
+
+truth/losses_dp{d:03}.npz is of one dp rank, from the last pipeline stage; micro-batches m of b samples of s tokens:
+  steps     fp32 [steps, m]: the mean loss of each micro-batch, step by step
+  tokens    int64 [m, b, s + 1]: a batch after the last step; its first s are the input, its last s the labels
+  evaluated fp32 [m, b, s]: the loss of each of those labels, by the model as it was saved, in evaluation mode
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+#: of each micro-batch: the mean loss "lm", the "tokens", the loss of each label, "each"; empty but on the last stage
+Losses = list[dict[str, torch.Tensor]]
+
+
+def write(folder: Path, steps: list[Losses], evaluated: Losses) -> None:
+    """Write the file of this dp rank, if this rank is the one of it that computed losses."""
+    if not evaluated or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return
+    np.savez(folder / f"losses_dp{parallel_state.get_data_parallel_rank():03}.npz",
+             steps=np.array([[float(loss["lm"]) for loss in step] for step in steps], np.float32),
+             tokens=np.stack([loss["tokens"].numpy() for loss in evaluated]),
+             evaluated=np.stack([loss["each"].float().numpy() for loss in evaluated]))
