@@ -1,20 +1,19 @@
-"""The benchmark: ParamMap beside `cp -r` and beside torch.load + mindspore.save_checkpoint, in turn, on one machine.
+"""The benchmark: ParamMap, there and back, beside `cp -r` and torch.load + mindspore.save_checkpoint, on one machine.
 
-Every side makes what it wrote durable before its clock stops, and finds its input in the page cache. A first round, which
-does not count, measures memory (sampling would slow the others) and compares the results with each other.
+All take turns, round after round. Every side makes what it wrote durable before its clock stops, and finds its input in
+the page cache. A first round, which does not count, measures memory (sampling would slow the others) and compares the
+results with each other. The report on standard output is Markdown, as docs/speed.md shows it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from bench.compare import same_checkpoint, same_conversion  # noqa: E402
 from bench.measure import Measured, run  # noqa: E402
-from convert.containers import mindspore_ckpt  # noqa: E402
 
 WORKERS, POOL = 2, 4
 _COPY = 'cp -r "$0" "$1" && find "$1" -exec sync {} +'
@@ -33,9 +32,13 @@ def _copy(source: Path, target: Path) -> list[str]:
     return ["sh", "-c", _COPY, str(source), str(target)]
 
 
-def _convert(source: Path, target: Path) -> list[str]:
-    return [sys.executable, "-m", "convert", "convert", str(source), str(target), "--to", "mindspore",
+def _convert(source: Path, target: Path, framework: str = "mindspore") -> list[str]:
+    return [sys.executable, "-m", "convert", "convert", str(source), str(target), "--to", framework,
             "--workers", str(WORKERS)]
+
+
+def _convert_back(source: Path, target: Path) -> list[str]:
+    return _convert(source, target, "megatron")
 
 
 def _load_and_save(source: Path, target: Path) -> list[str]:
@@ -44,7 +47,9 @@ def _load_and_save(source: Path, target: Path) -> list[str]:
 
 
 COPY, PARAMMAP, TODAY = "cp -r, fsync of each file", f"parammap, {WORKERS} workers", f"torch + mindspore, pool of {POOL}"
-SUBJECTS: dict[str, Callable[[Path, Path], list[str]]] = {COPY: _copy, PARAMMAP: _convert, TODAY: _load_and_save}
+BACK = "parammap, back to Megatron-LM"
+SUBJECTS: dict[str, Callable[[Path, Path], list[str]]] = {
+    COPY: _copy, PARAMMAP: _convert, BACK: _convert_back, TODAY: _load_and_save}
 
 
 @dataclass(slots=True)
@@ -62,24 +67,27 @@ class Series:
 
 @dataclass(slots=True)
 class Bench:
-    """All series, by size in bytes and subject."""
+    """All series, by size in bytes and subject; `converted` is what the way back starts from."""
 
     folder: Path
     sources: dict[int, Path]
-    series: dict[tuple[int, str], Series]
+    converted: dict[int, Path]
+    series: dict[tuple[int, str], Series] = field(default_factory=dict)
 
     def first_round(self) -> None:
-        for size in self.sources:
-            results = {}
-            for subject in SUBJECTS:
-                target = self.folder / f"out_{len(results)}"
+        for size, source in self.sources.items():
+            compared = size == min(self.sources)
+            results = {subject: self.folder / f"out_{number}" for number, subject in enumerate(SUBJECTS)}
+            for subject, target in results.items():
                 measured = self._run(size, subject, target, sample_memory=True)
                 self.series[size, subject] = Series(measured.peak_bytes, _bytes_in(target))
-                results[subject] = target
-            if size == min(self.sources):
-                _compare(results[PARAMMAP], results[TODAY])
-            for target in results.values():
-                shutil.rmtree(target)
+                if not compared:
+                    shutil.rmtree(target)
+            if compared:
+                same_conversion(results[PARAMMAP], results[TODAY])
+                same_checkpoint(source, results[BACK])
+                for target in results.values():
+                    shutil.rmtree(target)
 
     def count(self, number: int, subjects: list[str]) -> None:
         """One round; each begins with another subject, so that nobody always comes after the same one."""
@@ -95,14 +103,15 @@ class Bench:
 
     def _run(self, size: int, subject: str, target: Path, sample_memory: bool = False) -> Measured:
         shutil.rmtree(target, ignore_errors=True)
-        _bring_into_cache(self.sources[size])
+        source = (self.converted if subject == BACK else self.sources)[size]
+        _bring_into_cache(source)
         os.sync()
-        return run(SUBJECTS[subject](self.sources[size], target), REPOSITORY, sample_memory)
+        return run(SUBJECTS[subject](source, target), REPOSITORY, sample_memory)
 
 
 def _bring_into_cache(folder: Path) -> None:
     buffer = bytearray(1 << 20)
-    for path in folder.rglob("*.pt"):
+    for path in filter(Path.is_file, folder.rglob("*")):
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
@@ -110,27 +119,6 @@ def _bring_into_cache(folder: Path) -> None:
 
 def _bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _compare(ours: Path, theirs: Path) -> None:
-    """Both converters must have written the same tensors, whatever they call them. Raises SystemExit if not."""
-    for rank in sorted(path.name for path in theirs.glob("rank_*")):
-        if _contents(ours / rank / "network.ckpt") != _contents(theirs / rank / "network.ckpt"):
-            sys.exit(f"bench: {rank}: the two conversions hold different tensors; their times cannot be compared")
-
-
-def _contents(path: Path) -> Counter:
-    """How often each (shape, hash of the bytes) occurs among the float32 tensors of more than one element."""
-    found: Counter = Counter()
-    with open(path, "rb") as file:
-        for stored in mindspore_ckpt.read(path).values():
-            if stored.dtype == "float32" and stored.numel > 1:
-                digest = hashlib.blake2b()
-                for extent in stored.extents:
-                    file.seek(extent.offset)
-                    digest.update(file.read(extent.nbytes))
-                found[stored.shape, digest.digest()] += 1
-    return found
 
 
 def report(bench: Bench) -> list[str]:
@@ -142,18 +130,29 @@ def report(bench: Bench) -> list[str]:
         lines.append(f"| {size / 1e9:g} GB | {subject} | {series.wall:.2f} s ({min(walls):.2f}..{max(walls):.2f}, "
                      f"{len(walls)} runs) | {series.written / 1e9:.2f} GB | {cpu:.2f} s "
                      f"| {series.peak_bytes / 1e6:.0f} MB |")
-    lines += ["", "| | target |" + "".join(f" {size / 1e9:g} GB |" for size in bench.sources),
-              "|---|---|" + "---|" * len(bench.sources)]
+    return [*lines, "", *_targets(bench)]
+
+
+def _targets(bench: Bench) -> list[str]:
+    """What was asked for beside what was measured, a column for each size."""
     walls = {key: series.wall for key, series in bench.series.items()}
-    peaks = [bench.series[size, PARAMMAP].peak_bytes for size in bench.sources]
-    lines += [
-        "| parammap's wall time in cp's | ≤ 1.5 |" + "".join(
-            f" {walls[size, PARAMMAP] / walls[size, COPY]:.2f} |" for size in bench.sources),
-        "| times faster than torch + mindspore | ≥ 5 |" + "".join(
-            f" {walls[size, TODAY] / walls[size, PARAMMAP]:.1f} |" for size in bench.sources),
-        "| parammap's peak memory | ≤ 150 MB |" + "".join(f" {peak / 1e6:.0f} MB |" for peak in peaks),
-        f"| its growth from the smallest to the largest | ≤ 10 % | {max(peaks) / min(peaks) - 1:.1%} |"]
-    return lines
+    peaks = {key: series.peak_bytes for key, series in bench.series.items()}
+    rows = {
+        ("parammap's wall time in cp's", "≤ 1.5"): lambda size: f"{walls[size, PARAMMAP] / walls[size, COPY]:.2f}",
+        ("the way back's wall time in cp's (of as many bytes as it writes)", "≤ 2"):
+            lambda size: f"{walls[size, BACK] / walls[size, COPY]:.2f}",
+        ("times faster than torch + mindspore", "≥ 5"): lambda size: f"{walls[size, TODAY] / walls[size, PARAMMAP]:.1f}",
+    }
+    for subject, name in ((PARAMMAP, "parammap's"), (BACK, "the way back's")):
+        smallest = peaks[min(bench.sources), subject]
+        rows[f"{name} peak memory", "≤ 150 MB"] = lambda size, subject=subject: f"{peaks[size, subject] / 1e6:.0f} MB"
+        rows[f"{name} growth from the smallest size", "≤ 10 %"] = (
+            lambda size, subject=subject, smallest=smallest:
+                f"{peaks[size, subject] / smallest - 1:.1%}" if size > min(bench.sources) else "")
+    return ["| | target |" + "".join(f" {size / 1e9:g} GB |" for size in bench.sources),
+            "|---|---|" + "---|" * len(bench.sources),
+            *(f"| {name} | {target} |" + "".join(f" {value(size)} |" for size in bench.sources)
+              for (name, target), value in rows.items())]
 
 
 def _circumstances(bench: Bench) -> str:
@@ -177,20 +176,31 @@ def main() -> None:
     if missing:
         sys.exit(f"bench: {' and '.join(missing)} not installed; `make setup` does that")
     args.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.folder, {int(float(size) * 1e9): _source(size, args.folder) for size in args.sizes.split(",")}, {})
+    sources = {int(float(size) * 1e9): _source(size, args.folder) for size in args.sizes.split(",")}
+    bench = Bench(args.folder, sources, {size: _converted(source) for size, source in sources.items()})
     bench.first_round()
-    for number in range(max(args.runs, args.baseline_runs)):
-        taking_part = {COPY: args.runs, PARAMMAP: args.runs, TODAY: args.baseline_runs}
-        bench.count(number, [subject for subject, runs in taking_part.items() if number < runs])
+    wanted = dict.fromkeys(SUBJECTS, args.runs) | {TODAY: args.baseline_runs}
+    for number in range(max(wanted.values())):
+        bench.count(number, [subject for subject, runs in wanted.items() if number < runs])
     print("\n".join(report(bench)))
-    print(f"\n{_circumstances(bench)}\n\nDigest, one core:", flush=True)
-    subprocess.run([sys.executable, "bench/digest_speed.py"], cwd=REPOSITORY, check=True)
+    print(f"\n{_circumstances(bench)}\n\nDigest, one core:\n\n```\n{_output('bench/digest_speed.py')}\n```")
 
 
 def _source(gigabytes: str, folder: Path) -> Path:
-    made = subprocess.run([sys.executable, "bench/make_checkpoint.py", str(folder), "--gigabytes", gigabytes],
-                          cwd=REPOSITORY, check=True, stdout=subprocess.PIPE, text=True)
-    return Path(made.stdout.strip())
+    return Path(_output("bench/make_checkpoint.py", str(folder), "--gigabytes", gigabytes))
+
+
+def _converted(source: Path) -> Path:
+    """The MindSpore checkpoint that the way back starts from: made anew by today's converter, beside its source."""
+    target = source.with_name(source.name.replace("megatron", "mindspore", 1))
+    shutil.rmtree(target, ignore_errors=True)
+    run(_convert(source, target), REPOSITORY)
+    return target
+
+
+def _output(*command: str) -> str:
+    return subprocess.run([sys.executable, *command], cwd=REPOSITORY, check=True, stdout=subprocess.PIPE,
+                          text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from .checks import Misfit, cast, compare
 from .containers import frames
 from .digest import MASK, bits_dtype, box_digest
 from .errors import TaskError
-from .plan import Copy, FileTask
+from .plan import Copy, FileTask, Twin
 from .progress import Progress
-from .tensors import ITEMSIZE, Box, Piece, Tensor, TensorSpec
+from .tensors import ITEMSIZE, Box, Tensor, TensorSpec
 
 BUFFER_BYTES = 256 << 10
 WRITEBACK_BYTES = 32 << 20
@@ -173,10 +173,10 @@ class _Writer:
 
     def _stream(self, copy: Copy, start: int, stop: int, spec: TensorSpec) -> Iterator[memoryview]:
         step = BUFFER_BYTES // max(ITEMSIZE[copy.dtype], ITEMSIZE[spec.dtype])
-        for low, high in _chunks(start, stop, step, copy.box.cols if copy.box else 1):
+        for low, high in _chunks(start, stop, step, copy.blocks[0][1].cols if copy.blocks else 1):
             data = self._read(copy.file, copy.offset + low * ITEMSIZE[copy.dtype],
                               (high - low) * ITEMSIZE[copy.dtype], self.buffer, spec.name)
-            if copy.tensor is not None:
+            if copy.blocks:
                 self._observe(copy, low, high, data)
             if copy.dtype != spec.dtype:
                 data = memoryview(cast(np.frombuffer(data, bits_dtype(copy.dtype)), copy.dtype, spec.dtype)).cast("B")
@@ -205,24 +205,27 @@ class _Writer:
         return view
 
     def _observe(self, copy: Copy, low: int, high: int, data: memoryview) -> None:
-        bits = np.frombuffer(data, bits_dtype(copy.dtype))
-        for box, start in copy.box.split_flat(low, high):
-            part = bits[start - low:start - low + box.numel]
-            if copy.counted:
-                key = copy.tensor, copy.replica
-                digest, count = self.outcome.digests.get(key, (0, 0))
-                self.outcome.digests[key] = (digest + box_digest(part, box)) & MASK, count + box.numel
-            if copy.twin is not None:
-                self._compare(copy, start, part, box)
+        """Digest and compare the elements [low, high) of a copy, block by block."""
+        bits, start = np.frombuffer(data, bits_dtype(copy.dtype)), 0
+        for tensor, whole in copy.blocks:
+            first, last = max(low, start), min(high, start + whole.numel)
+            for box, position in whole.split_flat(first - start, last - start):
+                element = start + position
+                part = bits[element - low:element - low + box.numel]
+                if copy.counted:
+                    key = tensor, copy.replica
+                    digest, count = self.outcome.digests.get(key, (0, 0))
+                    self.outcome.digests[key] = (digest + box_digest(part, box)) & MASK, count + box.numel
+                if copy.twin is not None:
+                    self._compare(copy.twin, tensor, element, part, box)
+            start += whole.numel
 
-    def _compare(self, copy: Copy, start: int, main: np.ndarray, box: Box) -> None:
-        twin: Piece = copy.twin
-        itemsize = ITEMSIZE[twin.tensor.dtype]
-        data = self._read(twin.file, twin.offset + start * itemsize, box.numel * itemsize, self.twin_buffer,
-                          twin.tensor.name)
-        misfit = compare(copy.tensor, main, box, np.frombuffer(data, bits_dtype(twin.tensor.dtype)), twin.tensor.dtype)
+    def _compare(self, twin: Twin, tensor: Tensor, element: int, main: np.ndarray, box: Box) -> None:
+        itemsize = ITEMSIZE[twin.dtype]
+        data = self._read(twin.file, twin.offset + element * itemsize, box.numel * itemsize, self.twin_buffer, tensor.name)
+        misfit = compare(tensor, main, box, np.frombuffer(data, bits_dtype(twin.dtype)), twin.dtype)
         if misfit is not None:
-            known = self.outcome.misfits.setdefault(copy.tensor, misfit)
+            known = self.outcome.misfits.setdefault(tensor, misfit)
             if known is not misfit:
                 known.merge(misfit)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .errors import RefusedError
 from .tensors import Box
@@ -32,9 +33,10 @@ class Block:
     box: Box
 
 
-def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, heads: Heads | None = None) -> list[Block]:
+@lru_cache(maxsize=1024)
+def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, heads: Heads | None = None) -> tuple[Block, ...]:
     """The row blocks of tensor-parallel rank `rank`'s tensor of local `shape`, in the order they lie there."""
-    return _ARRANGEMENTS[kind](shape, tp, rank, heads)
+    return tuple(_ARRANGEMENTS[kind](shape, tp, rank, heads))
 
 
 def _replicated(shape, tp, rank, heads) -> list[Block]:

@@ -128,12 +128,12 @@ def _kind_by_facts(found: Found, layout: Layout) -> str | None:
 def _hold(found: Found, canonical: str, row: families.Row | None, kind: str, naming: Naming) -> Held:
     shape, segment = found.stored.shape, _FUSED_SEGMENT.get(kind)
     try:
-        arranged: list[Block] = blocks(kind, shape, naming.layout.tp, found.place.tp, naming.heads)
+        arranged: tuple[Block, ...] = blocks(kind, shape, naming.layout.tp, found.place.tp, naming.heads)
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
-    return Held(found, canonical, row, tuple(
-        (Tensor(found.role, canonical.replace(segment, b.part) if b.part else canonical, found.stored.dtype, b.shape),
-         b.box) for b in arranged))
+    atoms = {b.part: Tensor(found.role, canonical.replace(segment, b.part) if b.part else canonical, found.stored.dtype,
+                            b.shape) for b in arranged}
+    return Held(found, canonical, row, tuple((atoms[b.part], b.box) for b in arranged))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ source element is used or named as dropped.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .containers.frames import Hole, Segment
@@ -52,22 +53,41 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """Where the elements of a copy are repeated in less precision, row-major and contiguous."""
+
+    file: str
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """`numel` consecutive elements from byte `offset` of `file`, or zeros if that is ''; they come next in their tensor.
 
-    `box` is what they are of `tensor`. `replica` numbers the copies that ranks keep of one box; `counted` marks the one
-    use of each source element that enters its digest. `twin` repeats the box in less precision, to be compared.
+    `blocks` are what they are of which logical tensors, in order. `replica` numbers the copies that ranks keep of one box;
+    `counted` marks the one use of each source element that enters its digest. `twin` is to be compared on the way.
     """
 
     file: str
     offset: int
     numel: int
     dtype: str
-    tensor: Tensor | None = None
-    box: Box | None = None
+    blocks: tuple[tuple[Tensor, Box], ...] = ()
     replica: int = 0
     counted: bool = False
-    twin: Piece | None = None
+    twin: Twin | None = None
+
+    def is_followed_by(self, other: Copy) -> bool:
+        """Whether `other` goes on where this one ends, at the source and at the twin, and is treated alike."""
+        nbytes = self.numel * ITEMSIZE[self.dtype]
+        alike = (self.file, self.offset + nbytes, self.dtype, self.replica, self.counted, bool(self.blocks)) == (
+            other.file, other.offset, other.dtype, other.replica, other.counted, bool(other.blocks))
+        if self.twin is None or other.twin is None:
+            return alike and self.twin is other.twin
+        twin_end = self.twin.offset + self.numel * ITEMSIZE[self.twin.dtype]
+        return alike and (self.twin.file, twin_end, self.twin.dtype) == (
+            other.twin.file, other.twin.offset, other.twin.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +129,7 @@ class Planner:
 
     index: Index
     twins: dict[str, str] = field(default_factory=dict)
-    _used: set[tuple[Tensor, Box, int]] = field(default_factory=set)
+    _used: set[int | tuple[int, Box]] = field(default_factory=set)
     _twin_boxes: dict[tuple[str, str], dict[Box, list[Piece]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,8 +148,8 @@ class Planner:
             return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
         if spec.data is not None:
             return []
-        copies = [copy for tensor, box in wanted.blocks for copy in (
-            [Copy("", 0, box.numel, spec.dtype)] if tensor is None else self._block(tensor, box, place))]
+        copies = list(_merged((copy for tensor, box in wanted.blocks for copy in (
+            [Copy("", 0, box.numel, spec.dtype)] if tensor is None else self._block(tensor, box, place))), wanted.blocks))
         if sum(copy.numel for copy in copies) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
         return copies
@@ -164,15 +184,37 @@ class Planner:
         tensor = piece.tensor
         start = (box.row - piece.box.row) * piece.box.cols + box.col - piece.box.col
         replica = sorted(p.replica for p in self.index.boxes[tensor][piece.box]).index(piece.replica)
-        counted = (tensor, box, replica) not in self._used
-        self._used.add((tensor, box, replica))
+        use = id(piece) if box == piece.box else (id(piece), box)
+        counted = use not in self._used
+        self._used.add(use)
         twins = self._twin_boxes.get((self.twins.get(tensor.role), tensor.name), {}).get(box)
-        return Copy(piece.file, piece.offset + start * ITEMSIZE[tensor.dtype], box.numel, tensor.dtype, tensor, box,
-                    replica, counted, self._preferred(twins, place) if twins else None)
+        twin = self._preferred(twins, place) if twins else None
+        return Copy(piece.file, piece.offset + start * ITEMSIZE[tensor.dtype], box.numel, tensor.dtype, ((tensor, box),),
+                    replica, counted, twin and Twin(twin.file, twin.offset, twin.tensor.dtype))
 
     def _unused(self) -> list[str]:
-        """Names of the source tensors of which some piece goes nowhere (replicas kept elsewhere do not count)."""
-        used = {(tensor, box) for tensor, box, _ in self._used}
+        """Names of the source tensors of which some box goes nowhere (replicas kept elsewhere do not count)."""
+        used = {use if isinstance(use, int) else use[0] for use in self._used}
         repeated = set(self.twins.values())
         return sorted({f"{tensor.name} ({tensor.role})" for tensor, boxes in self.index.boxes.items()
-                       if tensor.role not in repeated for box in boxes if (tensor, box) not in used})
+                       if tensor.role not in repeated for pieces in boxes.values()
+                       if not any(id(piece) in used for piece in pieces)})
+
+
+def _merged(copies: Iterable[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy]:
+    """The copies with those that follow each other at the source made one; `blocks` is shared where it is all of them."""
+    run: list[Copy] = []
+    for copy in copies:
+        if run and not run[-1].is_followed_by(copy):
+            yield _joined(run, blocks)
+            run = []
+        run.append(copy)
+    if run:
+        yield _joined(run, blocks)
+
+
+def _joined(run: list[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Copy:
+    if len(run) == 1:
+        return run[0]
+    own = tuple(block for copy in run for block in copy.blocks)
+    return replace(run[0], numel=sum(copy.numel for copy in run), blocks=blocks if own == blocks else own)

@@ -80,8 +80,7 @@ class Staging:
         """Write the manifest, make everything durable, and rename the whole into place."""
         path = self.out / MANIFEST
         with open(path, "w") as file:
-            json.dump({**manifest, "fingerprint": self.fingerprint}, file, indent=1)
-            file.write("\n")
+            file.write(json.dumps({**manifest, "fingerprint": self.fingerprint}, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for folder, _, _ in os.walk(self.out):

@@ -103,7 +103,8 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
             raise RefusedError(f"{folder / name}: not a {SCHEMA} file of version {VERSION}; "
                                "use the ParamMap release that matches the hook that wrote it")
         try:
-            ranks[tp, pp, ep] = RankSidecar(tuple(_layout_optimizer(entry) for entry in data["optimizers"]), data)
+            buffers = tuple(_layout_optimizer(entry) for entry in data["optimizers"])
+            ranks[tp, pp, ep] = RankSidecar(buffers, {**data, "optimizers": _without_buffers(data["optimizers"])})
         except (KeyError, TypeError, ValueError) as error:
             raise RefusedError(f"{folder / name}: damaged layout file ({error!r}); take the save's own") from error
         iterations.add(data.get("iteration"))
@@ -111,6 +112,10 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
         raise RefusedError(f"{folder}: layout files of several iterations {sorted(iterations)}; "
                            "use the folder that lies inside the iteration's own folder")
     return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
+
+
+def _without_buffers(optimizers: list[dict | None]) -> list[dict]:
+    return [{key: value for key, value in (entry or {}).items() if key != "buffers"} for entry in optimizers]
 
 
 def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:

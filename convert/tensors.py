@@ -99,6 +99,9 @@ class Box:
 
     def split_flat(self, start: int, stop: int) -> Iterator[tuple[Box, int]]:
         """The at most three boxes that make up the row-major elements [start, stop) of this box, each with its start."""
+        if start == 0 and stop == self.numel:
+            yield self, 0
+            return
         while start < stop:
             row, col = divmod(start, self.cols)
             if col == 0 and stop - start >= self.cols:
