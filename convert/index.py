@@ -6,7 +6,9 @@ no family knows, by the partition facts of the sidecar.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,14 +54,15 @@ class Held:
         layer = families.layer_of(self.canonical)
         return layer and layer[1]
 
-    def pieces(self, replica: int) -> list[Piece]:
-        """The pieces of its blocks; a tensor in several extents gives pieces for each."""
+    def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
+        """The pieces of its blocks, or of those of one logical tensor; several extents give pieces for each."""
         result, start = [], 0
         itemsize = ITEMSIZE[self.found.stored.dtype]
         for tensor, box in self.blocks:
-            for extent, low, high, first in _extents_of(self.found.stored, start * itemsize, box.numel * itemsize):
-                for part, element in box.split_flat(low // itemsize, high // itemsize):
-                    result.append(Piece(tensor, part, extent.file, first + element * itemsize - low, replica))
+            if only in (None, tensor):
+                for extent, low, high, first in _extents_of(self.found.stored, start * itemsize, box.numel * itemsize):
+                    for part, element in box.split_flat(low // itemsize, high // itemsize):
+                        result.append(Piece(tensor, part, extent.file, first + element * itemsize - low, replica))
             start += box.numel
         return result
 
@@ -136,25 +139,59 @@ def _hold(found: Found, canonical: str, row: families.Row | None, kind: str, nam
     return Held(found, canonical, row, tuple((atoms[b.part], b.box) for b in arranged))
 
 
+class Boxes(Mapping):
+    """The pieces of each logical tensor by box, where equal boxes are replicas; made when asked for, a few are kept.
+
+    A large model has some hundred boxes for each fused tensor, so that only who holds what is kept for good.
+    """
+
+    def __init__(self, holders: dict[Tensor, list[Held]], layout: Layout) -> None:
+        self.holders, self.layout = holders, layout
+        self._expand = lru_cache(maxsize=64)(self._expanded)
+
+    def __getitem__(self, tensor: Tensor) -> dict[Box, list[Piece]]:
+        return self._expand(tensor)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.holders)
+
+    def __len__(self) -> int:
+        return len(self.holders)
+
+    def _expanded(self, tensor: Tensor) -> dict[Box, list[Piece]]:
+        boxes: dict[Box, list[Piece]] = {}
+        for held in self.holders[tensor]:
+            for piece in held.pieces(replica_of(held, self.layout), tensor):
+                boxes.setdefault(piece.box, []).append(piece)
+        return boxes
+
+
+def replica_of(held: Held, layout: Layout) -> int:
+    """A number for the rank among those that may keep copies of one box: its tensor- and expert-parallel place."""
+    return held.found.place.ep * layout.tp + held.found.place.tp
+
+
 @dataclass(slots=True)
 class Index:
-    """All of a checkpoint's tensors, and the pieces of each logical tensor by box; equal boxes are replicas."""
+    """All of a checkpoint's tensors, who holds each logical tensor, and its pieces."""
 
     held: list[Held]
     layout: Layout
-    boxes: dict[Tensor, dict[Box, list[Piece]]] = field(default_factory=dict)
+    boxes: Mapping[Tensor, dict[Box, list[Piece]]] | None = None
+    holders: dict[Tensor, list[Held]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shapes: dict[tuple[str, str], Tensor] = {}
+        known: dict[tuple[str, str], Tensor] = {}
         for held in self.held:
-            place = held.found.place
-            for piece in held.pieces(replica=place.ep * self.layout.tp + place.tp):
-                tensor = shapes.setdefault((piece.tensor.role, piece.tensor.name), piece.tensor)
-                if tensor != piece.tensor:
-                    raise RefusedError(f"{piece.file}: {piece.tensor.name} ({piece.tensor.role}) is {piece.tensor.dtype} "
-                                       f"{list(piece.tensor.shape)} here and {tensor.dtype} {list(tensor.shape)} on "
-                                       "another rank; these files are of different runs")
-                self.boxes.setdefault(tensor, {}).setdefault(piece.box, []).append(piece)
+            for tensor in dict.fromkeys(tensor for tensor, _ in held.blocks):
+                first = known.setdefault((tensor.role, tensor.name), tensor)
+                if first != tensor:
+                    raise RefusedError(f"{held.found.where}: {tensor.name} ({tensor.role}) is {tensor.dtype} "
+                                       f"{list(tensor.shape)} here and {first.dtype} {list(first.shape)} on another rank; "
+                                       "these files are of different runs")
+                self.holders.setdefault(first, []).append(held)
+        if self.boxes is None:
+            self.boxes = Boxes(self.holders, self.layout)
 
     def check_complete(self) -> None:
         """Refuse unless the pieces of every logical tensor cover each of its elements exactly once."""

@@ -181,8 +181,8 @@ def _judge(source: Checkpoint, outcomes: list[Outcome], request: Request, stagin
                 misfits[tensor].merge(misfit)
     names = {tensor.name for tensor in misfits}
     tell_permuted(list(misfits.values()), {
-        tensor.name: [piece for pieces in boxes.values() for piece in pieces]
-        for tensor, boxes in source.index.boxes.items() if tensor.role == MODEL_WEIGHT and tensor.name in names})
+        tensor.name: [piece for pieces in source.index.boxes[tensor].values() for piece in pieces]
+        for tensor in source.index.boxes if tensor.role == MODEL_WEIGHT and tensor.name in names})
     refused = [m for m in misfits.values() if m.kind != STALE]
     if refused and not request.accept_permuted:
         staging.discard()

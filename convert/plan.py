@@ -7,13 +7,14 @@ source element is used or named as dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .containers.frames import Hole, Segment
 from .errors import RefusedError
-from .index import Index
+from .index import Held, Index, replica_of
 from .layout import Place
 from .tensors import ITEMSIZE, Box, Piece, Stored, Tensor, TensorSpec
 
@@ -129,12 +130,13 @@ class Planner:
 
     index: Index
     twins: dict[str, str] = field(default_factory=dict)
-    _used: set[int | tuple[int, Box]] = field(default_factory=set)
-    _twin_boxes: dict[tuple[str, str], dict[Box, list[Piece]]] = field(default_factory=dict)
+    _used: set[int] = field(default_factory=set)
+    _cut: set[tuple[Tensor, Box, int]] = field(default_factory=set)
+    _twin_tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         roles = set(self.twins.values())
-        self._twin_boxes = {(t.role, t.name): boxes for t, boxes in self.index.boxes.items() if t.role in roles}
+        self._twin_tensors = {(t.role, t.name): t for t in self.index.boxes if t.role in roles}
 
     def plan(self, files: list[WantedFile]) -> Plan:
         tasks = [FileTask(file.path, file.segments, tuple(w.spec for w in file.tensors),
@@ -148,57 +150,98 @@ class Planner:
             return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
         if spec.data is not None:
             return []
-        copies = list(_merged((copy for tensor, box in wanted.blocks for copy in (
-            [Copy("", 0, box.numel, spec.dtype)] if tensor is None else self._block(tensor, box, place))), wanted.blocks))
+        copies = list(_merged(self._pieces(wanted, place), wanted.blocks))
         if sum(copy.numel for copy in copies) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
         return copies
+
+    def _pieces(self, wanted: Wanted, place: Place) -> Iterator[Copy]:
+        """Copies for the blocks in order; those that a tensor of the source holds just so become one."""
+        blocks, position = wanted.blocks, 0
+        while position < len(blocks):
+            tensor, box = blocks[position]
+            if tensor is None:
+                yield Copy("", 0, box.numel, wanted.spec.dtype)
+                position += 1
+            elif same := self._holding(blocks, position):
+                yield self._whole(same, place)
+                position += len(same[0].blocks)
+            else:
+                yield from self._block(tensor, box, place)
+                position += 1
+
+    def _holding(self, blocks: tuple[tuple[Tensor | None, Box], ...], position: int) -> list[Held]:
+        """The replicas of a tensor of the source that is the blocks from `position` on, in one extent."""
+        return [held for held in self.index.holders.get(blocks[position][0], ())
+                if held.blocks[0] == blocks[position] and len(held.found.stored.extents) == 1
+                and held.blocks == blocks[position:position + len(held.blocks)]]
+
+    def _whole(self, same: list[Held], place: Place) -> Copy:
+        held = self._preferred(same, place, self._replica)
+        replica = sorted(map(self._replica, same)).index(self._replica(held))
+        counted = id(held) not in self._used
+        self._used.add(id(held))
+        stored = held.found.stored
+        extent, = stored.extents
+        return Copy(extent.file, extent.offset, stored.numel, stored.dtype, held.blocks, replica, counted,
+                    self._whole_twin(held, place))
+
+    def _whole_twin(self, held: Held, place: Place) -> Twin | None:
+        tensor = held.blocks[0][0]
+        twin = self._twin_tensors.get((self.twins.get(tensor.role), tensor.name))
+        boxes = [box for _, box in held.blocks]
+        same = [other for other in self.index.holders.get(twin, ()) if [box for _, box in other.blocks] == boxes]
+        if not same:
+            return None
+        stored = self._preferred(same, place, self._replica).found.stored
+        return Twin(stored.extents[0].file, stored.extents[0].offset, stored.dtype)
+
+    def _replica(self, held: Held) -> int:
+        return replica_of(held, self.index.layout)
 
     def _block(self, tensor: Tensor, box: Box, place: Place) -> list[Copy]:
         """Copies that fill `box` of `tensor`, row-major."""
         boxes = self.index.boxes.get(tensor)
         if boxes is None:
             raise RefusedError(f"{tensor.name} ({tensor.role}) is not in the source")
-        exact = boxes.get(box)
-        if exact:
-            return [self._copy(self._preferred(exact, place), box, place)]
         parts = []
         for pieces in boxes.values():
             part = pieces[0].box.intersect(box)
             if part:
-                parts.append((part, self._preferred(pieces, place)))
+                parts.append((part, self._preferred(pieces, place, lambda piece: piece.replica)))
         parts.sort(key=lambda pair: (pair[0].row, pair[0].col))
         if sum(part.numel for part, _ in parts) != box.numel:
             raise RefusedError(f"{tensor.name} ({tensor.role}): the source does not hold {box}")
         for part, piece in parts:
             if part.rows > 1 and not part.cols == piece.box.cols == box.cols:
                 raise RefusedError(f"{tensor.name}: this change of layout needs its columns cut, which is not built yet")
-        return [self._copy(piece, part, place) for part, piece in parts]
+        return [self._copy(piece, part) for part, piece in parts]
 
-    def _preferred(self, pieces: list[Piece], place: Place) -> Piece:
+    def _preferred(self, copies: list, place: Place, replica: Callable[[Any], int]) -> Any:
         """The rank's own copy if there is one, else one of its tensor-parallel rank, else the first."""
         tp, own = self.index.layout.tp, place.ep * self.index.layout.tp + place.tp
-        return min(pieces, key=lambda p: (p.replica != own, p.replica % tp != place.tp, p.replica))
+        return min(copies, key=lambda copy: (replica(copy) != own, replica(copy) % tp != place.tp, replica(copy)))
 
-    def _copy(self, piece: Piece, box: Box, place: Place) -> Copy:
+    def _copy(self, piece: Piece, box: Box) -> Copy:
+        """A part of a piece. It is not compared with its twin: whole tensors are, in the layout they were saved in."""
         tensor = piece.tensor
         start = (box.row - piece.box.row) * piece.box.cols + box.col - piece.box.col
         replica = sorted(p.replica for p in self.index.boxes[tensor][piece.box]).index(piece.replica)
-        use = id(piece) if box == piece.box else (id(piece), box)
-        counted = use not in self._used
-        self._used.add(use)
-        twins = self._twin_boxes.get((self.twins.get(tensor.role), tensor.name), {}).get(box)
-        twin = self._preferred(twins, place) if twins else None
+        counted = (tensor, box, replica) not in self._cut
+        self._cut.add((tensor, box, replica))
         return Copy(piece.file, piece.offset + start * ITEMSIZE[tensor.dtype], box.numel, tensor.dtype, ((tensor, box),),
-                    replica, counted, twin and Twin(twin.file, twin.offset, twin.tensor.dtype))
+                    replica, counted)
 
     def _unused(self) -> list[str]:
         """Names of the source tensors of which some box goes nowhere (replicas kept elsewhere do not count)."""
-        used = {use if isinstance(use, int) else use[0] for use in self._used}
-        repeated = set(self.twins.values())
-        return sorted({f"{tensor.name} ({tensor.role})" for tensor, boxes in self.index.boxes.items()
-                       if tensor.role not in repeated for pieces in boxes.values()
-                       if not any(id(piece) in used for piece in pieces)})
+        repeated, cut = set(self.twins.values()), {tensor for tensor, _, _ in self._cut}
+        return sorted({f"{tensor.name} ({tensor.role})" for tensor, holders in self.index.holders.items()
+                       if tensor.role not in repeated and tensor not in cut and not self._all_used(tensor, holders)})
+
+    def _all_used(self, tensor: Tensor, holders: list[Held]) -> bool:
+        boxes = [[box for owner, box in held.blocks if owner == tensor] for held in holders]
+        used = {box for held, own in zip(holders, boxes, strict=True) if id(held) in self._used for box in own}
+        return all(box in used for own in boxes for box in own)
 
 
 def _merged(copies: Iterable[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy]:
