@@ -94,7 +94,7 @@ class _Writer:
         if isinstance(tree, TensorSpec):
             spec = replace(tree, name=f"{number}.{tree.name}")
             blocks = self._blocks(rank, number, tree.name, tree.shape, WEIGHT)
-            wanted[spec] = Wanted(spec, tuple(blocks))
+            wanted[spec] = Wanted(spec, blocks)
             return spec
         if isinstance(tree, dict):
             return {key: self._chunk(rank, number, value, wanted) for key, value in tree.items()}
@@ -165,21 +165,25 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------------ names
 
     def _blocks(self, rank: Coordinates, chunk: int, name: str, shape: tuple[int, ...], role: str,
-                slot: Slot | None = None) -> list[tuple[Tensor, Box]]:
+                slot: Slot | None = None) -> tuple[tuple[Tensor, Box], ...]:
         tp, pp, ep = rank
         found = Found(name, Place(tp, pp, ep, chunk), role, Stored("float32", shape, ()),
                       *((slot.partition_dim, slot.partition_stride, slot.expert) if slot else ()))
-        held = self._naming.hold(found)
-        blocks = []
-        for tensor, box in held.blocks:
-            there = self._tensors.get((role, tensor.name))
-            if there is None:
-                self.missing.add(f"{tensor.name} ({role})")
-            elif there.shape != tensor.shape:
-                raise RefusedError(f"{self.source.folder}: {tensor.name} is {list(there.shape)} and not "
-                                   f"{list(tensor.shape)} as the sidecar says; they are of different runs")
-            blocks.append((there or tensor, box))
-        return blocks
+        blocks = self._naming.hold(found).blocks
+        for there in self.source.index.holders.get(blocks[0][0], ()):
+            if there.blocks == blocks:
+                return there.blocks
+        return tuple((self._known(tensor), box) for tensor, box in blocks)
+
+    def _known(self, wanted: Tensor) -> Tensor:
+        """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
+        there = self._tensors.get((wanted.role, wanted.name))
+        if there is None:
+            self.missing.add(f"{wanted.name} ({wanted.role})")
+        elif there.shape != wanted.shape:
+            raise RefusedError(f"{self.source.folder}: {wanted.name} is {list(there.shape)} and not {list(wanted.shape)} as "
+                               "the sidecar says; they are of different runs")
+        return there or wanted
 
     def _target_naming(self) -> Naming:
         source = self.source

@@ -83,7 +83,7 @@ def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Co
                for pp in range(layout.pp) for ep in range(layout.ep) for tp in range(layout.tp)}
     first = mindspore_sharded.strategy_files(source / mindspore_sharded.STRATEGY_FOLDER)
     if len(first) == len(folders):
-        folders = {rank: source / f"rank_{number}" for rank, number in zip(folders, first)}
+        folders = {rank: source / f"rank_{number}" for rank, number in zip(folders, first, strict=True)}
     for rank, folder in folders.items():
         if not folder.is_dir():
             raise RefusedError(f"{folder}: missing; it should hold {Place(*rank)} of {layout}: copy the whole checkpoint")
