@@ -193,7 +193,7 @@ def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
     if not source.with_optimizer:
         chunks = source.structures[rank]
         key = "model" if len(chunks) == 1 else "model{}"
-        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed(list(_leaves(tree, TensorSpec)))]
+        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed([*_leaves(tree, TensorSpec)])]
                                    for number, tree in enumerate(chunks)]
     return kept
 
