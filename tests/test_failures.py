@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from convert.cli import main
 from convert.publish import MANIFEST
@@ -117,8 +118,6 @@ def test_map_of_another_run_of_the_same_shape(source, capsys):
 
 def test_optimizer_file_of_another_run(source, capsys):
     """A file of the same shape whose values belong to no parameter of this model."""
-    import torch
-
     path = rank(source, "mp_rank_00_000") / "distrib_optim.pt"
     saved = torch.load(path, weights_only=True)
     (buffer,) = saved[0].values()
@@ -284,11 +283,20 @@ def test_a_changed_source_is_not_resumed(source):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (670_000, 670_000)),
     )
     assert run.returncode == 3 and len((staging / "journal").read_text().splitlines()) > 1
-    os.utime(rank(source) / "distrib_optim.pt")
+    done = [json.loads(line)["path"] for line in (staging / "journal").read_text().splitlines()[1:]]
+    assert "rank_2/network.ckpt" in done
+    change_a_moment(rank(source, "mp_rank_00_001") / "distrib_optim.pt")
     assert convert(source, out) == 0
     fresh = source.parent / "fresh"
     assert convert(source, fresh) == 0
     assert files(out) == files(fresh)
+
+
+def change_a_moment(path):
+    saved = torch.load(path, weights_only=True)
+    (buffer,) = saved[0].values()
+    buffer["exp_avg"][0][:100] += 1
+    torch.save(saved, path)
 
 
 def files(folder):
