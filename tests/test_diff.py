@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from convert import stream
 from convert.cli import main
+from convert.proof import stream
 from tests.lab.logical import content_offset, flip
 from tests.test_goldens import GOLDENS, truth
 

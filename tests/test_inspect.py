@@ -101,7 +101,7 @@ def test_buffers_of_bare_maps_are_the_live_ones(capsys, golden):
         assert told[key]["bounds"] == "file"
 
 
-@every_run("tp2pp2", "vpp", "dp3_padded", "moe_ep2", "fp32_own_group")
+@every_run("tp2pp2", "vpp", "uneven", "dp3_padded", "moe_ep2", "fp32_own_group")
 def test_buffers_of_layout_files_are_the_live_ones(trained_variant, capsys, core, variant):
     assert_live(trained_variant(core, variant), inspect(capsys, trained_variant(core, variant).path), core)
 
@@ -144,7 +144,7 @@ def assert_live(run, facts, core):
     assert seen == told.keys()
 
 
-@every_run("tp2pp2", "vpp", "dp3_padded", "moe_ep2")
+@every_run("tp2pp2", "vpp", "uneven", "dp3_padded", "moe_ep2")
 def test_layers_states_and_groups_are_the_live_ones(trained_variant, capsys, core, variant):
     run = trained_variant(core, variant)
     facts = inspect(capsys, run.path)
@@ -226,7 +226,7 @@ def test_picture_needs_nothing_else_and_has_each_parameter_once(capsys, tmp_path
 
 
 def test_names_cannot_break_out_of_the_page():
-    from convert.inspection_html import _segment
+    from convert.inspection.html import _segment
 
     assert _segment("mlp", 1, '"><script>x</script>').count("<") == 2
 

@@ -177,9 +177,23 @@ def test_layers_of_interleaved_stages_are_global(trained_variant):
     assert by_stage == {0: [[0], [4]], 1: [[1], [5]], 2: [[2], [6]], 3: [[3], [7]]}
 
 
-def test_an_option_that_the_release_lacks_is_refused(trained):
-    with pytest.raises(RuntimeError, match="no option normalization"):
-        trained("0.6.0", rmsnorm=True, layers=1)
+@every_run("uneven")
+def test_layers_of_uneven_stages(trained_variant, core, variant):
+    run = trained_variant(core, variant)
+    by_stage = {truth.place[1]: truth.meta["layers"] for truth in run.truths()}
+    assert by_stage == {0: [[0, 1, 2]], 1: [[3, 4]], 2: [[5, 6]]}
+    for truth in run.truths():
+        args = load(run, truth, "model_optim_rng.pt")["args"]
+        assert (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers) == (3, None)
+
+
+@pytest.mark.parametrize(("core", "options", "lacks"), [
+    ("0.6.0", {"rmsnorm": True, "layers": 1}, "normalization"),
+    ("0.8.0", VARIANTS["uneven"], "num_layers_in_first_pipeline_stage"),
+])
+def test_an_option_that_the_release_lacks_is_refused(trained, core, options, lacks):
+    with pytest.raises(RuntimeError, match=f"no option {lacks}"):
+        trained(core, **options)
 
 
 def test_a_run_is_made_once_and_mended(trained_variant, tmp_path):

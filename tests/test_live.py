@@ -43,6 +43,17 @@ def test_every_tensor_equals_the_live_state(trained_variant, tmp_path, core, var
     assert manifest["misfits"] == [] and manifest["dropped"] == [] and len(manifest["digests"]) > 30
 
 
+@every_run("uneven")
+def test_layers_of_each_stage_are_checked(trained_variant, tmp_path, capsys, core, variant):
+    run = trained_variant(core, variant)
+    for wrong in ("2,3,2", "3,4", "3,2,2,0"):
+        assert convert(run, tmp_path / "out", "--stage-layers", wrong) == 2, wrong
+        assert "its stages hold [3, 2, 2] layers" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+    assert convert(run, tmp_path / "out", "--stage-layers", "3,2,2") == 0
+    prove(run, tmp_path / "out")
+
+
 def test_safetensors_equal_the_live_state(trained_variant, tmp_path):
     run = trained_variant("0.16.1", "tp2pp2")
     assert convert(run, tmp_path / "out", "--format", "safetensors", "--workers", "1") == 0

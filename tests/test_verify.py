@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from convert import plan, stream
+from convert import plan
 from convert.cli import main
+from convert.proof import stream
 from tests.conftest import every_run
 from tests.lab.logical import content_offset, element, flip
 from tests.lab.mindspore_load import load

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from ..compare import Difference, Tolerance, differences, metadata_differences, pair
 from ..errors import RefusedError
 from ..naming import brief
+from ..proof.compare import Difference, Tolerance, differences, metadata_differences, pair
 from . import reading
 
 

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from .. import verify
 from ..errors import RefusedError
+from ..proof import verify
 from . import reading
 
 

@@ -6,8 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from .. import inspection, inspection_html, inspection_text
 from ..errors import RefusedError
+from ..inspection import facts as inspection
+from ..inspection import html, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
     facts = inspection.inspect(inspection.read(args.checkpoint, iteration=args.iteration, sidecar=args.sidecar),
                                tensors=args.tensors)
     if args.html:
-        _write(args.html, inspection_html.page(facts))
-    print(json.dumps(facts, indent=1) if args.json else "\n".join(inspection_text.lines(facts)))
+        _write(args.html, html.page(facts))
+    print(json.dumps(facts, indent=1) if args.json else "\n".join(text.lines(facts)))
     return 0
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, page: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise RefusedError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists") from None

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..locate import Answer, Run, identify, locate, value_at
+from ..proof.locate import Answer, Run, identify, locate, value_at
 from ..tensors import ITEMSIZE
 from . import positive, reading
 

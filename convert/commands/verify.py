@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..repair import repair
-from ..verify import Request, Verdict, verify
+from ..proof.repair import repair
+from ..proof.verify import Request, Verdict, verify
 from . import reading
 
 

@@ -76,6 +76,9 @@ def transformer_config(args: Args) -> TransformerConfig:
         "batch_p2p_sync": False,
         "deallocate_pipeline_outputs": True,
     }
+    if args.decoder_first_pipeline_num_layers:
+        demand("num_layers_in_first_pipeline_stage", TransformerConfig)
+        options["num_layers_in_first_pipeline_stage"] = args.decoder_first_pipeline_num_layers
     options |= dict.fromkeys(GPU_ONLY, False)
     if args.num_experts:
         options |= {"num_moe_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,

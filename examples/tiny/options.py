@@ -20,6 +20,7 @@ SIZES = {
     "ep": (1, "expert parallel size, a divisor of dp"),
     "experts": (0, "number of experts; 0 is a dense model"),
     "layers": (8, "number of layers"),
+    "first_stage_layers": (0, "layers of the first stage; 0 is as many as others have (megatron-core 0.12 and later)"),
     "hidden": (128, "hidden size"),
     "heads": (8, "attention heads"),
     "gqa": (0, "query groups; 0 is one per head"),
@@ -58,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
     result.add_argument("--resume", type=Path, metavar="DIR", help="go on from the latest checkpoint in DIR")
     for name, (default, text) in SIZES.items():
-        result.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+        flag = "--" + name.replace("_", "-")
+        result.add_argument(flag, type=int, default=default, help=f"{text} (default {default})")
     for name, text in SWITCHES.items():
         result.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
     return result
@@ -95,7 +97,7 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
-    interleaved = options.vpp > 1
+    interleaved, uneven = options.vpp > 1, options.first_stage_layers > 0
     return argparse.Namespace(
         num_layers=options.layers, encoder_num_layers=options.layers, hidden_size=options.hidden,
         ffn_hidden_size=4 * options.hidden, num_attention_heads=options.heads,
@@ -112,7 +114,10 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         transformer_pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vpp if interleaved else None,
-        num_layers_per_virtual_pipeline_stage=options.layers // options.pp // options.vpp if interleaved else None,
+        num_layers_per_virtual_pipeline_stage=(
+            options.layers // options.pp // options.vpp if interleaved and not uneven else None),
+        decoder_first_pipeline_num_layers=options.first_stage_layers if uneven else None,
+        decoder_last_pipeline_num_layers=None,
         data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=1,
         sequence_parallel=bool(options.experts) and options.tp > 1, use_tp_pp_dp_mapping=False,
         world_size=options.tp * options.pp * options.dp, rank=rank, local_rank=rank,

@@ -9,6 +9,9 @@ CORES = ("0.6.0", "0.8.0", "0.12.3", "0.16.1")
 VARIANTS: dict[str, dict[str, Any]] = {
     "tp2pp2": {"tp": 2, "pp": 2},
     "vpp": {"pp": 4, "vpp": 2},
+    "uneven": {"pp": 3, "layers": 7, "first_stage_layers": 3},
+    "uneven_vpp": {"pp": 3, "vpp": 2, "layers": 8, "first_stage_layers": 4},
+    "gaps": {"tp": 4, "layers": 1},
     "dp3_padded": {"dp": 3, "layers": 2},
     "dp2_busbw": {"dp": 2, "layers": 2, "pad_busbw": True},
     "fp32_own_group": {"dp": 2, "layers": 2, "no_bias": True, "fp32": "norm"},
@@ -25,6 +28,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 #: variants that not every release can train, or saves otherwise
 ONLY = {
+    "uneven": ("0.12.3", "0.16.1"),
+    "uneven_vpp": ("0.12.3", "0.16.1"),
+    "gaps": ("0.8.0", "0.12.3", "0.16.1"),
     "dp2_busbw": ("0.12.3", "0.16.1"),
     "llama": ("0.12.3", "0.16.1"),
     "stale": ("0.6.0",),
@@ -36,7 +42,7 @@ DEFECTS = ("fp32_mixed_group", "stale")
 
 #: in the quick suite, for one release of each generation of distrib_optim.pt; the others are marked full
 QUICK_CORES = ("0.6.0", "0.16.1")
-QUICK = ("tp2pp2", "vpp", "dp3_padded", "fp32_own_group", "fp32_mixed_group", "moe_ep2", "stale")
+QUICK = ("tp2pp2", "vpp", "uneven", "uneven_vpp", "gaps", "dp3_padded", "fp32_own_group", "fp32_mixed_group", "moe_ep2", "stale")
 
 
 def is_quick(core: str, variant: str) -> bool:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .containers import mindspore_ckpt, safetensors, torch_zip, zip_records
-from .errors import RefusedError
-from .tensors import Stored
+from ..containers import mindspore_ckpt, safetensors, torch_zip, zip_records
+from ..errors import RefusedError
+from ..tensors import Stored
 
 
 def entries_of(file: Path) -> list[tuple[str, Stored]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import RefusedError
+from ..index import Index
+from ..tensors import Box
 from .compare import Pair, read_both
-from .errors import RefusedError
-from .index import Index
 from .stream import Files, View, copies_of, offset_in
-from .tensors import Box
 from .verify import Manifest, Request, Verdict, read_output, read_source, verify, wrong_archives
 
 

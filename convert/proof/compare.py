@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .checkpoint import Checkpoint
-from .checks import SHOWN_POSITIONS, cast_bits, widen_bits
-from .errors import RefusedError
-from .index import Index
+from ..checkpoint import Checkpoint
+from ..checks import SHOWN_POSITIONS, cast_bits, widen_bits
+from ..errors import RefusedError
+from ..index import Index
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
 from .stream import Files, View, bands, copies_of, in_processes
-from .tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
 
 #: what of a rank's metadata belongs to the training state
 STATE_KEYS = ("optimizer", "opt_param_scheduler")

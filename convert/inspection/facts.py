@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import families, frameworks
-from .checkpoint import Checkpoint, Coordinates
-from .errors import RefusedError
-from .frameworks import megatron, mindspore_source
-from .frameworks.megatron_facts import Facts
-from .frameworks.mindspore_scalars import param_groups
-from .inspection_buffers import RELEASES, Optimizers
-from .inspection_kinds import KINDS, kind_of
-from .naming import brief
-from .sidecar import Sidecar
-from .tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Tensor
+from .. import families, frameworks
+from ..checkpoint import Checkpoint, Coordinates
+from ..errors import RefusedError
+from ..frameworks import megatron, mindspore_source
+from ..frameworks.megatron_facts import Facts
+from ..frameworks.mindspore_scalars import param_groups
+from ..naming import brief
+from ..sidecar import Sidecar
+from ..tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Tensor
+from .buffers import RELEASES, Optimizers
+from .kinds import KINDS, kind_of
 
 SCHEMA, VERSION = "parammap.inspection", 1
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from . import families, frameworks
-from .checkpoint import Checkpoint
-from .checks import cast_bits, widen_bits
+from .. import families, frameworks
+from ..checkpoint import Checkpoint
+from ..checks import cast_bits, widen_bits
+from ..digest import MASK, box_digest
+from ..errors import RefusedError
+from ..index import Index
+from ..naming import brief
+from ..publish import MANIFEST
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 from .compare import Difference, Pair, casts_of_weights, differences, metadata_differences, pair
 from .contents import entries_of
-from .digest import MASK, box_digest
-from .errors import RefusedError
-from .index import Index
-from .naming import brief
-from .publish import MANIFEST
 from .stream import Files, copies_of, in_processes, read_piece
-from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: bytes that a worker process is given at a time
 _BATCH_BYTES = 16 << 20

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from .digest import bits_dtype
-from .errors import RefusedError, TaskError
-from .tensors import ITEMSIZE, Box, Piece, Tensor
+from ..digest import bits_dtype
+from ..errors import RefusedError, TaskError
+from ..tensors import ITEMSIZE, Box, Piece, Tensor
 
 BAND_BYTES = 256 << 10
 _OPEN_FILES = 64

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from . import families
-from .checkpoint import Checkpoint, Coordinates
-from .containers import torch_zip
-from .frameworks import megatron
-from .inspection_kinds import kind_of
-from .sidecar import Bucket, Buffer, Slot
+from .. import families
+from ..checkpoint import Checkpoint, Coordinates
+from ..containers import torch_zip
+from ..frameworks import megatron
+from ..sidecar import Bucket, Buffer, Slot
+from .kinds import kind_of
 
 PADDED, COALESCED = "padded bucket lists", "coalesced unpadded buckets"
 #: the releases of Megatron-LM's core that write each generation

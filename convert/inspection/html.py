@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any
 
-from . import inspection_text as text
-from .inspection_kinds import KINDS
-from .inspection_style import CSS, SCRIPT
+from . import text
+from .kinds import KINDS
+from .style import CSS, SCRIPT
 
 _UNITS = ("", " K", " M", " B", " T")
 #: views of the buffers by the id of their button

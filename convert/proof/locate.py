@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Checkpoint
+from ..checkpoint import Checkpoint
+from ..digest import bits_dtype
+from ..errors import RefusedError
+from ..index import Held
+from ..layout import Place
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
 from .compare import values
 from .contents import entries_of, structure_at
-from .digest import bits_dtype
-from .errors import RefusedError
-from .index import Held
-from .layout import Place
 from .stream import Files, offset_in
-from .tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
 
 _QUERY = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
 

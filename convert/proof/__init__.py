@@ -1,0 +1,1 @@
+"""Proof after the fact: checkpoints read again, compared element by element, located and mended."""
