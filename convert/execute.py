@@ -50,7 +50,7 @@ def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Prog
     if workers == 1:
         for task in tasks:
             _check_time(deadline, staging)
-            yield _run(task, staging, progress.add)
+            yield _run(task, staging, progress.advance)
         return
     shared, failure = _Shared(tasks, staging, progress), None
     with ProcessPoolExecutor(workers, get_context("fork"), _share, (shared,)) as pool:

@@ -23,8 +23,11 @@ class Progress:
     def add(self, nbytes: int) -> None:
         with self.written.get_lock():
             self.written.value += nbytes
-        if self.terminal:
-            return
+
+    def advance(self, nbytes: int) -> None:
+        """Add and show, where one process does it all."""
+        self.add(nbytes)
+        self.show()
 
     def show(self, last: bool = False) -> None:
         now = time.monotonic()
