@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from convert.cli import main
+from examples.mindspore_proof import mindspore_name as core_name
 from tests.lab.mindspore_load import load
+from tests.lab.prototype_map import translated
 from tests.lab.torch_load import torch_load
 
 DATA = Path(__file__).parent / "data" / "megatron"
@@ -219,3 +221,46 @@ def test_pt_meta_restores_what_the_way_back_needs(tmp_path):
     for key, value in theirs["rng_state"][0].items():
         assert repr(ours["rng_state"][0][key]) == repr(value)
     assert torch.equal(ours["rng_state"][0]["torch_rng_state"], theirs["rng_state"][0]["torch_rng_state"])
+
+
+@pytest.mark.parametrize("name", ["core_r0.8.0_repo_legacy_tp2pp2_hook", "core_r0.12.0_repo_mcore_tp2pp2_hook"])
+def test_coalesced_buckets_of_the_real_script_convert_exactly(name, tmp_path):
+    """Each weight is, rounded to bfloat16, the model's own; each moment is torch's slice of the unpadded buckets."""
+    source = translated(DATA / name, tmp_path / "src")
+    assert main(["convert", str(source), str(tmp_path / "out"), "--to", "mindspore"]) == 0
+    ranks = [(tp, pp) for tp in range(2) for pp in range(2)]
+    files = [tmp_path / f"out/rank_{2 * pp + tp}/network.ckpt" for tp, pp in ranks]
+    for (tp, pp), arrays in zip(ranks, load(files, tmp_path / "loaded"), strict=True):
+        folder = DATA / name / "iter_0000002" / f"mp_rank_{tp:02d}_{pp:03d}"
+        saved = torch.load(folder / "distrib_optim.pt", weights_only=True)
+        model = dict(flatten(torch_load(folder / "model_optim_rng.pt")["model"]))
+        (buffers,) = json.loads((folder / "param_map.json").read_text())["optimizers"]
+        per_stage = torch_load(folder / "model_optim_rng.pt")["args"].num_layers // 2
+        compared = 0
+        for gbuf, live in enumerate(buffers):
+            (states,) = saved[gbuf].values()
+            before = np.cumsum([0, *live["numel_unpadded"]])
+            for param in live["params"]:
+                low = param["start"] - live["bucket_indices"][param["bucket"]][0] + before[param["bucket"]]
+                target = named(param["name"], [per_stage * pp + local for local in range(per_stage)])
+                for state, prefix in (("param", ""), ("exp_avg", "exp_avg."), ("exp_avg_sq", "exp_avg_sq.")):
+                    flat = states[state][low : low + param["end"] - param["start"]].reshape(param["shape"])
+                    assert np.array_equal(flat.numpy().view(np.uint32), arrays[prefix + target].view(np.uint32)), target
+                    compared += 1
+                key = "word_embeddings_for_head.weight" if param["name"] == "word_embeddings.weight" else param["name"]
+                assert torch.equal(torch.from_numpy(arrays[target]).bfloat16(), model[key])
+        assert compared == sum(name.startswith(("language_model.", "exp_avg")) for name in arrays) > 0
+
+
+def named(name: str, layers: list[int]) -> str:
+    if name.startswith(("language_model.", "word_embeddings")):
+        return mindspore_name(name, layers, layer_norm=True)
+    return core_name(name, layers, layer_norm=True)
+
+
+def flatten(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            yield prefix + key, value

@@ -42,7 +42,8 @@ DEFECTS = ("fp32_mixed_group", "stale")
 
 #: in the quick suite, for one release of each generation of distrib_optim.pt; the others are marked full
 QUICK_CORES = ("0.6.0", "0.16.1")
-QUICK = ("tp2pp2", "vpp", "uneven", "uneven_vpp", "gaps", "dp3_padded", "fp32_own_group", "fp32_mixed_group", "moe_ep2", "stale")
+QUICK = ("tp2pp2", "vpp", "uneven", "uneven_vpp", "gaps", "dp3_padded", "fp32_own_group", "fp32_mixed_group",
+         "moe_ep2", "stale")
 
 
 def is_quick(core: str, variant: str) -> bool:
