@@ -168,7 +168,7 @@ def _circumstances(bench: Bench) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each side (default: %(default)s)")
-    parser.add_argument("--baseline-runs", type=int, default=3, help="of torch + mindspore (default: %(default)s)")
+    parser.add_argument("--baseline-runs", type=int, default=5, help="of torch + mindspore (default: %(default)s)")
     parser.add_argument("--sizes", default="1,3", help="GB of optimizer files (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / ".cache" / "bench", help="where files are made")
     args = parser.parse_args()

@@ -83,9 +83,9 @@ def convert(request: Request) -> Report:
     fingerprint = _fingerprint(plan, request)
     before = published(request.target, fingerprint)
     if before and not request.overwrite:
-        return Report(before["status"], [f"{request.target}: holds the result of this very conversion already"],
-                      planned.converted)
-    check_target(request.target, request.overwrite)
+        status = _status([misfit["kind"] for misfit in before["misfits"]], before["replicas_that_differ"], request)
+        return Report(status, [f"{request.target}: holds the result of this very conversion already"], planned.converted)
+    check_target(request.target, request.overwrite, [request.source, *([request.sidecar] if request.sidecar else [])])
     request.target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     staging = Staging(request.target, fingerprint, request.overwrite)
@@ -93,7 +93,7 @@ def convert(request: Request) -> Report:
     misfits = _judge(source, outcomes, request, staging)
     linked = staging.link(planned.links)
     digests, differing = _digests(outcomes)
-    status = 1 if differing or not _accepted(misfits, request) else 0
+    status = _status([misfit.kind for misfit in misfits], differing, request)
     staging.publish({
         "parammap": __version__, "status": status, "source": str(source.folder), "iteration": source.iteration,
         "framework": {"from": source.framework, "to": request.to}, "layout": asdict(source.layout),
@@ -199,8 +199,9 @@ def _told(misfits: list[Misfit]) -> str:
     return shown + ("; …" if len(misfits) > 4 else "")
 
 
-def _accepted(misfits: list[Misfit], request: Request) -> bool:
-    return all(request.accept_stale if m.kind == STALE else request.accept_permuted for m in misfits)
+def _status(kinds: list[str], differing: list[str], request: Request) -> int:
+    accepted = all(request.accept_stale if kind == STALE else request.accept_permuted for kind in kinds)
+    return 0 if accepted and not differing else 1
 
 
 def _digests(outcomes: list[Outcome]) -> tuple[list[dict], list[str]]:

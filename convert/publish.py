@@ -98,8 +98,11 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that is a file, or a folder with content that may not be replaced."""
+def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Refuse a target that is a file, that holds an input, or that has content that may not be replaced."""
+    for path in inputs:
+        if target.resolve() in (path.resolve(), *path.resolve().parents):
+            raise RefusedError(f"{target}: holds {path}, which is read; choose another folder for the output")
     if target.exists() and not target.is_dir():
         raise RefusedError(f"{target}: is a file; name a folder for the output")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

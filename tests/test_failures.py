@@ -178,6 +178,16 @@ def test_target_with_other_content(source, capsys):
     assert not (out / "precious").exists() and (out / MANIFEST).exists()
 
 
+def test_the_source_is_never_the_target(source, capsys):
+    """Not even on demand: replacing the target would throw the checkpoint away."""
+    before = files(source.parent)
+    for target in (source, source.parent):
+        assert convert(source, target, "--overwrite") == 2
+        assert "which is read" in capsys.readouterr().err
+    assert convert(source / "iter_0000002", source, "--overwrite") == 2
+    assert files(source.parent) == before
+
+
 def test_the_same_conversion_again_is_done_already(source, capsys):
     out = source.parent / "out"
     assert convert(source, out) == 0
