@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -138,19 +139,21 @@ def test_a_failure_is_said_once_and_training_goes_on(optimizer, tmp_path, capsys
     assert "training goes on" in line and "Error" in line
 
 
-@pytest.fixture
-def no_file_may_grow_beyond():
-    """no_file_may_grow_beyond(bytes): the kernel refuses more, as a full disk or a quota does."""
+@contextlib.contextmanager
+def no_file_may_grow_beyond(nbytes):
+    """The kernel refuses more, as a full disk or a quota does. Lifted before pytest writes to its own log."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path, no_file_may_grow_beyond):
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     target = tmp_path / "layout_tp00_pp000.json"
     target.write_bytes(b"old")
-    no_file_may_grow_beyond(1024)
-    with pytest.raises(OSError):
+    with no_file_may_grow_beyond(1024), pytest.raises(OSError):
         param_map._write_atomically(str(target), b"new" * 1024)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
