@@ -15,6 +15,7 @@ import torch
 
 from convert.cli import main
 from convert.publish import MANIFEST
+from tests.lab.mindspore_load import load
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data" / "megatron"
@@ -315,3 +316,24 @@ def files(folder):
         for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST
     }
+
+
+def test_copies_that_differ_between_ranks_are_reported_and_kept(source, capsys, tmp_path):
+    """A norm drifted on tensor-parallel rank 1: each rank's file holds its own copy, and the run says so."""
+    name = "language_model.encoder.layers.0.input_norm.weight"
+    _, _, start, end, bucket = json.loads((source / "param_map/param_map_buffer0_dp0tp1pp0vpp0.json").read_text())[
+        f"module.{name}"
+    ]
+    path = rank(source, "mp_rank_01_000") / "distrib_optim.pt"
+    saved = torch.load(path, weights_only=True)
+    (buffer,) = saved[0].values()
+    before = sum(len(part) for part in buffer["exp_avg"][:bucket])
+    buffer["exp_avg"][bucket][start - before : end - before] += 1
+    torch.save(saved, path)
+    assert convert(source, source.parent / "out") == 1
+    assert "layers.0.input_norm.weight (exp_avg): the ranks' copies differ" in capsys.readouterr().out
+    files = [source.parent / f"out/rank_{number}/network.ckpt" for number in (0, 1)]
+    key = "exp_avg.language_model.encoder.layers.0.input_norm.gamma"
+    one, other = (arrays[key] for arrays in load(files, tmp_path / "loaded"))
+    drifted = buffer["exp_avg"][bucket][start - before : end - before].numpy()
+    assert (other == drifted).all() and (one != drifted).all()
