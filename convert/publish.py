@@ -84,14 +84,14 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
         for folder, _, _ in os.walk(self.out):
-            _sync(Path(folder))
+            sync(Path(folder))
         if self.target.exists():
             if self.overwrite and any(self.target.iterdir()):
                 os.rename(self.target, self.old)
             else:
                 self.target.rmdir()
         os.rename(self.out, self.target)
-        _sync(self.target.parent)
+        sync(self.target.parent)
         self.discard()
 
     def discard(self) -> None:
@@ -122,8 +122,9 @@ def published(target: Path, fingerprint: str) -> dict | None:
     return manifest if whole and manifest.get("fingerprint") == fingerprint else None
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | Path) -> None:
+    """Make a file or a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,12 +18,13 @@ from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
 from ..errors import RefusedError
 from ..index import Found, Held, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering, Place, number_layers
+from ..layout import AS_RECORDED, Layout, Numbering, Place
 from ..naming import brief
 from ..sidecar import Sidecar
-from ..tensors import MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
+from ..tensors import MODEL_WEIGHT, WEIGHT, Stored
 from . import megatron_optimizer
-from .megatron_facts import Facts, args_of, experts_per_rank, is_gated
+from .megatron_facts import Facts, args_of, experts_per_rank, global_layers, is_gated
+from .megatron_structure import specified
 
 MODEL_FILE, OPTIMIZER_FILE, TRACKER = "model_optim_rng.pt", "distrib_optim.pt", "latest_checkpointed_iteration.txt"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
@@ -51,7 +52,7 @@ class Rank:
 
     def structures(self) -> list[dict]:
         """Each chunk's state dict with a TensorSpec in place of each tensor."""
-        return [_specified(self.content[key]) for key in self._model_keys()]
+        return [specified(self.content[key], _dtype_and_shape) for key in self._model_keys()]
 
     def _model_keys(self) -> list[str]:
         keys = ["model"] if "model" in self.content else sorted(
@@ -227,17 +228,7 @@ def _naming(ranks: list[Rank], layout: Layout, sidecar: Sidecar | None, facts: F
 
 def _global_layers(ranks: list[Rank], sidecar: Sidecar | None) -> dict[tuple[int, int], dict[str, list[int]]]:
     """Global layer numbers of each stage's chunk, counted from the model files, and checked against the sidecar."""
-    counts: dict[str, dict[tuple[int, int], int]] = {}
-    for rank in ranks:
-        for chunk, tensors in rank.chunks().items():
-            for prefix, local in filter(None, map(families.layer_of, tensors)):
-                stage = counts.setdefault(prefix, {})
-                key = rank.place.pp, chunk
-                stage[key] = max(stage.get(key, 0), local + 1)
-    layers: dict[tuple[int, int], dict[str, list[int]]] = {}
-    for prefix, stage in counts.items():
-        for key, numbers in number_layers(stage).items():
-            layers.setdefault(key, {})[prefix] = list(numbers)
+    layers = global_layers(((rank.place.pp, chunk), tensors) for rank in ranks for chunk, tensors in rank.chunks().items())
     _check_layers(layers, sidecar)
     return layers
 
@@ -261,9 +252,5 @@ def _flatten(tree: object, prefix: str = ""):
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _specified(tree: object, prefix: str = "") -> object:
-    if isinstance(tree, Stored):
-        return TensorSpec(prefix, tree.dtype, tree.shape)
-    if isinstance(tree, dict):
-        return {key: _specified(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()}
-    return tree
+def _dtype_and_shape(leaf: object) -> tuple[str, tuple[int, ...]] | None:
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Stored) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .. import families
 from ..containers.pickles import Opaque
 from ..fusion import Heads
-from ..layout import RANK_ORDER, Layout
+from ..layout import RANK_ORDER, Layout, number_layers
 from ..sidecar import Sidecar
 
 #: our sizes by the names of Megatron-LM's arguments
@@ -73,3 +73,17 @@ def is_gated(groups: Iterable[dict[str, tuple[int, ...]]], dialect: str) -> bool
 
 def experts_per_rank(names: Iterable[str]) -> int | None:
     return 1 + max((e for name in names if (e := families.expert_of(name)) is not None), default=-1) or None
+
+
+def global_layers(chunks: Iterable[tuple[tuple[int, int], Iterable[str]]]) -> dict[tuple[int, int], dict[str, list[int]]]:
+    """Global layer numbers by (pp, vpp) and path of the layer list, counted from the names that each chunk holds."""
+    counts: dict[str, dict[tuple[int, int], int]] = {}
+    for key, names in chunks:
+        for prefix, local in filter(None, map(families.layer_of, names)):
+            stage = counts.setdefault(prefix, {})
+            stage[key] = max(stage.get(key, 0), local + 1)
+    layers: dict[tuple[int, int], dict[str, list[int]]] = {}
+    for prefix, stage in counts.items():
+        for key, numbers in number_layers(stage).items():
+            layers.setdefault(key, {})[prefix] = list(numbers)
+    return layers

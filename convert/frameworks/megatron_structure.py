@@ -1,10 +1,12 @@
-"""The shape of a Megatron-LM model's state dict, put together from parameter names where it is not recorded.
+"""The shape of a Megatron-LM model's state dict: described, walked, or put together from names where it is not recorded.
 
 Legacy models nest their state dicts, megatron-core's are flat; both hold `_extra_state: None` for each linear layer
 (Megatron-LM, core/tensor_parallel/layers.py and legacy/model/language_model.py, core_r0.6.0).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 from ..checkpoint import Coordinates
 from ..sidecar import Sidecar, Slot
@@ -15,6 +17,24 @@ _LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "linear
            "linear_fc2")
 #: parts of a legacy language model whose own state dict is flat
 _FLAT_PARTS = ("encoder", "decoder", "pooler")
+
+
+def specified(tree: object, tensor: Callable[[object], tuple[str, tuple[int, ...]] | None], prefix: str = "") -> object:
+    """The tree with a TensorSpec, under its dotted path, for each leaf of which `tensor` tells dtype and shape."""
+    if known := tensor(tree):
+        return TensorSpec(prefix, *known)
+    if isinstance(tree, dict):
+        return {key: specified(value, tensor, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()}
+    return tree
+
+
+def leaves(tree: object, kind: type) -> Iterator:
+    """The leaves of one kind in nested dicts and lists."""
+    if isinstance(tree, kind):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(value, kind)
 
 
 def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list[dict]:

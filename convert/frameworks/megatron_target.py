@@ -18,14 +18,14 @@ from ..containers.frames import Literal
 from ..containers.pickles import Global
 from ..errors import RefusedError
 from ..index import Found, Naming
-from ..layout import Place, number_layers
+from ..layout import Place
 from ..naming import brief
 from ..plan import Output, Wanted, WantedFile
 from ..sidecar import Bucket, Buffer, Sidecar, Slot
 from ..tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
 from .megatron import MODEL_FILE, OPTIMIZER_FILE, TRACKER
-from .megatron_facts import Facts, experts_per_rank, is_gated
-from .megatron_structure import structures_from_slots
+from .megatron_facts import Facts, experts_per_rank, global_layers, is_gated
+from .megatron_structure import leaves, structures_from_slots
 
 #: the key of each role in distrib_optim.pt, in Megatron's order
 _STATES = {WEIGHT: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -191,13 +191,15 @@ class _Writer:
         slots: dict = dict(_slots(source.sidecar))
         if not slots:
             slots = {(rank, number, spec.name): spec for rank, trees in source.structures.items()
-                     for number, tree in enumerate(trees) for spec in _specs(tree)}
+                     for number, tree in enumerate(trees) for spec in leaves(tree, TensorSpec)}
         names = [name for _, _, name in slots]
         dialect = families.dialect_of(names)
         groups: dict[tuple, dict[str, tuple[int, ...]]] = {}
         for (rank, chunk, name), slot in slots.items():
             groups.setdefault((rank, chunk), {})[name] = slot.shape
-        return Naming(dialect, source.layout, _layers(groups), experts_per_rank(names),
+        return Naming(dialect, source.layout,
+                      global_layers(((rank[1], chunk), names) for (rank, chunk), names in groups.items()),
+                      experts_per_rank(names),
                       Facts.of(source.sidecar, meta).heads(), is_gated(groups.values(), dialect))
 
 
@@ -207,27 +209,6 @@ def _slots(sidecar: Sidecar | None) -> Iterator[tuple[tuple[Coordinates, int, st
             for buffer in buffers or ():
                 for slot in buffer.slots:
                     yield (rank, buffer.chunk, slot.name), slot
-
-
-def _specs(tree: object) -> Iterator[TensorSpec]:
-    if isinstance(tree, TensorSpec):
-        yield tree
-    for value in tree.values() if isinstance(tree, dict) else ():
-        yield from _specs(value)
-
-
-def _layers(groups: dict[tuple, dict[str, tuple[int, ...]]]) -> dict[tuple[int, int], dict[str, list[int]]]:
-    """Global layer numbers by (pp, vpp) and path, counted from the names of each stage's chunk."""
-    counts: dict[str, dict[tuple[int, int], int]] = {}
-    for ((_, pp, _), chunk), shapes in groups.items():
-        for prefix, local in filter(None, map(families.layer_of, shapes)):
-            stage = counts.setdefault(prefix, {})
-            stage[pp, chunk] = max(stage.get((pp, chunk), 0), local + 1)
-    layers: dict[tuple[int, int], dict[str, list[int]]] = {}
-    for prefix, stage in counts.items():
-        for key, numbers in number_layers(stage).items():
-            layers.setdefault(key, {})[prefix] = list(numbers)
-    return layers
 
 
 def _gap(numel: int) -> Iterator[tuple[None, Box]]:

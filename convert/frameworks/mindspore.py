@@ -20,6 +20,7 @@ from ..layout import Place
 from ..naming import brief
 from ..plan import Output, Wanted, WantedFile
 from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
+from .megatron_structure import leaves
 from .mindspore_scalars import Scalars, scalars_of
 
 FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
@@ -148,8 +149,8 @@ def _check_unique(folder: Path, tensors: list[Wanted]) -> None:
 def _number(source: Checkpoint, rank: Coordinates, options: Options, dp: int | None = None, cp: int = 0) -> int:
     """The lowest global rank that holds the place, or the one at (dp, cp); the expert rank is the fast part of dp."""
     tp, pp, ep = rank
-    data = ep if dp is None else dp
-    return ((pp * options.dp + data) * options.cp + cp) * source.layout.tp + tp
+    numbered = replace(source.layout, dp=options.dp, cp=options.cp)
+    return numbered.global_rank(tp, pp, ep if dp is None else dp, cp)
 
 
 def _links(source: Checkpoint, rank: Coordinates, options: Options) -> Iterator[tuple[str, str]]:
@@ -187,13 +188,13 @@ def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
     """All of a model file but the model, with the keys that MindSpeed-Core-MS's convert_pt2ckpt.py (r0.1.0) always has,
     and the model's structure. The state of an optimizer that is not distributed is no metadata and is left out."""
     kept = {**meta, **{key: None for key in _META_KEYS if key not in meta}}
-    if any(stored.numel > 1 for stored in _leaves(kept["optimizer"], Stored)):  # a loss scale is one number
+    if any(stored.numel > 1 for stored in leaves(kept["optimizer"], Stored)):  # a loss scale is one number
         kept["optimizer"] = None
     kept[STRUCTURE_KEY] = [_described(tree) for tree in source.structures[rank]]
     if not source.with_optimizer:
         chunks = source.structures[rank]
         key = "model" if len(chunks) == 1 else "model{}"
-        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed([*_leaves(tree, TensorSpec)])]
+        kept["param_name_list"] = [[f"{key.format(number)}.{spec.name}" for spec in reversed([*leaves(tree, TensorSpec)])]
                                    for number, tree in enumerate(chunks)]
     return kept
 
@@ -203,12 +204,3 @@ def _described(tree: object) -> object:
     if isinstance(tree, TensorSpec):
         return ("tensor", tree.dtype, tree.shape)
     return {key: _described(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
-
-
-def _leaves(tree: object, kind: type) -> Iterator:
-    """The leaves of one kind in nested dicts and lists."""
-    if isinstance(tree, kind):
-        yield tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(value, kind)

@@ -19,9 +19,10 @@ from ..containers import mindspore_ckpt, safetensors, torch_zip
 from ..errors import RefusedError
 from ..index import Found, Index, Naming
 from ..layout import AS_RECORDED, Layout, Numbering, Place
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
+from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
 from . import mindspore_scalars, mindspore_sharded
 from .megatron_facts import Facts, experts_per_rank, is_gated
+from .megatron_structure import specified
 from .mindspore import STRUCTURE_KEY
 
 CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
@@ -59,7 +60,8 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
         "mindspore", source, max(meta.get("iteration") or 0 for meta in steps.values()), layout, index,
         with_optimizer=EXP_AVG in index.roles(), num_layers=facts.num_layers() or index.num_layers(),
         rank_folders=folders, metas=steps,
-        structures={rank: [_specified(tree) for tree in meta.get(STRUCTURE_KEY) or []] for rank, meta in metas.items()},
+        structures={rank: [specified(tree, _dtype_and_shape) for tree in meta.get(STRUCTURE_KEY) or []]
+                    for rank, meta in metas.items()},
         sidecar=sidecar)
 
 
@@ -155,10 +157,6 @@ def _found(rank: Coordinates, tensors: dict[str, Stored], weights_only: bool) ->
             yield Found(name, Place(tp, pp, ep), role, stored)
 
 
-def _specified(tree: object, prefix: str = "") -> object:
-    """A structure as pt_meta keeps it, with a TensorSpec for each ("tensor", dtype, shape)."""
-    if isinstance(tree, tuple) and tree[:1] == ("tensor",):
-        return TensorSpec(prefix, tree[1], tuple(tree[2]))
-    if isinstance(tree, dict):
-        return {key: _specified(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()}
-    return tree
+def _dtype_and_shape(leaf: object) -> tuple[str, tuple[int, ...]] | None:
+    """Of a tensor as pt_meta describes it: ("tensor", dtype, shape)."""
+    return (leaf[1], tuple(leaf[2])) if isinstance(leaf, tuple) and leaf[:1] == ("tensor",) else None

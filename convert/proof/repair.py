@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import RefusedError
 from ..index import Index
+from ..publish import sync
 from ..tensors import Box
 from .compare import Pair, read_both
 from .stream import Files, View, copies_of, offset_in
@@ -62,7 +63,7 @@ def _repaired(request: Request, verdict: Verdict) -> Verdict:
         if found.apart is None:
             touched |= _rewrite(pair, output.index, source.index)
     for file in touched:
-        _sync(file)
+        sync(file)
     after = verify(request)
     archives = [Path(file) for file in sorted(touched) if file.endswith(".pt")]
     after.problems += [problem for problem in wrong_archives(archives) if problem not in after.problems]
@@ -104,11 +105,3 @@ def _write_at(file: str, offset: int, content: np.ndarray) -> None:
             os.close(descriptor)
     except OSError as error:
         raise RefusedError(f"{file}: cannot be written ({error.strerror}); repair into a copy, with --into") from error
-
-
-def _sync(file: str) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
