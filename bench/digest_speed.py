@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from convert.digest import bits_dtype, box_digest  # noqa: E402
-from convert.execute import BUFFER_BYTES  # noqa: E402
 from convert.tensors import ITEMSIZE, Box  # noqa: E402
+from convert.writer import BUFFER_BYTES  # noqa: E402
 
 TOTAL_BYTES, REPEATS = 64 << 20, 5
 ROWS_COLS = 4096

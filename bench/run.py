@@ -1,7 +1,7 @@
-"""The benchmark: ParamMap, there and back, beside `cp -r` and torch.load + mindspore.save_checkpoint, on one machine.
+"""The benchmark: ParamMap, there, back and to another layout, beside `cp -r` and torch.load + mindspore.save_checkpoint.
 
-All take turns, round after round. Every side makes what it wrote durable before its clock stops, and finds its input in
-the page cache. A first round, which does not count, measures memory (sampling would slow the others) and compares the
+On one machine all take turns, round after round. Every side makes what it wrote durable before its clock stops, and
+finds its input in the page cache. A first round, which does not count, measures memory (sampling would slow the others) and compares the
 results with each other. The report on standard output is Markdown, as docs/speed.md shows it.
 """
 
@@ -41,15 +41,23 @@ def _convert_back(source: Path, target: Path) -> list[str]:
     return _convert(source, target, "megatron")
 
 
+def _relay(source: Path, target: Path) -> list[str]:
+    return [*_convert(source, target, "megatron"), "--tp", "4", "--pp", "1"]
+
+
+def _relay_back(source: Path, target: Path) -> list[str]:
+    return [*_convert(source, target, "megatron"), "--tp", "2", "--pp", "2"]
+
+
 def _load_and_save(source: Path, target: Path) -> list[str]:
     iteration, = source.glob("iter_*")
     return [sys.executable, "bench/baseline.py", str(iteration), str(target), "--processes", str(POOL)]
 
 
 COPY, PARAMMAP, TODAY = "cp -r, fsync of each file", f"parammap, {WORKERS} workers", f"torch + mindspore, pool of {POOL}"
-BACK = "parammap, back to Megatron-LM"
+BACK, RELAID = "parammap, back to Megatron-LM", "parammap, tp2·pp2 to tp4·pp1"
 SUBJECTS: dict[str, Callable[[Path, Path], list[str]]] = {
-    COPY: _copy, PARAMMAP: _convert, BACK: _convert_back, TODAY: _load_and_save}
+    COPY: _copy, PARAMMAP: _convert, BACK: _convert_back, RELAID: _relay, TODAY: _load_and_save}
 
 
 @dataclass(slots=True)
@@ -86,6 +94,9 @@ class Bench:
             if compared:
                 same_conversion(results[PARAMMAP], results[TODAY])
                 same_checkpoint(source, results[BACK])
+                results["circle"] = self.folder / "circle"
+                run(_relay_back(results[RELAID], results["circle"]), REPOSITORY)
+                same_checkpoint(source, results["circle"])
                 for target in results.values():
                     shutil.rmtree(target)
 
@@ -143,7 +154,8 @@ def _targets(bench: Bench) -> list[str]:
             lambda size: f"{walls[size, BACK] / walls[size, COPY]:.2f}",
         ("times faster than torch + mindspore", "≥ 5"): lambda size: f"{walls[size, TODAY] / walls[size, PARAMMAP]:.1f}",
     }
-    for subject, name in ((PARAMMAP, "parammap's"), (BACK, "the way back's")):
+    rows["re-layout's wall time in cp's", "≤ 2"] = lambda size: f"{walls[size, RELAID] / walls[size, COPY]:.2f}"
+    for subject, name in ((PARAMMAP, "parammap's"), (BACK, "the way back's"), (RELAID, "re-layout's")):
         smallest = peaks[min(bench.sources), subject]
         rows[f"{name} peak memory", "≤ 150 MB"] = lambda size, subject=subject: f"{peaks[size, subject] / 1e6:.0f} MB"
         rows[f"{name} growth from the smallest size", "≤ 10 %"] = (

@@ -19,7 +19,8 @@ class Checkpoint:
 
     `metas` holds per rank what Megatron-LM keeps beside the model: args, iteration, checkpoint_version, optimizer (its
     parameter groups), opt_param_scheduler, rng_state … `structures` holds per rank and chunk the state dict's own shape:
-    nested dicts with a TensorSpec for each tensor and everything else as it was saved.
+    nested dicts with a TensorSpec for each tensor and everything else as it was saved. `trained` is the run's own layout
+    where the checkpoint is presented in another one; `notes` say what a user should know of it.
     """
 
     framework: str
@@ -34,6 +35,8 @@ class Checkpoint:
     structures: dict[Coordinates, list[dict]] = field(default_factory=dict)
     sidecar: Sidecar | None = None
     dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    trained: Layout | None = None
 
     def stage_layers(self) -> list[int]:
         """The number of layers of each pipeline stage."""

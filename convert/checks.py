@@ -56,6 +56,38 @@ class Misfit:
         self.window = self.window or other.window
 
 
+@dataclass(slots=True)
+class Unequal:
+    """The elements of one tensor of which a rank keeps another copy than the first; `positions` are (row, column, first
+    copy's value, other's value, other's file)."""
+
+    tensor: Tensor
+    count: int = 0
+    positions: list[tuple[int, int, float, float, str]] = field(default_factory=list)
+
+    def merge(self, other: Unequal) -> None:
+        self.count += other.count
+        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+
+
+def unequal(tensor: Tensor, box: Box, first: np.ndarray, other: np.ndarray, file: str) -> Unequal | None:
+    """Compare the bits of two copies of `box`; None if they are equal."""
+    if np.array_equal(first, other):
+        return None
+    wrong = np.flatnonzero(first != other)
+    return Unequal(tensor, len(wrong), [
+        (box.row + int(i) // box.cols, box.col + int(i) % box.cols, value_of(first[i:i + 1], tensor.dtype),
+         value_of(other[i:i + 1], tensor.dtype), file) for i in wrong[:SHOWN_POSITIONS]])
+
+
+def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
+    """The bits of the copies' mean, taken in float64 and rounded through float32; where all are equal, those very bits."""
+    first = copies[0]
+    same = np.logical_and.reduce([first == other for other in copies[1:]])
+    mean = np.mean([_values(bits, dtype) for bits in copies], axis=0).astype(np.float32)
+    return np.where(same, first, cast_bits(mean.view(np.uint32), dtype))
+
+
 def compare(tensor: Tensor, main: np.ndarray, box: Box, model: np.ndarray, model_dtype: str) -> Misfit | None:
     """Compare the bits of `box` of a float32 main weight with the model's bits in `model_dtype`; None if all fit."""
     cast = cast_bits(main, model_dtype)

@@ -31,7 +31,8 @@ from .frameworks.mindspore import FRAMES
 from .index import Index
 from .layout import Layout
 from .naming import brief
-from .plan import FileTask, Planner, Wanted, WantedFile
+from .plan import FileTask, Wanted, WantedFile
+from .planner import Planner
 from .progress import Progress
 from .publish import Staging
 from .tensors import Stored, TensorSpec
@@ -172,7 +173,7 @@ def _fingerprint(tasks: list[FileTask]) -> str:
     files = set()
     for task in tasks:
         digest.update(repr(task).encode())
-        files |= {copy.file for copies in task.copies for copy in copies}
+        files |= {copy.file for copy in task.reads()}
     for name in sorted(files):
         digest.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
     return digest.hexdigest()

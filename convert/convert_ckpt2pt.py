@@ -16,7 +16,8 @@ if __package__ in (None, ""):
 
 from .cli import run
 from .commands import positive
-from .job import Request, convert
+from .job import convert
+from .request import Request
 
 _SIZES = {"dp_size": "dp", "cp_size": "cp", "tp_size": "tp", "pp_size": "pp", "vpp_size": "vpp"}
 

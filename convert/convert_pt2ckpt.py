@@ -19,8 +19,9 @@ from .cli import run
 from .commands import positive
 from .errors import RefusedError
 from .frameworks import mindspore
-from .job import Request, convert
+from .job import convert
 from .layout import RANK_ORDER
+from .request import Request
 from .tensors import WEIGHT
 
 _SIZES = {"pp_size": "pp", "tp_size": "tp", "dp_size": "dp", "cp_size": "cp", "vpp_size": "vpp"}
@@ -58,10 +59,11 @@ def _convert(args: argparse.Namespace) -> int:
     if not args.convert_param_only and args.param_map_path is None:
         raise RefusedError("--param-map-path: name the folder of the parameter maps, or give --convert-param-only")
     roles = tuple(WEIGHT if state == "param" else state for state in args.dist_opt_content)
+    sizes = {size: value for flag, size in _SIZES.items() if (value := getattr(args, flag)) is not None}
     report = convert(Request(
-        source=args.megatron_path, target=args.ms_path,
-        sizes={size: value for flag, size in _SIZES.items() if (value := getattr(args, flag)) is not None},
-        stage_layers=tuple(args.stage_list or ()), num_layers=args.num_layers,
+        source=args.megatron_path, target=args.ms_path, source_sizes=sizes,
+        sizes={size: value for size, value in sizes.items() if size in ("dp", "cp")},
+        source_stage_layers=tuple(args.stage_list or ()), num_layers=args.num_layers,
         output=mindspore.Options(args.format, "mindspore", args.file_prefix, roles,
                                  "float32" if args.convert_param_only else None, all_dp_cp=args.generate_all_dp_cp),
         sidecar=args.param_map_path, weights_only=args.convert_param_only, verbose=args.debug,

@@ -13,15 +13,22 @@ from .errors import RefusedError
 from .tensors import Box
 
 #: how a family's tensor is cut over tensor-parallel ranks, and which atoms it is made of
-REPLICATED, ROWS, COLS, QKV, GATE_UP = "replicated", "rows", "cols", "qkv", "gate_up"
+REPLICATED, ROWS, COLS, VOCAB, QKV, QK, GATE_UP, KVQ = (
+    "replicated", "rows", "cols", "vocab", "qkv", "qk", "gate_up", "kvq")
+#: the atom that the rows of a vocabulary's padding make up
+PADDING = "padding"
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """What the order of a fused attention projection depends on; `groups` is `heads` for multi-head attention."""
+class Sizes:
+    """What arrangements depend on beside a tensor's shape; None: nobody recorded it.
 
-    heads: int
-    groups: int
+    `groups` is `heads` for multi-head attention; `vocab` counts the true vocabulary, without padding.
+    """
+
+    heads: int | None = None
+    groups: int | None = None
+    vocab: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,54 +41,108 @@ class Block:
 
 
 @lru_cache(maxsize=1024)
-def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, heads: Heads | None = None) -> tuple[Block, ...]:
+def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes = Sizes()) -> tuple[Block, ...]:
     """The row blocks of tensor-parallel rank `rank`'s tensor of local `shape`, in the order they lie there."""
-    return tuple(_ARRANGEMENTS[kind](shape, tp, rank, heads))
+    return tuple(_ARRANGEMENTS[kind](shape, tp, rank, sizes))
 
 
-def _replicated(shape, tp, rank, heads) -> list[Block]:
+def local_shape(kind: str, shape: tuple[int, ...], tp: int, sizes: Sizes) -> tuple[int, ...]:
+    """Each rank's shape of a tensor that is `shape` as a whole. Raises RefusedError where tp does not divide it."""
+    if kind == REPLICATED or tp == 1:
+        return shape
+    dim = 1 if kind == COLS else 0
+    for what, count in _indivisible(kind, shape, sizes):
+        if count % tp:
+            raise RefusedError(f"{count} {what} cannot be divided over tp {tp}")
+    return (*shape[:dim], shape[dim] // tp, *shape[dim + 1:])
+
+
+def whole_shape(kind: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """The shape as a whole of a tensor of which each rank holds `shape`."""
+    if kind == REPLICATED:
+        return shape
+    dim = 1 if kind == COLS else 0
+    return (*shape[:dim], shape[dim] * tp, *shape[dim + 1:])
+
+
+def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, int]]:
+    """What must not be cut, and how many of it a tensor has."""
+    if kind in (QKV, QK, KVQ):
+        yield "attention heads", sizes.heads
+        yield "query groups", sizes.groups
+    elif kind == GATE_UP:
+        yield "rows each of gate and up", shape[0] // 2
+    elif kind == VOCAB:
+        yield "rows of the padded vocabulary", shape[0]
+    else:
+        yield ("columns", shape[1]) if kind == COLS else ("rows", shape[0])
+
+
+def _replicated(shape, tp, rank, sizes) -> list[Block]:
     return [_block("", shape, 0, _rows(shape))]
 
 
-def _split_rows(shape, tp, rank, heads) -> list[Block]:
+def _split_rows(shape, tp, rank, sizes) -> list[Block]:
     rows = _rows(shape)
     return [_block("", (rows * tp, *shape[1:]), rank * rows, rows)]
 
 
-def _split_cols(shape, tp, rank, heads) -> list[Block]:
+def _vocab(shape, tp, rank, sizes) -> list[Block]:
+    """Rows of the true vocabulary and of its padding (Megatron-LM, tokenizer's _vocab_size_with_padding)."""
+    padding = shape[0] * tp - sizes.vocab
+    if padding < 0:
+        raise RefusedError(f"{shape[0]} × {tp} rows cannot hold a vocabulary of {sizes.vocab}")
+    runs = [("", 0, sizes.vocab), (PADDING, 0, padding)]
+    totals = {part: (rows, *shape[1:]) for part, _, rows in runs}
+    return [_block(part, totals[part], row, rows) for part, row, rows in _chunk(iter(runs), rank * shape[0], shape[0])]
+
+
+def _split_cols(shape, tp, rank, sizes) -> list[Block]:
     if len(shape) != 2:
         raise RefusedError(f"a tensor of shape {list(shape)} cannot be split along dim 1")
     rows, cols = shape
     return [Block("", (rows, cols * tp), Box(0, rows, rank * cols, cols))]
 
 
-def _gate_up(shape, tp, rank, heads) -> list[Block]:
+def _gate_up(shape, tp, rank, sizes) -> list[Block]:
     """[gate; up] on every rank (Megatron-LM, ParallelMLP and core MLP with gated_linear_unit)."""
-    half, odd = divmod(_rows(shape), 2)
-    if odd:
-        raise RefusedError(f"a gated tensor of shape {list(shape)} has an odd number of rows")
-    return [_block(part, (half * tp, *shape[1:]), rank * half, half) for part in ("gate", "up")]
+    return _stacked(shape, tp, rank, ("gate", "up"))
 
 
-def _qkv(shape, tp, rank, heads) -> list[Block]:
+def _kvq(shape, tp, rank, sizes) -> list[Block]:
+    """[k; v; q] on every rank (metaseq, ModelParallelMultiheadAttention's qkv_proj)."""
+    return _stacked(shape, tp, rank, ("k", "v", "q"))
+
+
+def _stacked(shape, tp, rank, parts: tuple[str, ...]) -> list[Block]:
+    rows, rest = divmod(_rows(shape), len(parts))
+    if rest:
+        raise RefusedError(f"a tensor of shape {list(shape)} cannot be {len(parts)} equal parts: {', '.join(parts)}")
+    return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part in parts]
+
+
+def _qkv(shape, tp, rank, sizes) -> list[Block]:
     """A plain chunk of the rows [group, (heads / group) q + k + v, head size] (Megatron-LM, checkpoint version ≥ 2)."""
-    if heads is None:
+    return _attention(shape, tp, rank, sizes, ("q", "k", "v"))
+
+
+def _qk(shape, tp, rank, sizes) -> list[Block]:
+    """A plain chunk of the rows [head, q + k, head size] (Yuan-2.0, LocalizedFilter's attention)."""
+    return _attention(shape, tp, rank, sizes, ("q", "k"))
+
+
+def _attention(shape, tp, rank, sizes, parts: tuple[str, ...]) -> list[Block]:
+    if sizes.heads is None:
         raise RefusedError("the number of attention heads is not recorded")
     rows = _rows(shape)
-    per_group = heads.heads // heads.groups
-    size, rest = divmod(rows * tp, heads.groups * (per_group + 2))
-    if rest or heads.heads % heads.groups:
-        raise RefusedError(f"{rows} × {tp} rows of q, k and v do not fit {heads.heads} heads in {heads.groups} groups")
-    totals = {"q": heads.heads * size, "k": heads.groups * size, "v": heads.groups * size}
-    return [_block(part, (totals[part], *shape[1:]), row, count)
-            for part, row, count in _chunk(_qkv_rows(heads.groups, per_group, size), rank * rows, rows)]
-
-
-def _qkv_rows(groups: int, per_group: int, size: int) -> Iterator[tuple[str, int, int]]:
-    for group in range(groups):
-        yield "q", group * per_group * size, per_group * size
-        yield "k", group * size, size
-        yield "v", group * size, size
+    per_group = sizes.heads // sizes.groups
+    size, rest = divmod(rows * tp, sizes.groups * (per_group + len(parts) - 1))
+    if rest or sizes.heads % sizes.groups:
+        raise RefusedError(f"{rows} × {tp} rows do not fit {sizes.heads} heads in {sizes.groups} groups: {parts}")
+    in_group = {part: per_group * size if part == "q" else size for part in parts}
+    runs = ((part, group * count, count) for group in range(sizes.groups) for part, count in in_group.items())
+    return [_block(part, (sizes.groups * in_group[part], *shape[1:]), row, count)
+            for part, row, count in _chunk(runs, rank * rows, rows)]
 
 
 def _chunk(runs: Iterator[tuple[str, int, int]], start: int, count: int) -> Iterator[tuple[str, int, int]]:
@@ -105,4 +166,5 @@ def _block(part: str, shape: tuple[int, ...], row: int, rows: int) -> Block:
     return Block(part, shape, Box(row, rows, 0, cols))
 
 
-_ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, QKV: _qkv, GATE_UP: _gate_up}
+_ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, VOCAB: _vocab, QKV: _qkv, QK: _qk,
+                 GATE_UP: _gate_up, KVQ: _kvq}

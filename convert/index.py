@@ -6,20 +6,22 @@ no family knows, by the partition facts of the sidecar.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
 from . import families
 from .errors import RefusedError
-from .fusion import COLS, GATE_UP, QKV, REPLICATED, ROWS, Block, Heads, blocks
+from .fusion import COLS, GATE_UP, KVQ, PADDING, QK, QKV, REPLICATED, ROWS, VOCAB, Block, Sizes, blocks
 from .layout import Layout, Place
 from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
-_FUSED_SEGMENT = {QKV: "qkv", GATE_UP: "fc1"}
+_FUSED_SEGMENT = {QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,21 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor on disk and what it is: `canonical` is its fused canonical name, `blocks` its row blocks in order."""
+    """A tensor on disk and what it is: `canonical` is its fused canonical name, `kind` its arrangement (None: nobody knows
+    how it is cut), `blocks` its row blocks in order. `abreast` of them, if more than one, share their rows and lie side
+    by side in each."""
 
     found: Found
     canonical: str
     row: families.Row | None
+    kind: str | None
     blocks: tuple[tuple[Tensor, Box], ...]
+    abreast: int = 1
+
+    @property
+    def is_tied_head(self) -> bool:
+        """Whether it is the last stage's copy of the word embedding."""
+        return self.canonical == families.WORD_EMBEDDING and self.row is not None and self.row.canonical == families.HEAD
 
     @property
     def layer(self) -> int | None:
@@ -56,6 +67,8 @@ class Held:
 
     def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
         """The pieces of its blocks, or of those of one logical tensor; several extents give pieces for each."""
+        if self.abreast > 1:
+            return list(self._pieces_abreast(replica, only))
         result, start = [], 0
         itemsize = ITEMSIZE[self.found.stored.dtype]
         for tensor, box in self.blocks:
@@ -65,6 +78,22 @@ class Held:
                         result.append(Piece(tensor, part, extent.file, first + element * itemsize - low, replica))
             start += box.numel
         return result
+
+    def _pieces_abreast(self, replica: int, only: Tensor | None) -> Iterator[Piece]:
+        extent, = self.found.stored.extents
+        itemsize, start = ITEMSIZE[self.found.stored.dtype], 0
+        for band in batched(self.blocks, self.abreast):
+            pitch, col = sum(box.cols for _, box in band), 0
+            for tensor, box in band:
+                if only in (None, tensor):
+                    yield Piece(tensor, box, extent.file, extent.offset + (start + col) * itemsize, replica, pitch)
+                col += box.cols
+            start += pitch * band[0][1].rows
+
+
+def batched(items: tuple, count: int) -> Iterator[tuple]:
+    """The items, `count` at a time."""
+    return (items[start:start + count] for start in range(0, len(items), count))
 
 
 def _extents_of(stored: Stored, start: int, nbytes: int):
@@ -80,40 +109,57 @@ def _extents_of(stored: Stored, start: int, nbytes: int):
 @dataclass(slots=True)
 class Naming:
     """What turns a checkpoint's names into canonical ones: global layer numbers by (pp, vpp) and path (None: the names
-    hold global numbers), experts per rank, heads, gating."""
+    hold global numbers), experts per rank, what the model is like: sizes, gating, and whether its head is the word
+    embedding (None: nobody recorded it, and the two count as different tensors)."""
 
     dialect: str
     layout: Layout
     layers: dict[tuple[int, int], dict[str, list[int]]] | None
     experts_per_rank: int | None
-    heads: Heads | None
+    sizes: Sizes
     gated: bool
+    tied: bool | None = None
+
+    def canonical(self, found: Found) -> str:
+        """The canonical name, fused, that a tensor has if it is cut in a way that somebody knows."""
+        row = families.find(found.name, self.dialect)
+        try:
+            layer, expert = self.layer(found.name, found.place), self.expert(found.name, found.place)
+        except RefusedError as error:
+            raise RefusedError(f"{found.where}: {error}") from error
+        canonical = row.canonical.format(i=layer, e=expert) if row else families.renumber(found.name, layer, expert)
+        is_tied = canonical == families.HEAD and (self.tied or found.name in families.TIED_HEADS)
+        return families.WORD_EMBEDDING if is_tied else canonical
 
     def hold(self, found: Found) -> Held:
-        row = families.find(found.name, self.dialect)
-        expert = families.expert_of(found.name)
-        if expert is not None and self.experts_per_rank:
-            expert += found.place.ep * self.experts_per_rank
-        layer = self._global_layer(found)
-        canonical = (row.canonical.format(i=layer, e=expert) if row else families.renumber(found.name, layer, expert))
+        row, canonical = families.find(found.name, self.dialect), self.canonical(found)
         kind = row.arrangement if row else _kind_by_facts(found, self.layout)
         if kind is None:
-            return _hold(found, f"{canonical} of {found.place}", None, REPLICATED, self)
-        if (kind == QKV and self.heads is None) or (kind == GATE_UP and not self.gated):
+            return _hold(found, f"{canonical} of {found.place}", None, None, self)
+        if self._is_plain(kind):
             kind = ROWS
         return _hold(found, canonical, row, kind, self)
 
-    def _global_layer(self, found: Found) -> int | None:
-        layer = families.layer_of(found.name)
-        if layer is None:
-            return None
+    def _is_plain(self, kind: str) -> bool:
+        """Whether a tensor that may be fused is plain rows in this model."""
+        return ((kind == QKV and self.sizes.heads is None) or (kind == GATE_UP and not self.gated)
+                or (kind == VOCAB and self.sizes.vocab is None))
+
+    def expert(self, name: str, place: Place) -> int | None:
+        """The global number of the expert that a name is of."""
+        expert = families.expert_of(name)
+        return expert if expert is None else expert + place.ep * (self.experts_per_rank or 0)
+
+    def layer(self, name: str, place: Place) -> int | None:
+        """The global number of the layer that a name is of."""
+        layer = families.layer_of(name)
+        if layer is None or self.layers is None:
+            return layer and layer[1]
         prefix, local = layer
-        if self.layers is None:
-            return local
-        numbers = self.layers.get((found.place.pp, found.place.vpp), {}).get(prefix, [])
+        numbers = self.layers.get((place.pp, place.vpp), {}).get(prefix, [])
         if local >= len(numbers):
-            raise RefusedError(f"{found.where}: {found.name} is layer {local} of "
-                               f"{len(numbers)} that {found.place} should hold; the sidecar is of another run")
+            raise RefusedError(f"{name} is layer {local} of {len(numbers)} that {place} should hold; the sidecar is of "
+                               "another run")
         return numbers[local]
 
 
@@ -128,19 +174,37 @@ def _kind_by_facts(found: Found, layout: Layout) -> str | None:
     return {0: ROWS, 1: COLS}.get(found.partition_dim) if found.partition_stride == 1 else None
 
 
-def _hold(found: Found, canonical: str, row: families.Row | None, kind: str, naming: Naming) -> Held:
-    shape, segment = found.stored.shape, _FUSED_SEGMENT.get(kind)
+def _hold(found: Found, canonical: str, row: families.Row | None, kind: str | None, naming: Naming) -> Held:
+    shape = found.stored.shape
     try:
-        arranged: tuple[Block, ...] = blocks(kind, shape, naming.layout.tp, found.place.tp, naming.heads)
+        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape, naming.layout.tp, found.place.tp, naming.sizes)
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
-    atoms = {b.part: Tensor(found.role, canonical.replace(segment, b.part) if b.part else canonical, found.stored.dtype,
-                            b.shape) for b in arranged}
-    return Held(found, canonical, row, tuple((atoms[b.part], b.box) for b in arranged))
+    return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, arranged))
+
+
+def atoms(role: str, canonical: str, kind: str | None, dtype: str,
+          arranged: tuple[Block, ...]) -> tuple[tuple[Tensor, Box], ...]:
+    """The logical tensors of which a tensor's row blocks are boxes."""
+    tensors = {part: Tensor(role, atom_name(canonical, kind, part), dtype, shape)
+               for part, shape in {block.part: block.shape for block in arranged}.items()}
+    return tuple((tensors[block.part], block.box) for block in arranged)
+
+
+def atom_name(canonical: str, kind: str | None, part: str) -> str:
+    """The name of the logical tensor that a part of a tensor belongs to."""
+    if not part:
+        return canonical
+    return canonical.replace(_FUSED_SEGMENT[kind], part) if kind in _FUSED_SEGMENT else f"{canonical}.{part}"
+
+
+def is_padding(tensor: Tensor) -> bool:
+    """Whether a logical tensor is a vocabulary's padding, of which each layout has its own."""
+    return tensor.name.endswith(f".{PADDING}")
 
 
 class Boxes(Mapping):
-    """The pieces of each logical tensor by box, where equal boxes are replicas; made when asked for, a few are kept.
+    """The pieces of each logical tensor by box, by row, where equal boxes are replicas; made when asked for, a few are kept.
 
     A large model has some hundred boxes for each fused tensor, so that only who holds what is kept for good.
     """
@@ -148,6 +212,7 @@ class Boxes(Mapping):
     def __init__(self, holders: dict[Tensor, list[Held]], layout: Layout) -> None:
         self.holders, self.layout = holders, layout
         self._expand = lru_cache(maxsize=64)(self._expanded)
+        self._rows = lru_cache(maxsize=64)(self._sorted_rows)
 
     def __getitem__(self, tensor: Tensor) -> dict[Box, list[Piece]]:
         return self._expand(tensor)
@@ -163,12 +228,45 @@ class Boxes(Mapping):
         for held in self.holders[tensor]:
             for piece in held.pieces(replica_of(held, self.layout), tensor):
                 boxes.setdefault(piece.box, []).append(piece)
-        return boxes
+        if sum(box.numel for box in boxes) > tensor.rows * tensor.cols:
+            boxes = _refined(boxes)
+        for pieces in boxes.values():
+            pieces.sort(key=lambda piece: piece.replica)
+        return dict(sorted(boxes.items(), key=lambda item: (item[0].row, item[0].col)))
+
+    def overlapping(self, tensor: Tensor, box: Box) -> Iterator[tuple[Box, list[Piece]]]:
+        """The parts of `box` that the tensor's boxes hold, by row, with the pieces of each such box by replica."""
+        boxes = self._expand(tensor)
+        rows, held, tallest = self._rows(tensor)
+        for number in range(bisect_left(rows, box.row - tallest + 1), bisect_left(rows, box.row + box.rows)):
+            if part := held[number].intersect(box):
+                yield part, boxes[held[number]]
+
+    def _sorted_rows(self, tensor: Tensor) -> tuple[list[int], list[Box], int]:
+        boxes = list(self._expand(tensor))
+        return [box.row for box in boxes], boxes, max(box.rows for box in boxes)
+
+
+def _refined(boxes: dict[Box, list[Piece]]) -> dict[Box, list[Piece]]:
+    """The same pieces, cut where any of them ends: copies that files cut at different elements come to have equal boxes."""
+    refined: dict[Box, list[Piece]] = {}
+    rows = sorted({edge for box in boxes for edge in (box.row, box.row + box.rows)})
+    for piece in (piece for pieces in boxes.values() for piece in pieces):
+        box = piece.box
+        for low, high in pairwise(edge for edge in rows if box.row <= edge <= box.row + box.rows):
+            cols = {edge for other in boxes if other.row < high and low < other.row + other.rows
+                    for edge in (other.col, other.col + other.cols) if box.col <= edge <= box.col + box.cols}
+            for left, right in pairwise(sorted(cols)):
+                part = Box(low, high - low, left, right - left)
+                refined.setdefault(part, []).append(
+                    replace(piece, box=part, offset=piece.offset_of(low, left), stride=piece.pitch))
+    return refined
 
 
 def replica_of(held: Held, layout: Layout) -> int:
-    """A number for the rank among those that may keep copies of one box: its tensor- and expert-parallel place."""
-    return held.found.place.ep * layout.tp + held.found.place.tp
+    """A number for who holds it, among those that may keep copies of one box: the word embedding's own ranks, then
+    its copies at the head; each by expert- and tensor-parallel place."""
+    return (held.is_tied_head * layout.ep + held.found.place.ep) * layout.tp + held.found.place.tp
 
 
 @dataclass(slots=True)
@@ -215,12 +313,26 @@ def covers_once(boxes: list[Box], rows: int, cols: int) -> bool:
     """Whether the boxes tile a matrix of rows × cols, with no gap and no overlap."""
     if len(boxes) == 1:
         return boxes[0] == Box(0, rows, 0, cols)
+    if sum(box.numel for box in boxes) != rows * cols:
+        return False
+    counts = _counts(boxes, rows, cols)
+    return counts is not None and bool((counts == 1).all())
+
+
+def covers(boxes: list[Box], rows: int, cols: int) -> bool:
+    """Whether the boxes, which may overlap, leave no element of a matrix of rows × cols out."""
+    counts = _counts(boxes, rows, cols)
+    return counts is not None and bool(counts.all())
+
+
+def _counts(boxes: list[Box], rows: int, cols: int) -> np.ndarray | None:
+    """How many boxes hold each cell of the grid that all their edges make; None if some box reaches outside."""
     row_edges = sorted({0, rows, *(b.row for b in boxes), *(b.row + b.rows for b in boxes)})
     col_edges = sorted({0, cols, *(b.col for b in boxes), *(b.col + b.cols for b in boxes)})
     if row_edges[-1] > rows or col_edges[-1] > cols:
-        return False
+        return None
     row_at, col_at = ({edge: k for k, edge in enumerate(edges)} for edges in (row_edges, col_edges))
     count = np.zeros((len(row_edges) - 1, len(col_edges) - 1), np.int32)
     for b in boxes:
         count[row_at[b.row]:row_at[b.row + b.rows], col_at[b.col]:col_at[b.col + b.cols]] += 1
-    return bool((count == 1).all())
+    return count

@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checks import Misfit
+from .checks import Misfit, Unequal
 from .errors import RefusedError
-from .execute import Outcome
 from .tensors import Tensor
+from .writer import Outcome
 
 MANIFEST = "parammap_manifest.json"
 
@@ -76,11 +76,21 @@ class Staging:
                 how = "copies"
         return how
 
+    def adopt(self, paths: Iterable[str]) -> None:
+        """Give files that the target holds a place in the new one as well; publishing then replaces the target."""
+        for path in paths:
+            (self.out / path).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(self.target / path, self.out / path)
+            except OSError:
+                shutil.copyfile(self.target / path, self.out / path)
+            self.overwrite = True
+
     def publish(self, manifest: dict) -> None:
         """Write the manifest, make everything durable, and rename the whole into place."""
         path = self.out / MANIFEST
         with open(path, "w") as file:
-            file.write(json.dumps({**manifest, "fingerprint": self.fingerprint}, indent=1) + "\n")
+            file.write(json.dumps(manifest, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
         for folder, _, _ in os.walk(self.out):
@@ -109,8 +119,8 @@ def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
         raise RefusedError(f"{target}: is not empty; choose another folder, or replace it with --overwrite")
 
 
-def published(target: Path, fingerprint: str) -> dict | None:
-    """The manifest of an output that this very conversion has published before, if its files are all there."""
+def read_manifest(target: Path) -> dict | None:
+    """The manifest of an output, if there is one and the files that it names are all there."""
     path = target / MANIFEST
     if not path.is_file():
         return None
@@ -119,7 +129,13 @@ def published(target: Path, fingerprint: str) -> dict | None:
         whole = all((target / f["path"]).stat().st_size == f["bytes"] for f in manifest["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return manifest if whole and manifest.get("fingerprint") == fingerprint else None
+    return manifest if whole else None
+
+
+def published(target: Path, fingerprint: str) -> dict | None:
+    """The manifest of an output that this very conversion, or this part of one, has published before."""
+    manifest = read_manifest(target)
+    return manifest if manifest and fingerprint in manifest.get("fingerprints", []) else None
 
 
 def sync(path: str | Path) -> None:
@@ -137,6 +153,7 @@ def _entry(outcome: Outcome) -> dict:
         "digests": [[*_key(tensor), replica, digest, count]
                     for (tensor, replica), (digest, count) in outcome.digests.items()],
         "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex(), m.sums] for tensor, m in outcome.misfits.items()],
+        "unequal": [[*_key(tensor), one.count, one.positions] for tensor, one in outcome.unequal.items()],
     }
 
 
@@ -156,4 +173,6 @@ def _outcome(entry: dict) -> Outcome:
     for *key, count, positions, window, sums in entry["misfits"]:
         tensor = _tensor(key)
         outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window), tuple(sums))
+    for *key, count, positions in entry["unequal"]:
+        outcome.unequal[_tensor(key)] = Unequal(_tensor(key), count, [tuple(p) for p in positions])
     return outcome

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .errors import RefusedError
@@ -20,6 +22,11 @@ _LAYOUT_FILE = re.compile(r"layout_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.json$")
 _MAP_FILE = re.compile(r"param_map_buffer(\d+)_dp(\d+)tp(\d+)pp(\d+)vpp(\d+)(?:ep(\d+))?\.json$")
 
 Coordinates = tuple[int, int, int]
+
+#: a legacy model's name for its last stage's copy of the word embedding, and its key in the checkpoint
+_HEAD_NAME, _HEAD_KEY = "word_embeddings.weight", "word_embeddings_for_head.weight"
+#: what a layout file says of a parameter with yes or no
+_FLAGS = ("tensor_parallel", "tied", "expert", "sequence_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +41,10 @@ class Slot:
     bucket: int
     partition_dim: int | None = None
     partition_stride: int = 1
-    expert: bool = False
+    tensor_parallel: bool = False
     tied: bool = False
+    expert: bool = False
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,16 @@ class Sidecar:
     iteration: int | None = None
     files: list[Path] = field(default_factory=list)
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """The name and content of each of its files: as they were read, or as the hook would write them."""
+        if self.files:
+            yield from ((path.name, path.read_bytes()) for path in self.files)
+            return
+        for rank, known in self.ranks.items():
+            if known.layout:
+                yield f"layout{_suffix(rank, known.layout)}.json", json.dumps(_layout_content(known)).encode()
+                yield from _map_contents(rank, known, self.ranks[rank[0], rank[1], 0].optimizers[0] or ())
+
     def any_layout(self) -> dict | None:
         return next((rank.layout for rank in self.ranks.values() if rank.layout), None)
 
@@ -114,8 +133,8 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
     return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
 
 
-def _without_buffers(optimizers: list[dict | None]) -> list[dict]:
-    return [{key: value for key, value in (entry or {}).items() if key != "buffers"} for entry in optimizers]
+def _without_buffers(optimizers: list[dict | None]) -> list[dict | None]:
+    return [entry and {key: value for key, value in entry.items() if key != "buffers"} for entry in optimizers]
 
 
 def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
@@ -126,8 +145,42 @@ def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
                tuple(Bucket(b["start"], b["end"], b["numel_unpadded"]) for b in buffer["buckets"]),
                tuple(_checked(Slot(p["name"], tuple(p["shape"]), p["dtype"], p["start"], p["end"], p["bucket"],
                                    p.get("partition_dim"), p.get("partition_stride", 1),
-                                   bool(p.get("expert")), bool(p.get("tied")))) for p in buffer["params"]))
+                                   *(bool(p.get(flag)) for flag in _FLAGS))) for p in buffer["params"]))
         for buffer in entry["buffers"])
+
+
+def _suffix(rank: Coordinates, layout: dict) -> str:
+    tp, pp, ep = rank
+    return f"_tp{tp:02}_pp{pp:03}" + (f"_ep{ep:03}" if layout["parallel"]["ep"] > 1 else "")
+
+
+def _layout_content(known: RankSidecar) -> dict:
+    """A layout file's content."""
+    optimizers = [None if buffers is None else {**entry, "buffers": list(map(_buffer_content, buffers))}
+                  for entry, buffers in zip(known.layout["optimizers"], known.optimizers, strict=True)]
+    return {**known.layout, "optimizers": optimizers}
+
+
+def _buffer_content(buffer: Buffer) -> dict:
+    return {"chunk": buffer.chunk, "param_dtype": buffer.param_dtype, "grad_dtype": buffer.grad_dtype,
+            "numel": buffer.buckets[-1].end, "buckets": [asdict(bucket) for bucket in buffer.buckets],
+            "params": [{**asdict(slot), "shape": list(slot.shape)}
+                       for slot in sorted(buffer.slots, key=lambda slot: slot.start)]}
+
+
+def _map_contents(rank: Coordinates, known: RankSidecar, dense: tuple[Buffer, ...]) -> Iterator[tuple[str, bytes]]:
+    """The maps of MindSpeed-Core-MS (r0.1.0, param_map.patch): a chunk's `dense` buffers count first, then its experts'."""
+    tp, pp, ep = rank
+    after = f"ep{ep}" if known.layout["parallel"]["ep"] > 1 else ""
+    counted: Counter[int] = Counter()
+    for buffers in known.optimizers:
+        for buffer in dense if buffers is None else buffers:
+            number = counted[buffer.chunk]
+            counted[buffer.chunk] += 1
+            if buffers is not None:
+                yield f"param_map_buffer{number}_dp0tp{tp}pp{pp}vpp{buffer.chunk}{after}.json", json.dumps({
+                    _map_name(slot.name): [f"torch.{slot.dtype}", list(slot.shape), slot.start, slot.end, slot.bucket]
+                    for slot in sorted(buffer.slots, key=lambda slot: slot.start)}).encode()
 
 
 def _read_maps(folder: Path, names: list[str]) -> Sidecar:
@@ -159,7 +212,11 @@ def _map_slots(path: Path) -> tuple[Slot, ...]:
 def _checkpoint_name(name: str) -> str:
     """A parameter's key in model_optim_rng.pt from its name in a map (legacy models rename the tied head's copy)."""
     name = name.removeprefix("module.")
-    return "word_embeddings_for_head.weight" if name == "word_embeddings.weight" else name
+    return _HEAD_KEY if name == _HEAD_NAME else name
+
+
+def _map_name(key: str) -> str:
+    return f"module.{_HEAD_NAME if key == _HEAD_KEY else key}"
 
 
 def _checked(slot: Slot) -> Slot:

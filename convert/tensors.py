@@ -114,7 +114,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a logical tensor on disk: row-major and contiguous from byte `offset` of `file`, in the tensor's dtype.
+    """A box of a logical tensor on disk, in the tensor's dtype: from byte `offset` of `file` on, its rows `stride` elements
+    apart (0: one directly after the other).
 
     `replica` tells apart the copies that several ranks keep of the same box (the tensor-parallel rank that wrote it).
     """
@@ -124,3 +125,18 @@ class Piece:
     file: str
     offset: int
     replica: int = 0
+    stride: int = 0
+
+    @property
+    def pitch(self) -> int:
+        """The elements from the begin of one row to the begin of the next."""
+        return self.stride or self.box.cols
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.pitch == self.box.cols or self.box.rows == 1
+
+    def offset_of(self, row: int, col: int) -> int:
+        """The byte of the file where the tensor's element [row, col] begins."""
+        element = (row - self.box.row) * self.pitch + col - self.box.col
+        return self.offset + element * ITEMSIZE[self.tensor.dtype]

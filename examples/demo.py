@@ -17,31 +17,33 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from examples.mindspore_proof import add_layout, layout_flags
 from examples.tiny.trained import ROOT, train_into
 
-#: 8 heads and 8 layers, so that this checkpoint can later be laid out for up to tp 8 and pp 8
+#: 8 heads and 8 layers, so that this checkpoint can be laid out for up to tp 8 and pp 8
 RUN: dict[str, Any] = {"core": "0.16.1", "tp": 2, "pp": 2, "dp": 2, "heads": 8, "layers": 8}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    add_layout(parser)
     args, flags = parser.parse_known_args()
-    out = args.out.resolve()
+    out, layout = args.out.resolve(), layout_flags(args)
 
     began = time.perf_counter()
     print("1. training with megatron-core {core}, tp{tp} pp{pp} dp{dp}, on the CPU".format(**RUN), flush=True)
     run = train_into(out / "megatron", RUN)
     print(f"   {run.path} ({time.perf_counter() - began:.1f} s)", flush=True)
 
-    print("2. converting to MindSpore", flush=True)
+    print(f"2. converting to MindSpore {' '.join(layout)}", flush=True)
     converted = out / "mindspore"
-    status = python("convert", "convert", run.path, converted, "--to", "mindspore", "--overwrite", *flags)
+    status = python("convert", "convert", run.path, converted, "--to", "mindspore", "--overwrite", *layout, *flags)
     if status:
         return status
 
     print("3. loading every rank with mindspore.load_checkpoint, and comparing with the live state", flush=True)
-    status = python("examples.mindspore_proof", run.path, converted)
+    status = python("examples.mindspore_proof", run.path, converted, *layout)
     print(f"   all of it in {time.perf_counter() - began:.1f} s")
     return status
 

@@ -1,10 +1,11 @@
 """Loads a converted checkpoint with the real mindspore.load_checkpoint and compares it with the live training state.
 
-  python -m examples.mindspore_proof SAVE_ROOT CONVERTED
+  python -m examples.mindspore_proof SAVE_ROOT CONVERTED [--tp 8 --pp 4 …]
 
-SAVE_ROOT is a run of examples/train_tiny.py. Exit status 1 if anything differs. Nothing of the converter is used: which
-rank holds what, and under which name, is written down here once more, from MindSpeed-Core-MS r0.1.0. To be run in a
-process of its own: MindSpore refuses to be imported after protobuf.
+SAVE_ROOT is a run of examples/train_tiny.py; the sizes are those that it was converted to, where they are not its own.
+Exit status 1 if anything differs. Nothing of the converter is used: which rank holds what, and under which name, is
+written down here once more, from MindSpeed-Core-MS r0.1.0, and so is the live state in another layout (tiny/whole.py). To
+be run in a process of its own: MindSpore refuses to be imported after protobuf.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from examples.tiny.options import VOCAB_DIVISOR
 from examples.tiny.trained import Trained, Truth
+from examples.tiny.whole import Sizes, cut_for
 
 #: megatron-core's module path after `decoder.layers.N.` and the model's path after `language_model.encoder.layers.N.`
 LAYER_MODULES = {
@@ -165,16 +169,55 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> str | None:
     return None
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """The flags of `parammap convert` that say the layout of its output."""
+    for size in ("tp", "pp", "vpp", "ep", "dp"):
+        parser.add_argument(f"--{size}", type=int)
+    parser.add_argument("--stage-layers", type=lambda text: tuple(map(int, text.split(","))))
+    parser.add_argument("--make-vocab-size-divisible-by", type=int)
+
+
+def layout_flags(args: argparse.Namespace) -> list[str]:
+    """The same, as they were given."""
+    given = {name: getattr(args, name) for name in (*Sizes._fields, "make_vocab_size_divisible_by")}
+    given["stage_layers"] = given["stage_layers"] and ",".join(map(str, given["stage_layers"]))
+    return [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def sizes_of(run: Trained, args: argparse.Namespace) -> Sizes:
+    """The run's own, but for those that were given."""
+    truth = run.truths()[0]
+    own = truth.meta["args"]
+    counts = {(chunk, other.place[1]): len(layers) for other in run.truths()
+              for chunk, layers in enumerate(other.meta["layers"])}
+    sizes = {"tp": own["tensor_model_parallel_size"], "pp": own["pipeline_model_parallel_size"],
+             "vpp": len(truth.meta["layers"]), "ep": own["expert_model_parallel_size"], "dp": own["data_parallel_size"]}
+    given = {name: value for name in Sizes._fields if (value := getattr(args, name))}
+    if given.get("pp", sizes["pp"]) == sizes["pp"] and given.get("vpp", sizes["vpp"]) == sizes["vpp"]:
+        sizes["stage_layers"] = tuple(counts[chunk] for chunk in sorted(counts))
+    return Sizes(**sizes | given)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("save_root", type=Path)
     parser.add_argument("converted", type=Path)
+    add_layout(parser)
     args = parser.parse_args()
-    run = Trained(args.save_root)
-    proof = prove(run, args.converted)
-    if proof.faults or not (proof.files == len(run.truths()) and proof.tensors and proof.elements and proof.scalars):
+    trained = Trained(args.save_root)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = trained
+        if layout_flags(args):
+            run = cut_for(trained, sizes_of(trained, args), Path(scratch),
+                          args.make_vocab_size_divisible_by or VOCAB_DIVISOR)
+        return tell(prove(run, args.converted), len(run.truths()))
+
+
+def tell(proof: Proof, ranks: int) -> int:
+    """Print what was proved; returns the exit status."""
+    if proof.faults or not (proof.files == ranks and proof.tensors and proof.elements and proof.scalars):
         print("\n".join(proof.faults[:20]))
-        print(f"NOT proved: {len(proof.faults)} faults in {proof.files} of {len(run.truths())} rank files")
+        print(f"NOT proved: {len(proof.faults)} faults in {proof.files} of {ranks} rank files")
         return 1
     print(f"proved: mindspore.load_checkpoint loaded {proof.files} rank files; {proof.tensors:,} tensors with "
           f"{proof.elements:,} elements (weights and both Adam moments) equal the live training state, bit for bit")

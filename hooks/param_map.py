@@ -1,8 +1,8 @@
 """Write down, at every Megatron-LM save, where each parameter lies in the distributed optimizer's flat buckets.
 
-distrib_optim.pt holds no parameter names: which range of which bucket is which parameter is known only to the running
-process. save_param_map(), called in megatron/training/checkpointing.py save_checkpoint(), stores that knowledge as
-small JSON files in `<iteration folder>/param_map/` and, for the latest iteration, in `<save>/param_map/`.
+A checkpoint names no parameters in them: which range of which bucket is which is known only to the running process.
+save_param_map(), called in megatron/training/checkpointing.py save_checkpoint(), stores that knowledge as small JSON
+files, by iteration (see _folders) and, for the latest iteration, in `<save>/param_map/`.
 It communicates with no other rank, touches no GPU memory and never raises: training goes on whatever happens here.
 
 The ParamMap project generates this file into Megatron-LM by patches/param_map.patch; edit it there, in hooks/.
@@ -15,9 +15,9 @@ import os
 import re
 import sys
 import threading
-from collections import Counter
+from collections import Counter, namedtuple
 from enum import Enum
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 
@@ -26,45 +26,28 @@ CHECKPOINT_VERSION = 3.0  # what Megatron-LM's generate_state_dict() stores, cor
 
 #: layout key -> where the running model states it: attributes of its TransformerConfig, of the model, of args
 MODEL_FACTS = {
-    "num_layers": ("config.num_layers", "args.num_layers"),
-    "hidden_size": ("config.hidden_size", "args.hidden_size"),
-    "ffn_hidden_size": ("config.ffn_hidden_size", "args.ffn_hidden_size"),
-    "num_attention_heads": ("config.num_attention_heads", "args.num_attention_heads"),
-    "num_query_groups": ("config.num_query_groups",),
-    "kv_channels": ("config.kv_channels", "args.kv_channels"),
+    **{fact: (f"config.{fact}", f"args.{fact}") for fact in (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "normalization",
+        "add_bias_linear", "add_qkv_bias")},
+    **{fact: (f"config.{fact}",) for fact in (
+        "num_query_groups", "layernorm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm",
+        "attention_output_gate", "multi_latent_attention", "moe_grouped_gemm", "moe_layer_freq", "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size", "mtp_num_layers")},
     "vocab_size": ("tokenizer.vocab_size", "args.vocab_size"),
     "padded_vocab_size": ("args.padded_vocab_size", "model.vocab_size"),
     "make_vocab_size_divisible_by": ("args.make_vocab_size_divisible_by",),
     "max_position_embeddings": ("args.max_position_embeddings", "model.max_sequence_length"),
-    "position_embedding_type": ("args.position_embedding_type", "model.position_embedding_type"),
-    "rotary_base": ("args.rotary_base", "model.rotary_base"),
-    "rotary_percent": ("args.rotary_percent", "model.rotary_percent"),
+    **{fact: (f"args.{fact}", f"model.{fact}") for fact in ("position_embedding_type", "rotary_base", "rotary_percent")},
     "swiglu": ("config.gated_linear_unit", "args.swiglu"),
-    "normalization": ("config.normalization", "args.normalization"),
-    "layernorm_epsilon": ("config.layernorm_epsilon",),
-    "layernorm_zero_centered_gamma": ("config.layernorm_zero_centered_gamma",),
-    "qk_layernorm": ("config.qk_layernorm",),
-    "add_bias_linear": ("config.add_bias_linear", "args.add_bias_linear"),
-    "add_qkv_bias": ("config.add_qkv_bias", "args.add_qkv_bias"),
-    "attention_output_gate": ("config.attention_output_gate",),
-    "multi_latent_attention": ("config.multi_latent_attention",),
     "num_experts": ("config.num_moe_experts", "args.num_experts"),
-    "moe_grouped_gemm": ("config.moe_grouped_gemm",),
-    "moe_layer_freq": ("config.moe_layer_freq",),
-    "moe_ffn_hidden_size": ("config.moe_ffn_hidden_size",),
-    "moe_shared_expert_intermediate_size": ("config.moe_shared_expert_intermediate_size",),
-    "mtp_num_layers": ("config.mtp_num_layers",),
 }
+#: option of DistributedDataParallelConfig -> what a release without that option does
+DDP_FACTS = {"bucket_size": None, "overlap_grad_reduce": False, "pad_buckets_for_high_nccl_busbw": False}
+
+#: of a parameter: its model chunk, its name in named_parameters(), its key in the checkpoint
+Owner = namedtuple("Owner", "chunk name key")
 
 _said = set()
-
-
-class Owner(NamedTuple):
-    """Which parameter of which model chunk: its name in named_parameters() and its key in the checkpoint."""
-
-    chunk: int
-    name: str
-    key: str
 
 
 def save_param_map(args: Any, iteration: int, model: Sequence[torch.nn.Module], optimizer: Any,
@@ -73,7 +56,7 @@ def save_param_map(args: Any, iteration: int, model: Sequence[torch.nn.Module], 
 
     args: Megatron's namespace, or None where there is none (bare megatron-core).
     model: the model chunks of this rank, one per virtual pipeline stage, as Megatron's unwrap_model() gives them.
-    checkpoint_name: path of this rank's model_optim_rng.pt (format "torch"); any other format is not written yet.
+    checkpoint_name: path of this rank's model_optim_rng.pt (format torch), or of the iteration folder (torch_dist).
     """
     try:
         chunks = [_unwrap(chunk) for chunk in (model if isinstance(model, (list, tuple)) else [model])]
@@ -106,11 +89,28 @@ def _optimizers(optimizer: Any) -> list:
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
+def _format(args: Any, checkpoint_name: str) -> str:
+    named = getattr(args, "ckpt_format", None) or getattr(args, "dist_ckpt_format", None) or "torch_dist"
+    return "torch" if checkpoint_name.endswith(".pt") else named
+
+
+def _folders(checkpoint_format: str, checkpoint_name: str) -> Tuple[str, str]:
+    """Where this save's sidecars go, and where the latest ones stand.
+
+    Of torch_dist outside the iteration folder: dist_checkpointing.save() raises up to core_r0.11.0 if that is not empty.
+    """
+    path = os.path.abspath(checkpoint_name)
+    if checkpoint_format == "torch":
+        iteration_dir = os.path.dirname(os.path.dirname(path))
+        return os.path.join(iteration_dir, "param_map"), os.path.join(os.path.dirname(iteration_dir), "param_map")
+    latest = os.path.join(os.path.dirname(path), "param_map")
+    return os.path.join(latest, os.path.basename(path)), latest
+
+
 def _why_not(args: Any, optimizer: Any, checkpoint_name: str) -> Optional[str]:
     """The reason why this save is of a kind that the sidecar does not describe, or None where it does."""
-    if not checkpoint_name.endswith(".pt"):
-        name = getattr(args, "ckpt_format", None) or getattr(args, "dist_ckpt_format", None) or "distributed"
-        return f"checkpoint format {name} is not known to it yet, only format torch is"
+    if _format(args, checkpoint_name) not in ("torch", "torch_dist"):
+        return f"checkpoint format {_format(args, checkpoint_name)} is not known to it, only torch and torch_dist are"
     if optimizer is None or getattr(args, "no_save_optim", False):
         return "no optimizer is saved"
     for opt in _optimizers(optimizer):
@@ -129,7 +129,7 @@ def _save(args: Any, iteration: int, chunks: list, optimizer: Any, checkpoint_na
     writes = [_is_writer(opt) for opt in optimizers]
     if not any(writes):
         return
-    parallel, rank = _parallel(len(chunks)), _rank()
+    checkpoint_format, parallel, rank = _format(args, checkpoint_name), _parallel(len(chunks)), _rank()
     owners = _owners(chunks)
     described = [_describe_optimizer(opt, owners) for opt in optimizers]
     files = _compatible_maps(described, writes, owners, parallel, rank, optimizers)
@@ -137,14 +137,13 @@ def _save(args: Any, iteration: int, chunks: list, optimizer: Any, checkpoint_na
     layout = {
         "schema": SCHEMA, "version": SCHEMA_VERSION,
         "framework": {"name": "megatron", "core_version": _core_version(), "torch_version": str(torch.__version__)},
-        "iteration": iteration, "checkpoint_format": "torch",
+        "iteration": iteration, "checkpoint_format": checkpoint_format, "ddp": _ddp(optimizers),
         "parallel": parallel, "rank": rank, "model": _model_facts(args, chunks),
         "chunks": [_describe_chunk(vpp, chunk) for vpp, chunk in enumerate(chunks)],
         "optimizers": [entry if mine else None for entry, mine in zip(described, writes)],
     }
     files[f"layout{_place(parallel, rank)}.json"] = _json(layout)  # last: where it stands, the rest stands too
-    iteration_dir = os.path.dirname(os.path.dirname(os.path.abspath(checkpoint_name)))
-    folder, latest = (os.path.join(parent, "param_map") for parent in (iteration_dir, os.path.dirname(iteration_dir)))
+    folder, latest = _folders(checkpoint_format, checkpoint_name)
     os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
         _write_atomically(os.path.join(folder, name), content)
@@ -156,7 +155,6 @@ def _save(args: Any, iteration: int, chunks: list, optimizer: Any, checkpoint_na
 
 
 # ------------------------------------------------------------------------------------------------ what the model says
-
 def _owners(chunks: list) -> dict:
     """Every parameter of the chunks -> Owner. Tied parameters count once, as in named_parameters().
 
@@ -204,7 +202,6 @@ def _core_version() -> str:
 
 
 # ------------------------------------------------------------------------------------------- what the parallelism says
-
 def _parallel(vpp: int) -> dict:
     from megatron.core import parallel_state as mpu
     tp, cp, dp = (mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size(),
@@ -239,14 +236,21 @@ def _is_writer(opt: Any) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- what the optimizer says
-
 def _describe_optimizer(opt: Any, owners: dict) -> Optional[dict]:
     if getattr(opt, "is_stub_optimizer", False):
         return None
     buffers = [_describe_buffer(buffer, owners) for buffer in opt.buffers]
     is_expert = any(param["expert"] for buffer in buffers for param in buffer["params"])
     return {"class": type(opt).__name__, "kind": "expert" if is_expert else "dense",
+            "data_parallel_group_idx": getattr(opt, "data_parallel_group_idx", None),
             "data_parallel_size": torch.distributed.get_world_size(opt.data_parallel_group), "buffers": buffers}
+
+
+def _ddp(optimizers: list) -> Optional[dict]:
+    """What the buckets were made by; None where buffers do not say (core 0.6)."""
+    configs = [buffer.ddp_config for opt in optimizers for buffer in getattr(opt, "buffers", ())
+               if hasattr(buffer, "ddp_config")]
+    return {fact: getattr(configs[0], fact, default) for fact, default in DDP_FACTS.items()} if configs else None
 
 
 def _sorted_index_map(buffer: Any) -> list:
@@ -278,7 +282,6 @@ def _describe_param(param: torch.nn.Parameter, key: str, start: int, end: int, b
 
 
 # ------------------------------------------------------------------------------------------------------------- files
-
 def _place(parallel: dict, rank: dict) -> str:
     return f"_tp{rank['tp']:02}_pp{rank['pp']:03}" + (f"_ep{rank['ep']:03}" if parallel["ep"] > 1 else "")
 
@@ -290,8 +293,7 @@ def _compatible_maps(described: list, writes: list, owners: dict, parallel: dict
     """
     files, counted = {}, Counter()
     ep = f"ep{rank['ep']}" if parallel["ep"] > 1 else ""
-    known = [i for i, entry in enumerate(described) if entry]
-    for i in sorted(known, key=lambda i: described[i]["kind"]):
+    for i in sorted((i for i, entry in enumerate(described) if entry), key=lambda i: described[i]["kind"]):
         for buffer, entry in zip(optimizers[i].buffers, described[i]["buffers"]):
             number, vpp = counted[entry["chunk"]], entry["chunk"]
             counted[vpp] += 1
@@ -365,10 +367,9 @@ def _write_atomically(path: str, content: bytes) -> None:
         with open(part, "wb") as file:
             file.write(content)
         os.replace(part, path)
-    except OSError:
+    finally:
         if os.path.exists(part):
             os.unlink(part)
-        raise
 
 
 def _link_atomically(source: str, path: str, content: bytes) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 #: the one call, before a line that Megatron-LM has exactly once, in save_checkpoint(), from core_r0.6.0 to main.
 #: One context line each side, and core_r0.6.0's line number, make the same hunk fit all of them.
-CALL_HUNK = """\
+MEGATRON_CALL = """\
+diff --git a/megatron/training/checkpointing.py b/megatron/training/checkpointing.py
 --- a/megatron/training/checkpointing.py
 +++ b/megatron/training/checkpointing.py
 @@ -292,2 +292,5 @@
@@ -22,6 +24,19 @@ CALL_HUNK = """\
 +    save_param_map(args, iteration, model, optimizer, checkpoint_name)
 +
      # Collect args, model, RNG.
+"""
+#: the same for metaseq: after the line that completes a file's content, which all its branches have exactly once, in
+#: save_checkpoint() but for branch resilient. How they save differs from there on, and so does the line number.
+METASEQ_CALL = """\
+diff --git a/metaseq/trainer.py b/metaseq/trainer.py
+--- a/metaseq/trainer.py
++++ b/metaseq/trainer.py
+@@ -386,2 +386,5 @@
+             state_dict["extra_state"].update(extra_state)
++            from metaseq.param_map import save_param_map
++
++            save_param_map(self, state_dict, filename)
+             if self.should_save_checkpoint_on_current_rank:
 """
 
 
@@ -33,13 +48,15 @@ def new_file(path: str, content: str) -> str:
             f"--- /dev/null\n+++ b/{path}\n@@ -0,0 +1,{len(lines)} @@\n{added}")
 
 
-def param_map_patch() -> str:
-    """patches/param_map.patch, for Megatron-LM core_r0.6.0 to main."""
-    changed = "diff --git a/megatron/training/checkpointing.py b/megatron/training/checkpointing.py\n" + CALL_HUNK
-    return changed + new_file("megatron/training/param_map.py", (ROOT / "hooks/param_map.py").read_text())
+def patch(call: str, module: str, hook: str) -> str:
+    """The diff that installs `hook` as the new file `module` and calls it."""
+    return call + new_file(module, (ROOT / hook).read_text())
 
 
-PATCHES = {"param_map.patch": param_map_patch}
+PATCHES = {
+    "param_map.patch": partial(patch, MEGATRON_CALL, "megatron/training/param_map.py", "hooks/param_map.py"),
+    "metaseq_param_map.patch": partial(patch, METASEQ_CALL, "metaseq/param_map.py", "hooks/metaseq_param_map.py"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

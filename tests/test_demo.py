@@ -72,3 +72,14 @@ def test_a_second_run_does_not_train_again(demo):
 
 def test_the_converters_refusal_is_the_demos(demo):
     assert run("examples.demo", demo, "--tp", "3").returncode == 2
+
+
+def test_the_proof_holds_in_another_layout_and_fails_on_damage(demo, tmp_path):
+    shutil.copytree(demo / "megatron", tmp_path / "megatron")
+    layout = ("--tp", "8", "--pp", "4")
+    done = run("examples.demo", tmp_path, *layout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "proved: mindspore.load_checkpoint loaded 32 rank files; 2,424 tensors with 5,188,608 elements" in done.stdout
+    swap_two_ranks(tmp_path / "mindspore")
+    proof = run("examples.mindspore_proof", tmp_path / "megatron", tmp_path / "mindspore", *layout)
+    assert proof.returncode == 1 and "elements differ" in proof.stdout

@@ -19,20 +19,32 @@ from tests.test_goldens import GOLDENS, truth
 DATA = Path(__file__).parent / "data" / "megatron"
 NAME = "cac60ce4_patched_legacy_tp2pp2"
 GOLDEN = DATA / NAME
-HEAD_ROWS = 3 * 16
+PADDED = DATA / "cac60ce4_patched_legacy_pp2dp3_untied_padded"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _JOINED_ALONG = {"qkv_proj.weight": 0, "qkv_proj.bias": 0, "mapping.weight": 0, "mapping.bias": 0,
                  "word_embeddings.weight": 0, "output_layer.weight": 0, "out_proj.weight": 1, "projection.weight": 1}
 
 
-def joined():
-    """The golden's whole state as a run without parallelism would hold it: {MindSpore name: array}."""
-    ranks, result = truth(GOLDEN, GOLDENS[NAME][0]), {}
+def joined(golden=GOLDEN):
+    """A golden's whole state as a run without parallelism would hold it: {MindSpore name: array}."""
+    ranks, result = truth(golden, GOLDENS[golden.name][0]), {}
     for pp in (0, 1):
         for name, first in ranks[0, pp].items():
-            second = ranks[1, pp][name]
+            pieces = [first] + ([ranks[1, pp][name]] if (1, pp) in ranks else [])
             along = _JOINED_ALONG.get(".".join(name.split(".")[-2:]))
-            result[name] = first if along is None else np.concatenate([first, second], axis=along)
+            result[name] = first if along is None else np.concatenate(pieces, axis=along)
     return result
+
+
+def save_whole(folder, arrays, **args):
+    """A MindSpore checkpoint of one rank with these arguments of Megatron-LM's."""
+    for name in ("pt_meta", "rank_0"):
+        (folder / name).mkdir(parents=True)
+    save_file(arrays, folder / "rank_0/network.safetensors")
+    saved = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, num_layers=4,
+                               num_attention_heads=4, data_parallel_size=1, **args)
+    torch.save({"args": saved, "iteration": 2}, folder / "pt_meta/args_tp00_pp000.pt")
+    return folder
 
 
 @pytest.fixture(params=[None, 1100, 100], ids=["bands", "bands of some rows", "bands of parts of rows"])
@@ -44,15 +56,8 @@ def band(request, monkeypatch):
 
 @pytest.fixture
 def whole(tmp_path):
-    """That state as a MindSpore checkpoint of one rank."""
-    folder = tmp_path / "whole"
-    for name in ("pt_meta", "rank_0"):
-        (folder / name).mkdir(parents=True)
-    save_file(joined(), folder / "rank_0/network.safetensors")
-    args = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, num_layers=4,
-                              num_attention_heads=4, data_parallel_size=1)
-    torch.save({"args": args, "iteration": 2}, folder / "pt_meta/args_tp00_pp000.pt")
-    return folder
+    """That state as a MindSpore checkpoint of one rank, whose arguments do not say that its head is the embedding."""
+    return save_whole(tmp_path / "whole", joined())
 
 
 def run(capsys, *arguments):
@@ -75,9 +80,11 @@ def test_layouts_and_frameworks_compare_equal(whole, band, tmp_path, capsys):
         assert status == 0 and facts["elements_compared"] == elements and facts["tensors_compared"] == 207
     digests = [{(e["role"], e["name"]): e["digest"] for e in run(capsys, "digest", folder)[1]["digests"]
                 if e["role"] != "model_weight"} for folder in (GOLDEN, whole, tmp_path / "out")]
-    assert digests[0] == digests[1] == digests[2] and len(digests[0]) == 207
     manifest = json.loads((tmp_path / "out/parammap_manifest.json").read_text())
-    assert {(e["role"], e["name"]): e["digest"] for e in manifest["digests"]} == digests[1]
+    digests.append({(e["role"], e["name"]): e["digest"] for e in manifest["digests"]})
+    heads = {(role, "output.weight"): digests[1].pop((role, "output.weight")) for role in ("weight", *MOMENTS)}
+    assert digests[0] == digests[1] == digests[2] == digests[3] and len(digests[0]) == 204
+    assert all(digest == digests[0][role, "embedding.word.weight"] for (role, _), digest in heads.items())
 
 
 def test_a_bit_is_found_in_any_layout(whole, band, capsys):
@@ -141,6 +148,69 @@ def test_what_only_one_has_and_other_shapes(whole, capsys):
     assert "shape" in facts["differences"][0]["other"]
     assert main(["diff", str(GOLDEN), str(whole)]) == 1
     assert "only in" in capsys.readouterr().out
+
+
+def padded_to(rows):
+    """The whole state of PADDED, whose vocabulary is 131, with its two tables cut to so many rows or, as they are, 144."""
+    arrays = joined(PADDED)
+    for name in arrays:
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            arrays[name] = arrays[name][:rows].copy()
+    return arrays, {"tokenizer_type": "NullTokenizer", "vocab_size": 130, "padded_vocab_size": rows,
+                    "make_vocab_size_divisible_by": rows, "untie_embeddings_and_output_weights": True}
+
+
+@pytest.mark.parametrize("rows", [136, 131])
+def test_vocabularies_padded_otherwise_are_equal(rows, tmp_path, capsys):
+    arrays, args = padded_to(rows)
+    whole = save_whole(tmp_path / "whole", arrays, **args)
+    padding = {f"{name}.padding ({role})" for name in ("embedding.word.weight", "output.weight")
+               for role in ("weight", *MOMENTS)}
+    for a, b in ((PADDED, whole), (whole, PADDED)):
+        status, facts = run(capsys, "diff", a, b)
+        assert status == 0 and set(facts["padding_not_compared"]) == padding and len(facts["padding_not_compared"]) == 6
+        assert facts["elements_compared"] == sum(array.size for array in padded_to(131)[0].values())
+    assert main(["diff", str(PADDED), str(whole)]) == 0
+    assert "padding of the vocabulary, of another number of rows, was not compared" in capsys.readouterr().out
+    status, facts = run(capsys, "verify", whole, "--against", PADDED)
+    assert status == 0 and any("padding of the vocabulary" in note for note in facts["notes"])
+    digests = [{(e["role"], e["name"]): (e["digest"], e["shape"]) for e in run(capsys, "digest", folder)[1]["digests"]
+                if e["role"] != "model_weight"} for folder in (PADDED, whole)]
+    names = {(role, name) for (role, name) in digests[0] if not name.endswith(".padding")}
+    assert all(digests[0][key] == digests[1][key] for key in names) and len(names) == len(digests[0]) - 6
+    assert {tuple(shape) for (_, name), (_, shape) in digests[1].items() if name.endswith(".padding")} == (
+        {(rows - 131, 64)} if rows > 131 else set())
+    arrays["language_model.output_layer.weight"][130, 5] += 1
+    save_file(arrays, whole / "rank_0/network.safetensors")
+    status, facts = run(capsys, "diff", PADDED, whole)
+    assert status == 1 and [(one["name"], one["elements"]) for one in facts["differences"]] == [("output.weight", 1)]
+
+
+def test_padding_of_equal_size_is_compared(tmp_path, capsys):
+    arrays, args = padded_to(144)
+    whole = save_whole(tmp_path / "whole", arrays, **args)
+    status, facts = run(capsys, "diff", PADDED, whole)
+    assert status == 0 and facts["padding_not_compared"] == []
+    arrays["exp_avg.language_model.embedding.word_embeddings.weight"][131, 0] += 1
+    save_file(arrays, whole / "rank_0/network.safetensors")
+    difference, = run(capsys, "diff", PADDED, whole)[1]["differences"]
+    assert difference["name"] == "embedding.word.weight.padding"
+    assert (difference["role"], difference["elements"]) == ("exp_avg", 1)
+
+
+def test_a_head_that_should_be_the_embedding_is_compared_with_it(whole, capsys):
+    """The golden's is, and it says so; the other side has it as a tensor of its own."""
+    edit(whole, lambda arrays: arrays["language_model.output_layer.weight"].__setitem__((3, 4), 7))
+    for a, b, names in ((GOLDEN, whole, ("embedding.word.weight", "output.weight")),
+                        (whole, GOLDEN, ("output.weight", "embedding.word.weight"))):
+        status, facts = run(capsys, "diff", a, b)
+        difference, = facts["differences"]
+        assert status == 1 and (difference["name"], difference["name_b"]) == names
+        assert facts["only_in_a"] == facts["only_in_b"] == []
+        assert {7.0} < {difference["first"][0]["a"], difference["first"][0]["b"]}
+    edit(whole, lambda arrays: [arrays.pop(f"{role}language_model.output_layer.weight")
+                                for role in ("", "exp_avg.", "exp_avg_sq.")])
+    assert run(capsys, "diff", GOLDEN, whole)[0] == 0
 
 
 def test_dtypes_differ_unless_a_tolerance_is_asked_for(tmp_path, capsys):

@@ -244,9 +244,9 @@ def test_killed_midway_then_run_again(source):
     """kill −9 after the first file: nothing is published; the same command goes on and the result is the usual one."""
     out, staging = source.parent / "out", source.parent / ".out.parammap"
     slow = (
-        "import convert.execute as e, time; w = e._Writer._fill\n"
+        "import convert.writer as e, time; w = e.Writer._fill\n"
         "def slow(*a):\n    time.sleep(0.02)\n    yield from w(*a)\n"
-        "e._Writer._fill = slow\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+        "e.Writer._fill = slow\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     running = subprocess.Popen([sys.executable, "-c", slow, *command(source, out, "--workers", "1")[3:]], cwd=ROOT)
     first = staging / "out/rank_0/network.ckpt"
@@ -269,10 +269,10 @@ def test_killed_midway_then_run_again(source):
 def test_a_killed_worker_fails_the_run(source):
     out = source.parent / "out"
     suicidal = (
-        "import convert.execute as e, os, signal; w = e._Writer._fill\n"
+        "import convert.writer as e, os, signal; w = e.Writer._fill\n"
         "def die(self, hole):\n    if 'rank_3' in self.task.path: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    yield from w(self, hole)\n"
-        "e._Writer._fill = die\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
+        "e.Writer._fill = die\nimport sys; from convert.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     run = subprocess.run(
         [sys.executable, "-c", suicidal, *command(source, out, "--workers", "2")[3:]],

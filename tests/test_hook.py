@@ -14,6 +14,7 @@ from argparse import Namespace
 from enum import Enum
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 
@@ -73,6 +74,30 @@ def test_args_are_written_as_pickle_and_as_json(core, variant, trained_variant):
     assert plain["args"]["params_dtype"] == "bfloat16"
 
 
+@every_run("tp2pp2")
+def test_what_buckets_were_made_by_is_recorded(core, variant, trained_variant):
+    layout = json.loads((trained_variant(core, variant).iteration_folder / "param_map/layout_tp00_pp000.json").read_text())
+    made_by = {"bucket_size": 100_000, "overlap_grad_reduce": True, "pad_buckets_for_high_nccl_busbw": False}
+    assert layout["ddp"] == (None if core == "0.6.0" else made_by)
+    assert [entry["data_parallel_group_idx"] for entry in layout["optimizers"]] == [0]
+
+
+def test_torch_dist_finds_its_folder_empty_and_its_sidecars_beside_it(trained):
+    """dist_checkpointing.save() raises up to core 0.11, and warns later, where the iteration folder holds anything."""
+    run = trained("0.16.1", tp=2, pp=2, layers=4, ckpt_format="torch_dist", dist_optim="dp_reshardable")
+    folder = run.path / "param_map" / run.iteration_folder.name
+    assert not (run.iteration_folder / "param_map").exists()
+    layouts = sorted(folder.glob("layout_*.json"))
+    assert [file.name for file in layouts] == [f"layout_tp0{tp}_pp00{pp}.json" for tp in (0, 1) for pp in (0, 1)]
+    for file in layouts:
+        layout = json.loads(file.read_text())
+        jsonschema.validate(layout, check_sidecar.SCHEMA)
+        assert layout["checkpoint_format"] == "torch_dist" and layout["iteration"] == run.iteration
+        assert layout["optimizers"][0]["data_parallel_group_idx"] == layout["rank"]["pp"] * 2 + layout["rank"]["tp"]
+    latest = {file.name: file.read_bytes() for file in folder.parent.iterdir() if file.is_file()}
+    assert latest == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 @every_run("no_args")
 def test_without_args_the_model_tells_what_it_knows(core, variant, trained_variant):
     folder = trained_variant(core, variant).iteration_folder / "param_map"
@@ -110,8 +135,8 @@ class Float16OptimizerWithFloat16Params:
 
 TORCH_FILE = "save/iter_0000001/mp_rank_00/model_optim_rng.pt"
 UNKNOWN = {
-    "torch_dist": (Namespace(ckpt_format="torch_dist"), DistributedOptimizer(), "save/iter_0000001", "torch_dist"),
-    "torch_dist_before_0.9": (Namespace(dist_ckpt_format="zarr"), DistributedOptimizer(), "save/iter_0000001", "zarr"),
+    "fsdp_dtensor": (Namespace(ckpt_format="fsdp_dtensor"), DistributedOptimizer(), "save/iter_0000001", "fsdp_dtensor"),
+    "zarr": (Namespace(dist_ckpt_format="zarr"), DistributedOptimizer(), "save/iter_0000001", "zarr"),
     "no_optimizer": (Namespace(), None, TORCH_FILE, "no optimizer"),
     "no_save_optim": (Namespace(no_save_optim=True), DistributedOptimizer(), TORCH_FILE, "no optimizer"),
     "not_distributed": (Namespace(), Float16OptimizerWithFloat16Params(), TORCH_FILE, "Float16OptimizerWithFloat16"),

@@ -38,8 +38,8 @@ def flat(tree, prefix=""):
 
 
 def counted_by_torch(source: Path) -> tuple[int, int]:
-    """(elements of the model, of these the tied copy): pieces of tensor-parallel ranks are summed unless they are equal,
-    which only replicas are; of expert-parallel ranks only experts are summed."""
+    """(elements of the model without the tied copy, those of the tied copy): pieces of tensor-parallel ranks are summed
+    unless they are equal, which only replicas are; of expert-parallel ranks only experts are summed."""
     pieces, tied = {}, False
     for path in sorted(source.glob("iter_*/mp_rank_*/model_optim_rng.pt")):
         saved = torch_load(path)
@@ -57,7 +57,7 @@ def counted_by_torch(source: Path) -> tuple[int, int]:
         replicated = len(values) > 1 and all(torch.equal(values[0], value) for value in values)
         sizes[key] = values[0].numel() if replicated else sum(value.numel() for value in values)
     copy = sum(size for (_, name, _), size in sizes.items() if tied and name.endswith(TIED_NAMES))
-    return sum(sizes.values()), copy
+    return sum(sizes.values()) - copy, copy
 
 
 @pytest.mark.parametrize("golden", [TP2PP2, PP4VPP2, DP3, MOE, LLAMA, HOOKED, "core_r0.8.0_repo_legacy_tp2pp2_hook"])
@@ -68,11 +68,26 @@ def test_parameters_are_counted_once(capsys, golden):
 
 
 def test_padding_of_the_vocabulary(capsys):
-    saved = torch_load(DATA / DP3 / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")
-    rows = saved["args"].padded_vocab_size - saved["args"].vocab_size
-    counts = inspect(capsys, DATA / DP3)["parameters"]
-    assert rows == 14 and counts["vocab_padding"] == 2 * rows * saved["args"].hidden_size
-    assert counts["without_copy_and_padding"] == counts["total"] - counts["vocab_padding"]
+    """In an embedding and a head of its own; Megatron's NullTokenizer adds a token to the vocabulary of the arguments."""
+    args = torch_load(DATA / DP3 / "iter_0000002/mp_rank_00_000/model_optim_rng.pt")["args"]
+    assert args.tokenizer_type == "NullTokenizer" and args.untie_embeddings_and_output_weights
+    rows = args.padded_vocab_size - (args.vocab_size + 1)
+    facts = inspect(capsys, DATA / DP3, "--tensors")
+    counts, tensors = facts["parameters"], {tensor["name"]: tensor for tensor in facts["tensors"]}
+    assert rows == 13 and counts["vocab_padding"] == 2 * rows * args.hidden_size
+    assert counts["without_padding"] == counts["total"] - counts["vocab_padding"]
+    assert facts["model"]["padded_vocab_size"] == args.padded_vocab_size
+    for name in ("embedding.word.weight", "output.weight"):
+        assert tensors[name]["shape"] == [args.vocab_size + 1, args.hidden_size]
+        assert tensors[f"{name}.padding"]["shape"] == [rows, args.hidden_size]
+
+
+def test_a_tied_head_is_another_holder_of_the_embedding(capsys):
+    tensors = {tensor["name"]: tensor for tensor in inspect(capsys, DATA / TP2PP2, "--tensors")["tensors"]}
+    assert "output.weight" not in tensors
+    assert {(held["name"], *map(tuple, held["ranks"])) for held in tensors["embedding.word.weight"]["held_by"]} == {
+        ("language_model.embedding.word_embeddings.weight", (0, 0, 0), (1, 0, 0)),
+        ("word_embeddings_for_head.weight", (0, 1, 0), (1, 1, 0))}
 
 
 def told_of(buffer: dict) -> tuple:

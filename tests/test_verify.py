@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
-from convert import plan
+from convert import planner
 from convert.cli import main
 from convert.proof import stream
 from tests.conftest import every_run
 from tests.lab.logical import content_offset, element, flip
 from tests.lab.mindspore_load import load
-from tests.lab.torch_load import torch_load
+from tests.lab.torch_load import StandIn, torch_load
 
 DATA = Path(__file__).parent / "data" / "megatron"
 GOLDEN, LLAMA = DATA / "cac60ce4_patched_legacy_tp2pp2", DATA / "cac60ce4_mcore_pp2dp2_llama"
+PADDED = DATA / "cac60ce4_patched_legacy_pp2dp3_untied_padded"
 #: (tp, pp) of each rank folder of the golden's conversion
 RANKS = {0: (0, 0), 1: (1, 0), 2: (0, 1), 3: (1, 1)}
 
@@ -119,12 +121,12 @@ def test_a_scalar_is_found(output, capsys):
 
 def test_an_equal_output_is_proved_and_says_how_much(output, capsys):
     out, _ = output
-    assert run(capsys, "verify", out) == (0, {"output": str(out), "problems": [], "notes": [], "tensors_compared": 207})
+    assert run(capsys, "verify", out) == (0, {"output": str(out), "problems": [], "notes": [], "tensors_compared": 204})
 
 
 def test_two_rows_swapped_by_a_wrong_plan_are_caught(tmp_path, monkeypatch, capsys):
     """The copier's own digests are those of the source; only reading the output again can tell."""
-    planned = plan.Planner._copies
+    planned = planner.Planner._copies
 
     def swapped(self, wanted, place):
         if wanted.spec.name == "exp_avg.language_model.encoder.layers.2.attention.qkv_proj.weight":
@@ -133,7 +135,7 @@ def test_two_rows_swapped_by_a_wrong_plan_are_caught(tmp_path, monkeypatch, caps
             wanted = dataclasses.replace(wanted, blocks=((one, b), *between, (one, a), *wanted.blocks[4:]))
         return planned(self, wanted, place)
 
-    monkeypatch.setattr(plan.Planner, "_copies", swapped)
+    monkeypatch.setattr(planner.Planner, "_copies", swapped)
     out = convert(GOLDEN, tmp_path / "out", "mindspore")
     status, found = run(capsys, "verify", out)
     assert status == 1 and names(found["problems"]) == {"layers.2.attention.q.weight (exp_avg)"}
@@ -252,6 +254,53 @@ def test_another_model_is_no_empty_success(tmp_path, capsys):
     out = convert(LLAMA, tmp_path / "out", "mindspore", "--weights-only")
     assert main(["verify", str(out), "--against", str(GOLDEN), "--workers", "1"]) == 1
     assert "is missing" in capsys.readouterr().out
+
+
+def test_padding_of_the_vocabulary_is_proved(tmp_path, capsys):
+    out = convert(PADDED, tmp_path / "out", "mindspore")
+    file, name = out / "rank_0/network.ckpt", "exp_avg.language_model.embedding.word_embeddings.weight"
+    arrays, = load([file], tmp_path / "loaded")
+    start = content_offset(file, name, arrays[name].tobytes())
+    for row, wrong in ((130, "embedding.word.weight (exp_avg)"), (131, "embedding.word.weight.padding (exp_avg)"),
+                       (143, "embedding.word.weight.padding (exp_avg)")):
+        flip(file, start + 4 * 64 * row, 3)
+        for against in ((), ("--against", PADDED)):
+            status, found = run(capsys, "verify", out, *against)
+            assert status == 1 and names(found["problems"]) == {wrong}
+        flip(file, start + 4 * 64 * row, 3)
+    assert run(capsys, "verify", out)[0] == 0
+
+
+def test_a_missing_copy_of_the_tied_head_is_found(tmp_path, capsys):
+    """The first stage's embedding is there, and no tensor is missing but this copy of it."""
+    out = convert(GOLDEN, tmp_path / "out", "mindspore", "--format", "safetensors")
+    (out / "parammap_manifest.json").unlink()
+    file = out / "rank_3/network.safetensors"
+    arrays = load_file(file)
+    del arrays["exp_avg.language_model.output_layer.weight"]
+    save_file(arrays, file)
+    status, found = run(capsys, "verify", out)
+    assert status == 1 and [problem["what"] for problem in found["problems"]] == [
+        "lacks the output layer's copy of embedding.word.weight (exp_avg) of tp 1"]
+
+
+def test_a_tied_head_is_proved_where_the_output_does_not_know_it_is_one(tmp_path, capsys):
+    """Arguments of a release that had no untied heads: the legacy name in the source says it, the output's does not."""
+    source = Path(shutil.copytree(GOLDEN, tmp_path / "source"))
+    for file in source.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        saved = torch_load(file)
+        for name, value in list(vars(saved["args"]).items()):
+            if name == "untie_embeddings_and_output_weights" or isinstance(value, StandIn):
+                delattr(saved["args"], name)
+        torch.save(saved, file)
+    out = convert(source, tmp_path / "out", "mindspore")
+    assert run(capsys, "verify", out)[1] == {"output": str(out), "problems": [], "notes": [], "tensors_compared": 207}
+    assert run(capsys, "verify", out, "--against", source)[0] == run(capsys, "diff", source, out)[0] == 0
+    file, name = out / "rank_2/network.ckpt", "exp_avg.language_model.output_layer.weight"
+    arrays, = load([file], tmp_path / "loaded")
+    flip(file, content_offset(file, name, arrays[name].tobytes()), 3)
+    status, found = run(capsys, "verify", out)
+    assert status == 1 and names(found["problems"]) == {"output.weight (exp_avg)"}
 
 
 @every_run("tp2pp2", "vpp", "dp3_padded", "moe_ep2", "fp32_own_group")

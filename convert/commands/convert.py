@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ..errors import RefusedError
 from ..frameworks import mindspore
-from ..job import TARGETS, Request, convert
+from ..job import TARGETS, convert
+from ..planner import FIRST, MEAN, REFUSE
+from ..request import Request
 from . import positive
 
 SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert", "etp": "expert tensor",
@@ -35,14 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
     add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N",
         help="processes (default: %(default)s)")
+    add("--ray", metavar="ADDRESS", help="run on this Ray cluster instead: auto, HOST:PORT or ray://HOST:PORT")
     sizes = parser.add_argument_group("layout of the output (default: the source's)")
     for name, what in SIZES.items():
         sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
-    sizes.add_argument("--stage-layers", type=_layers, default=(), metavar="N,N,…", help="layers of each pipeline stage")
+    sizes.add_argument("--stage-layers", type=_layers, default=(), metavar="N,N,…",
+                       help="layers of each pipeline stage, or of each chunk in the order in which data passes them")
+    sizes.add_argument("--make-vocab-size-divisible-by", type=positive, metavar="N",
+                       help="pad the vocabulary's rows to a multiple of this times tp")
+    sizes.add_argument("--replicas", choices=[REFUSE, FIRST, MEAN], default=REFUSE,
+                       help="what to take in another layout where ranks keep different copies (default: %(default)s)")
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers N,N,…") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
     sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     report = convert(Request(
         source=args.source, target=args.target, to=args.to, sizes=sizes, stage_layers=args.stage_layers,
+        vocab_divisible_by=args.make_vocab_size_divisible_by, replicas=args.replicas,
         output=mindspore.Options(args.format, args.names, args.file_prefix, cast=args.dtype,
                                  all_dp_cp=args.generate_all_dp_cp),
         iteration=args.iteration, sidecar=args.sidecar, weights_only=args.weights_only, drop=frozenset(args.drop),
         accept_stale=args.accept_stale, accept_permuted=args.accept_permuted, overwrite=args.overwrite,
-        dry_run=args.dry_run, workers=args.workers))
+        dry_run=args.dry_run, workers=args.workers, ray=args.ray))
     print("\n".join(report.lines))
     return report.status

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     a, b = reading.read(args.a, args), reading.read(args.b, args, prefix="b_")
-    pairing = pair(a.index, b.index)
+    pairing = pair(a, b)
     tolerance = None if args.rtol is None and args.atol is None else Tolerance(args.rtol or 0.0, args.atol or 0.0)
     if tolerance and min(tolerance.rtol, tolerance.atol) < 0:
         raise RefusedError("--rtol, --atol: a tolerance is not negative")
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         "a": str(a.folder), "b": str(b.folder), "tensors_compared": len(pairing.pairs),
         "elements_compared": sum(one.elements for one in pairing.pairs),
         "own_copies_of_weights_not_compared": pairing.aside,
+        "padding_not_compared": [f"{tensor.name} ({tensor.role})" for tensor in pairing.padding],
         "only_in_a": [f"{tensor.name} ({tensor.role})" for tensor in pairing.only_a],
         "only_in_b": [f"{tensor.name} ({tensor.role})" for tensor in pairing.only_b],
         "metadata": metadata_differences(a, b), "differences": [_entry(one) for one in found],
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _entry(found: Difference) -> dict:
-    return {"name": found.a.name, "role": found.a.role, "elements": found.elements, "of": found.a.rows * found.a.cols,
-            "largest_difference": found.largest, "other": found.apart,
+    return {"name": found.a.name, "name_b": found.b.name, "role": found.a.role, "elements": found.elements,
+            "of": found.a.rows * found.a.cols, "largest_difference": found.largest, "other": found.apart,
             "first": [{"row": at.row, "column": at.column, "a": at.a, "b": at.b, "file_a": at.place_a[0],
                        "offset_a": at.place_a[1], "file_b": at.place_b[0], "offset_b": at.place_b[1]}
                       for at in found.positions]}
@@ -57,13 +58,17 @@ def _lines(facts: dict) -> list[str]:
             lines.append(f"only in {facts[side]}: {brief(facts[f'only_in_{side}'])}")
     lines += [f"metadata: {line}" for line in facts["metadata"]]
     for one in facts["differences"]:
-        lines.append(f"{one['name']} ({one['role']}): " + (f"{one['other']}; " if one["other"] else "")
+        names = " and ".join(dict.fromkeys((one["name"], one["name_b"])))
+        lines.append(f"{names} ({one['role']}): " + (f"{one['other']}; " if one["other"] else "")
                      + f"{one['elements']} of {one['of']} elements differ, by at most {one['largest_difference']:.9g}")
         lines += [f"    [{at['row']}, {at['column']}]  {at['a']:.9g}  {at['b']:.9g}   {at['file_a']} byte {at['offset_a']}, "
                   f"{at['file_b']} byte {at['offset_b']}" for at in one["first"]]
     if facts["own_copies_of_weights_not_compared"]:
         lines.append(f"{facts['own_copies_of_weights_not_compared']} copies of weights, which the model computes with, are "
                      "in one of them only and were not compared")
+    if facts["padding_not_compared"]:
+        lines.append(f"padding of the vocabulary, of another number of rows, was not compared: "
+                     f"{brief(facts['padding_not_compared'])}")
     lines.append(f"{facts['tensors_compared']} tensors compared, {facts['elements_compared']} elements: "
                  f"{len(facts['differences']) or 'none'} differ")
     return lines

@@ -51,16 +51,17 @@ class Storage:
     extent: Extent
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike, within: Extent | None = None) -> Any:
     """The pickled object, with a Stored in place of each tensor and parameter; reads headers and the pickle only.
 
+    `within` is the part of the file that is the archive, if not all of it.
     Everything that is not plain Python is inert (see `pickles`). Whether a tensor required a gradient, was a Parameter,
     carried Python attributes or lay on which device is not kept; tensors that share a storage have overlapping extents.
     Raises RefusedError if the file is missing, truncated, of another format, big-endian, or holds a tensor that is not
     contiguous or not of a dtype in ITEMSIZE.
     """
     file = os.fspath(path)
-    records = zip_records.read(file)
+    records = zip_records.read(file, within)
     prefix = _archive_name(file, records)
     byte_order = records.get(f"{prefix}/byteorder")
     if byte_order and zip_records.read_record(byte_order) != _BYTE_ORDER:

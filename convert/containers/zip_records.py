@@ -7,13 +7,13 @@ padding field "FB" aligns it, and the zip64 end records are always there.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from convert.containers.frames import FrameBuilder, Segment
 from convert.errors import RefusedError
@@ -34,17 +34,45 @@ _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 
 
-def read(path: str | os.PathLike) -> dict[str, Extent]:
+def read(path: str | os.PathLike, within: Extent | None = None) -> dict[str, Extent]:
     """Where each record's content lies; reads the central directory and the local headers only.
 
+    `within` is the part of the file that is the archive, if not all of it.
     Raises RefusedError if the file is missing, truncated, not a zip, or a record is compressed, encrypted or doubled.
     """
     file = os.fspath(path)
     try:
         with open(file, "rb") as stream:
-            return _extents(file, stream)
+            fd = stream.fileno()
+            return _extents(_Window(fd, within or Extent(file, 0, os.fstat(fd).st_size)))
     except OSError as error:
         raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, fd: int, extent: Extent) -> None:
+        self.fd, self.extent, self._position = fd, extent, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = (0, self._position, self.extent.nbytes)[whence] + offset
+        if self._position < 0:
+            raise ValueError("a position before the start")
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        nbytes = min(len(buffer), max(self.extent.nbytes - self._position, 0))
+        data = os.pread(self.fd, nbytes, self.extent.offset + self._position)
+        buffer[:len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def read_record(extent: Extent) -> bytes:
@@ -53,35 +81,36 @@ def read_record(extent: Extent) -> bytes:
         return os.pread(stream.fileno(), extent.nbytes, extent.offset)
 
 
-def _extents(file: str, stream: BinaryIO) -> dict[str, Extent]:
+def _extents(window: _Window) -> dict[str, Extent]:
+    file = window.extent.file
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(window) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-        raise RefusedError(f"{file}: {_what_it_is(stream)}") from error
-    size = os.fstat(stream.fileno()).st_size
+        raise RefusedError(f"{file}: {_what_it_is(window)}") from error
     extents: dict[str, Extent] = {}
     for info in infos:
         if info.filename in extents:
             raise RefusedError(f"{file}: holds the record {info.filename!r} twice; the file is damaged")
-        extents[info.filename] = _extent(file, stream.fileno(), info, size)
+        extents[info.filename] = _extent(window, info)
     return extents
 
 
-def _extent(file: str, fd: int, info: zipfile.ZipInfo, size: int) -> Extent:
+def _extent(window: _Window, info: zipfile.ZipInfo) -> Extent:
+    file, start = window.extent.file, window.extent.offset
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED or info.compress_size != info.file_size:
         raise RefusedError(f"{file}: record {info.filename!r} is packed or encrypted; save it again with torch.save")
-    header = os.pread(fd, _LOCAL.size, info.header_offset)
+    header = os.pread(window.fd, _LOCAL.size, start + info.header_offset)
     if len(header) < _LOCAL.size or not header.startswith(_LOCAL_MAGIC):
         raise RefusedError(f"{file}: record {info.filename!r} is not where the directory says; the file is damaged")
     *_, name_nbytes, extra_nbytes = _LOCAL.unpack(header)
     offset = info.header_offset + _LOCAL.size + name_nbytes + extra_nbytes
-    if offset + info.file_size > size:
+    if offset + info.file_size > window.extent.nbytes:
         raise RefusedError(f"{file}: record {info.filename!r} ends beyond the file, which is truncated; copy it again")
-    return Extent(file, offset, info.file_size)
+    return Extent(file, start + offset, info.file_size)
 
 
-def _what_it_is(stream: BinaryIO) -> str:
+def _what_it_is(stream: io.RawIOBase) -> str:
     stream.seek(0)
     head = stream.read(512)
     if not head:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
-from . import gpt
+from . import gpt, yuan
+
+FAMILIES = (gpt, yuan)
+#: all rows; what families share stands in gpt's table
+ROWS = gpt.ROWS_OF_TABLE | yuan.ROWS_OF_TABLE
 
 LEGACY, CORE, MINDSPORE = "legacy", "core", "mindspore"
+#: the table that a model may hold twice, as its input and as its output
+WORD_EMBEDDING, HEAD = "embedding.word.weight", "output.weight"
+#: names of a head that by themselves say that it is the word embedding
+TIED_HEADS = ("word_embeddings_for_head.weight",)
 
+#: names that are taken apart once: ranks, states and layouts repeat them
+_NAMES = 1 << 16
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)|(?<=linear_fc[12]\.weight)\d+$|(?<=linear_fc[12]\.bias)\d+$")
 
@@ -23,17 +33,26 @@ class Row:
     mindspore: str | None
 
 
+@lru_cache(maxsize=_NAMES)
 def layer_of(name: str) -> tuple[str, int] | None:
     """The path of the layer list and the local layer number in a checkpoint's name: 'decoder.layers.3.mlp…' → …, 3."""
     match = _LAYER.search(name)
     return (name[: match.start() - 1], int(match.group())) if match else None
 
 
+@lru_cache(maxsize=_NAMES)
 def expert_of(name: str) -> int | None:
     match = _EXPERT.search(name)
     return int(match.group()) if match else None
 
 
+def before_expert(name: str) -> str | None:
+    """What stands before the number of the expert in a name."""
+    match = _EXPERT.search(name)
+    return name[:match.start()] if match else None
+
+
+@lru_cache(maxsize=_NAMES)
 def renumber(name: str, layer: int | None, expert: int | None) -> str:
     """`name` with its layer and expert numbers replaced by the given ones; None leaves them."""
     if layer is not None:
@@ -43,6 +62,7 @@ def renumber(name: str, layer: int | None, expert: int | None) -> str:
     return name
 
 
+@lru_cache(maxsize=_NAMES)
 def find(name: str, dialect: str) -> Row | None:
     """The family's row of a checkpoint's tensor name, or None if no family knows it."""
     pattern = _EXPERT.sub("{e}", _LAYER.sub("{i}", name, count=1), count=1)
@@ -50,9 +70,11 @@ def find(name: str, dialect: str) -> Row | None:
 
 
 def missing(canonicals: set[str], num_layers: int) -> list[str]:
-    """The canonical names that a complete model of `num_layers` layers has and `canonicals` lacks."""
-    required = gpt.REQUIRED + [f"layers.{i}.{name}" for i in range(num_layers) for name in gpt.REQUIRED_IN_LAYER]
-    return [name for name in required if name not in canonicals]
+    """The canonical names that a complete model of `num_layers` layers has and `canonicals` lacks, by the family that
+    fits best."""
+    required = [family.REQUIRED + [f"layers.{i}.{name}" for i in range(num_layers) for name in family.REQUIRED_IN_LAYER]
+                for family in FAMILIES]
+    return min(([name for name in names if name not in canonicals] for names in required), key=len)
 
 
 def dialect_of(names: list[str]) -> str:
@@ -64,7 +86,7 @@ def dialect_of(names: list[str]) -> str:
 @cache
 def _by_name(dialect: str) -> dict[str, Row]:
     rows = {}
-    for canonical, (arrangement, legacy, core, mindspore) in gpt.ROWS_OF_TABLE.items():
+    for canonical, (arrangement, legacy, core, mindspore) in ROWS.items():
         for w in ("weight", "bias") if "{w}" in canonical else ("weight",):
             pattern = mindspore and mindspore.replace("{w}", w).replace("{norm_w}", f"{{norm_{w}}}")
             row = Row(canonical.replace("{w}", w), arrangement, pattern)

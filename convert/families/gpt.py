@@ -8,14 +8,14 @@ Sources: Megatron-LM core_r0.6.0 … 0.16 (legacy/model, core/models/gpt/gpt_lay
 (mindspeed_ms/legacy/model).
 """
 
-from ..fusion import COLS, GATE_UP, QKV, REPLICATED, ROWS
+from ..fusion import COLS, GATE_UP, QKV, REPLICATED, VOCAB
 
 _LEGACY, _CORE, _MS = "language_model.encoder.layers.{i}.", "decoder.layers.{i}.", "language_model.encoder.layers.{i}."
 
 #: canonical name: (arrangement, legacy names, core names, MindSpore name)
 ROWS_OF_TABLE = {
     "embedding.word.weight": (
-        ROWS,
+        VOCAB,
         ["language_model.embedding.word_embeddings.weight"],
         ["embedding.word_embeddings.weight"],
         "language_model.embedding.word_embeddings.weight"),
@@ -104,12 +104,12 @@ ROWS_OF_TABLE = {
         ["decoder.final_layernorm.{w}"],
         "language_model.encoder.final_norm.{norm_w}"),
     "output.weight": (
-        ROWS,
+        VOCAB,
         ["language_model.output_layer.weight", "word_embeddings_for_head.weight"],
         ["output_layer.weight"],
         "language_model.output_layer.weight"),
     "output.bias": (
-        ROWS, ["language_model.output_layer.bias"], ["output_layer.bias"], None),
+        VOCAB, ["language_model.output_layer.bias"], ["output_layer.bias"], None),
 }
 
 #: the canonical tensors that every model of the family has in each layer, and once

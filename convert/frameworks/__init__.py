@@ -7,10 +7,10 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
 from ..layout import Numbering
-from . import megatron, mindspore_source
+from . import megatron, megatron_dist, mindspore_source
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
-READERS = (mindspore_source, megatron)
+READERS = (mindspore_source, megatron_dist, megatron)
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None, weights_only: bool = False,

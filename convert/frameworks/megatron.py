@@ -22,7 +22,7 @@ from ..layout import AS_RECORDED, Layout, Numbering, Place
 from ..naming import brief
 from ..sidecar import Sidecar
 from ..tensors import MODEL_WEIGHT, WEIGHT, Stored
-from . import megatron_optimizer
+from . import megatron_before_core, megatron_optimizer
 from .megatron_facts import Facts, args_of, experts_per_rank, global_layers, is_gated
 from .megatron_structure import specified
 
@@ -96,18 +96,23 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     Raises RefusedError for anything missing, damaged or contradictory.
     """
     folder, number = find_iteration(source, iteration)
-    sidecar = None if weights_only else find_sidecar(folder, number, sidecar_folder)
+    sidecar = None if weights_only else _recorded_sidecar(folder, number, sidecar_folder)
     ranks = _read_ranks(folder, sidecar)
+    if sidecar is None and not weights_only:
+        made = None if sidecar_folder else megatron_before_core.sidecar_of(folder, ranks)
+        sidecar = made or find_sidecar(folder, number, sidecar_folder)
     facts = Facts.of(sidecar, ranks[0].content)
     layout = facts.layout(_found_sizes(ranks))
     _check_grid(folder, ranks, layout)
-    found = [one for rank in ranks for one in _model_tensors(rank, MODEL_WEIGHT)]
+    by_rank = [list(_model_tensors(rank, MODEL_WEIGHT)) for rank in ranks]
+    found = [one for own in by_rank for one in own]
     kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
     states = [] if weights_only else [
-        state for rank in ranks for state in megatron_optimizer.read_rank(
-            rank.folder, rank.place, [one for one in found if _same_rank(one.place, rank.place)], sidecar, drop)]
+        state for rank, own in zip(ranks, by_rank, strict=True)
+        for state in megatron_optimizer.read_rank(rank.folder, rank.place, own, sidecar, drop)]
     naming = _naming(ranks, layout, sidecar, facts)
-    index = Index(_with_weights([naming.hold(one) for one in states], [naming.hold(one) for one in kept], sidecar), layout)
+    index = Index(_with_weights([naming.hold(one) for one in states],
+                                [naming.hold(one) for one in _with_facts(kept, states)], sidecar), layout)
     index.check_complete()
     return Checkpoint(
         "megatron", folder, number, layout, index, not weights_only, facts.num_layers() or index.num_layers(),
@@ -117,8 +122,12 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
         dropped=sorted({one.name for one in found} - {one.name for one in kept}))
 
 
-def _same_rank(a: Place, b: Place) -> bool:
-    return (a.tp, a.pp, a.ep) == (b.tp, b.pp, b.ep)
+def _with_facts(model: list[Found], states: list[Found]) -> list[Found]:
+    """The model's tensors with what the sidecar says, with their optimizer state, of how they are cut."""
+    known = {(state.place.tp, state.place.pp, state.place.vpp, state.name): state for state in states}
+    there = [known.get((one.place.tp, one.place.pp, one.place.vpp, one.name), one) for one in model]
+    return [replace(one, partition_dim=said.partition_dim, partition_stride=said.partition_stride, expert=said.expert)
+            for one, said in zip(model, there, strict=True)]
 
 
 def _with_weights(states: list[Held], model: list[Held], sidecar: Sidecar | None) -> list[Held]:
@@ -140,8 +149,14 @@ def _with_weights(states: list[Held], model: list[Held], sidecar: Sidecar | None
 
 def find_sidecar(folder: Path, iteration: int, given: Path | None) -> Sidecar:
     """The sidecar: in the folder given, in the iteration's own folder, or the latest one in the save root."""
-    candidates = [given] if given else [folder / "param_map", folder.parent / "param_map"]
-    for candidate in candidates:
+    if found := _recorded_sidecar(folder, iteration, given):
+        return found
+    raise RefusedError(f"{given or folder / 'param_map'}: no param_map*.json or layout_*.json here, so nobody knows what "
+                       f"lies where in {OPTIMIZER_FILE}; name their folder with --sidecar, or convert --weights-only")
+
+
+def _recorded_sidecar(folder: Path, iteration: int, given: Path | None) -> Sidecar | None:
+    for candidate in [given] if given else [folder / "param_map", folder.parent / "param_map"]:
         found = sidecars.read(candidate)
         if found is None:
             continue
@@ -149,8 +164,7 @@ def find_sidecar(folder: Path, iteration: int, given: Path | None) -> Sidecar:
             raise RefusedError(f"{found.folder}: written at iteration {found.iteration}, the checkpoint is of "
                                f"{iteration}; name the right folder with --sidecar, or convert --weights-only")
         return found
-    raise RefusedError(f"{candidates[0]}: no param_map*.json or layout_*.json here, so nobody knows what lies where in "
-                       f"{OPTIMIZER_FILE}; name their folder with --sidecar, or convert --weights-only")
+    return None
 
 
 def _read_ranks(folder: Path, sidecar: Sidecar | None) -> list[Rank]:
@@ -222,8 +236,8 @@ def _naming(ranks: list[Rank], layout: Layout, sidecar: Sidecar | None, facts: F
     names = [name for chunk in chunks for name in chunk]
     dialect = families.dialect_of(names)
     shapes = [{name: stored.shape for name, stored in chunk.items()} for chunk in chunks]
-    return Naming(dialect, layout, _global_layers(ranks, sidecar), experts_per_rank(names), facts.heads(),
-                  is_gated(shapes, dialect))
+    return Naming(dialect, layout, _global_layers(ranks, sidecar), experts_per_rank(names), facts.sizes(),
+                  is_gated(shapes, dialect), facts.tied())
 
 
 def _global_layers(ranks: list[Rank], sidecar: Sidecar | None) -> dict[tuple[int, int], dict[str, list[int]]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from .. import families
 from ..containers.pickles import Opaque
-from ..fusion import Heads
+from ..fusion import Sizes
 from ..layout import RANK_ORDER, Layout, number_layers
-from ..sidecar import Sidecar
+from ..sidecar import Buffer, Sidecar
 
 #: our sizes by the names of Megatron-LM's arguments
 _SIZE_ARGS = {
@@ -46,16 +46,52 @@ class Facts:
             sizes["etp"] = sizes["tp"]
         return Layout(**sizes, order="tp-cp-ep-pp-dp" if self.args.get("use_tp_pp_dp_mapping") else RANK_ORDER)
 
-    def heads(self) -> Heads | None:
-        model = self.recorded["model"] if self.recorded else self.args
-        if model.get("attention_output_gate") or model.get("multi_latent_attention"):
+    @property
+    def model(self) -> dict:
+        """What is known of the model, by the names that the layout file and the arguments share."""
+        return self.recorded["model"] if self.recorded else self.args
+
+    def sizes(self) -> Sizes:
+        """Heads and groups, unless the attention is of a kind whose rows are in another order, and the true vocabulary."""
+        heads = self.model.get("num_attention_heads")
+        if self.model.get("attention_output_gate") or self.model.get("multi_latent_attention"):
+            heads = None
+        grouped = self.recorded is not None or self.model.get("group_query_attention")
+        groups = (grouped and self.model.get("num_query_groups")) or heads
+        return Sizes(heads, groups if heads else None, self._vocab())
+
+    def _vocab(self) -> int | None:
+        """The tokenizer's vocabulary. Megatron-LM's argument is its size before the end-of-document token, and None where
+        the tokenizer knows better; it counts if padding it gives the table's rows."""
+        if self.recorded:
+            return self.model.get("vocab_size")
+        vocab = (self.args.get("vocab_size") or 0) + (self.args.get("tokenizer_type") == "NullTokenizer")
+        padded = self.padded_vocab(vocab, self.args.get("tensor_model_parallel_size") or 1)
+        return vocab if vocab and padded == self.args.get("padded_vocab_size") else None
+
+    def padded_vocab(self, vocab: int | None, tp: int, divisor: int | None = None) -> int | None:
+        """The rows of a vocabulary's table in a layout (Megatron-LM, _vocab_size_with_padding, core_r0.6.0 … main).
+        Yuan-2.0, which is the one that knows --use-lf-gate, pads alike in every layout (megatron/tokenizer/tokenizer.py)."""
+        divisor = divisor or self.model.get("make_vocab_size_divisible_by")
+        if not vocab or not divisor:
             return None
-        heads = model.get("num_attention_heads")
-        grouped = self.recorded is not None or model.get("group_query_attention")
-        return Heads(heads, (grouped and model.get("num_query_groups")) or heads) if heads else None
+        multiple = divisor * (1 if "use_lf_gate" in self.args else tp)
+        return -(-vocab // multiple) * multiple
+
+    def tied(self) -> bool | None:
+        """Whether the output layer is the word embedding."""
+        untied = self.model.get("untie_embeddings_and_output_weights")
+        return None if untied is None else not untied
 
     def num_layers(self) -> int | None:
-        return (self.recorded["model"] if self.recorded else self.args).get("num_layers")
+        return self.model.get("num_layers")
+
+
+def grad_dtype(buffer: Buffer, args: dict) -> str:
+    """The dtype of a buffer's gradients: as recorded, or as Megatron-LM chooses it: float32 for bf16 parameters always."""
+    param = buffer.param_dtype or buffer.slots[0].dtype
+    in_fp32 = param == "bfloat16" or args.get("accumulate_allreduce_grads_in_fp32")
+    return buffer.grad_dtype or ("float32" if in_fp32 else param)
 
 
 def is_gated(groups: Iterable[dict[str, tuple[int, ...]]], dialect: str) -> bool:

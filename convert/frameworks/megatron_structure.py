@@ -6,11 +6,16 @@ Legacy models nest their state dicts, megatron-core's are flat; both hold `_extr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from ..checkpoint import Coordinates
+from .. import families
+from ..checkpoint import Checkpoint, Coordinates
+from ..errors import RefusedError
+from ..index import Naming
+from ..layout import Layout
 from ..sidecar import Sidecar, Slot
 from ..tensors import TensorSpec
+from .megatron_facts import Facts, experts_per_rank, global_layers, is_gated
 
 #: the linear layers that hold an extra state, by the last part of their module's name
 _LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "linear_qkv", "linear_proj", "linear_fc1",
@@ -35,6 +40,48 @@ def leaves(tree: object, kind: type) -> Iterator:
     elif isinstance(tree, (dict, list, tuple)):
         for value in tree.values() if isinstance(tree, dict) else tree:
             yield from leaves(value, kind)
+
+
+def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict]]:
+    """Each rank's chunks, with a TensorSpec for each tensor: as recorded, else put together from the sidecar.
+
+    Raises RefusedError if neither tells.
+    """
+    structures = {}
+    for rank in source.rank_folders:
+        structures[rank] = source.structures.get(rank) or []
+        if not structures[rank]:
+            if source.sidecar is None:
+                raise RefusedError(f"{source.folder}: neither the model's structure nor a sidecar is recorded in pt_meta; "
+                                   "name the folder of the sidecar with --sidecar")
+            structures[rank] = structures_from_slots(source.sidecar, rank, source.layout.vpp)
+    return structures
+
+
+def megatron_naming(source: Checkpoint, structures: dict[Coordinates, list[dict]]) -> Naming:
+    """The naming of a checkpoint's tensors under the names that Megatron-LM gives them, whatever framework it is of."""
+    facts = Facts.of(source.sidecar, next(iter(source.metas.values()), {}))
+    chunks = {(rank, number): {spec.name: spec.shape for spec in leaves(tree, TensorSpec)}
+              for rank, trees in structures.items() for number, tree in enumerate(trees)}
+    names = [name for shapes in chunks.values() for name in shapes]
+    dialect = families.dialect_of(names)
+    layers = global_layers(((rank[1], number), shapes) for (rank, number), shapes in chunks.items())
+    return Naming(dialect, source.layout, layers, experts_per_rank(names), facts.sizes(),
+                  is_gated(chunks.values(), dialect), facts.tied())
+
+
+def rank_folder(layout: Layout, rank: Coordinates) -> str:
+    """The name of a rank's folder."""
+    tp, pp, ep = rank
+    return f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if layout.pp > 1 else "") + (f"_{ep:03d}" if layout.ep > 1 else "")
+
+
+def nested(entries: Iterable[tuple[tuple[str, ...], object]]) -> dict:
+    """Nested dicts from pairs of keys and leaf."""
+    tree: dict = {}
+    for keys, leaf in entries:
+        _insert(tree, list(keys), leaf)
+    return tree
 
 
 def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list[dict]:
@@ -68,7 +115,7 @@ def _path(name: str) -> list[str]:
     return [name]
 
 
-def _insert(tree: dict, path: list[str], leaf: TensorSpec) -> None:
+def _insert(tree: dict, path: list[str], leaf: object) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf

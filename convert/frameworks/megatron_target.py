@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
 from ..containers.frames import Literal
 from ..containers.pickles import Global
 from ..errors import RefusedError
-from ..index import Found, Naming
+from ..index import Found, Held, Naming
 from ..layout import Place
 from ..naming import brief
 from ..plan import Output, Wanted, WantedFile
 from ..sidecar import Bucket, Buffer, Sidecar, Slot
 from ..tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
+from . import megatron_before_core
 from .megatron import MODEL_FILE, OPTIMIZER_FILE, TRACKER
-from .megatron_facts import Facts, experts_per_rank, global_layers, is_gated
-from .megatron_structure import leaves, structures_from_slots
+from .megatron_facts import Facts, grad_dtype
+from .megatron_structure import megatron_naming, rank_folder, structures_of
 
 #: the key of each role in distrib_optim.pt, in Megatron's order
 _STATES = {WEIGHT: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -44,8 +44,8 @@ def output(source: Checkpoint) -> Output:
         raise RefusedError(f"{source.folder}: lacks {len(writer.missing)} tensors that Megatron-LM expects: "
                            f"{brief(sorted(writer.missing))}")
     files += [*_sidecar_files(source, writer.iteration_folder),
-              WantedFile(TRACKER, (Literal(str(source.iteration).encode()),), ())]
-    converted = [(folder, f"{writer.iteration_folder}/{_rank_folder(source, rank)}")
+              WantedFile(TRACKER, (Literal(str(source.iteration).encode()),), (), completes=True)]
+    converted = [(folder, f"{writer.iteration_folder}/{rank_folder(source.layout, rank)}")
                  for rank, folder in source.rank_folders.items()]
     return Output(files, converted, [], {})
 
@@ -55,20 +55,24 @@ class _Writer:
     source: Checkpoint
     missing: set[str] = field(default_factory=set)
     _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _structures: dict[Coordinates, list[dict]] = field(default_factory=dict)
     _naming: Naming | None = None
+    _held: dict[tuple[Place, str, str], Held] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.source.index.boxes}
-        self._naming = self._target_naming()
+        self._structures = structures_of(self.source)
+        self._naming = megatron_naming(self.source, self._structures)
+        self._held = {(held.found.place, held.found.name, held.found.role): held for held in self.source.index.held}
 
     @property
     def iteration_folder(self) -> str:
         return f"iter_{self.source.iteration:07d}"
 
     def rank_files(self, rank: Coordinates) -> Iterator[WantedFile]:
-        folder = f"{self.iteration_folder}/{_rank_folder(self.source, rank)}"
+        folder = f"{self.iteration_folder}/{rank_folder(self.source.layout, rank)}"
         yield self._file(f"{folder}/{MODEL_FILE}", rank, *self._model(rank))
-        if self.source.with_optimizer:
+        if self.source.with_optimizer and self._saves_optimizer(rank):
             yield self._file(f"{folder}/{OPTIMIZER_FILE}", rank, *self._optimizer(rank))
 
     def _file(self, path: str, rank: Coordinates, tree: object, wanted: dict[TensorSpec, Wanted]) -> WantedFile:
@@ -82,7 +86,7 @@ class _Writer:
 
     def _model(self, rank: Coordinates) -> tuple[dict, dict[TensorSpec, Wanted]]:
         wanted: dict[TensorSpec, Wanted] = {}
-        chunks = [self._chunk(rank, number, tree, wanted) for number, tree in enumerate(self._structures(rank))]
+        chunks = [self._chunk(rank, number, tree, wanted) for number, tree in enumerate(self._structures[rank])]
         names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
         meta = {key: value for key, value in self.source.metas[rank].items() if value is not None and key not in _OURS}
         if not self.source.with_optimizer:
@@ -100,16 +104,12 @@ class _Writer:
             return {key: self._chunk(rank, number, value, wanted) for key, value in tree.items()}
         return tree
 
-    def _structures(self, rank: Coordinates) -> list[dict]:
-        structures = self.source.structures.get(rank)
-        if structures:
-            return structures
-        if self.source.sidecar is None:
-            raise RefusedError(f"{self.source.folder}: neither the model's structure nor a sidecar is recorded in pt_meta; "
-                               "name the folder of the sidecar with --sidecar")
-        return structures_from_slots(self.source.sidecar, rank, self.source.layout.vpp)
-
     # ------------------------------------------------------------------------------------------------ distrib_optim.pt
+
+    def _saves_optimizer(self, rank: Coordinates) -> bool:
+        """Whether some state is this rank's to save: without experts, another expert rank saves all."""
+        tp, pp, ep = rank
+        return ep == 0 or rank in self.source.sidecar.ranks or (tp, pp, 0) not in self.source.sidecar.ranks
 
     def _optimizer(self, rank: Coordinates) -> tuple[object, dict[TensorSpec, Wanted]]:
         sidecar = self.source.sidecar.ranks.get(rank)
@@ -139,6 +139,8 @@ class _Writer:
             if coalesced:
                 states["numel_unpadded"] = sum(bucket.numel_unpadded for bucket in buckets)
             saved[gbuf] = {dtypes: states}
+        if megatron_before_core.describes(self.source.sidecar):
+            return megatron_before_core.saved(saved)
         if coalesced:
             return {"buckets_coalesced": True, **saved}
         return {"per_bucket_numel": per_bucket, "per_bucket_numel_unpadded": per_bucket_unpadded, **saved}
@@ -155,25 +157,21 @@ class _Writer:
         yield from _gap(end - position)
 
     def _dtypes(self, buffer: Buffer) -> tuple[Global, Global]:
-        """The key of a buffer: parameter and gradient dtype. Megatron-LM reduces bf16 gradients in float32 always."""
-        param = buffer.param_dtype or buffer.slots[0].dtype
+        """The key of a buffer: parameter and gradient dtype."""
         args = Facts.of(self.source.sidecar, next(iter(self.source.metas.values()))).args
-        in_fp32 = param == "bfloat16" or args.get("accumulate_allreduce_grads_in_fp32")
-        grad = buffer.grad_dtype or ("float32" if in_fp32 else param)
-        return Global("torch", param), Global("torch", grad)
+        return Global("torch", buffer.param_dtype or buffer.slots[0].dtype), Global("torch", grad_dtype(buffer, args))
 
     # ------------------------------------------------------------------------------------------------------------ names
 
     def _blocks(self, rank: Coordinates, chunk: int, name: str, shape: tuple[int, ...], role: str,
                 slot: Slot | None = None) -> tuple[tuple[Tensor, Box], ...]:
         tp, pp, ep = rank
-        found = Found(name, Place(tp, pp, ep, chunk), role, Stored("float32", shape, ()),
+        place = Place(tp, pp, ep, chunk)
+        if own := self._held.get((place, name, role)):
+            return own.blocks
+        found = Found(name, place, role, Stored("float32", shape, ()),
                       *((slot.partition_dim, slot.partition_stride, slot.expert) if slot else ()))
-        blocks = self._naming.hold(found).blocks
-        for there in self.source.index.holders.get(blocks[0][0], ()):
-            if there.blocks == blocks:
-                return there.blocks
-        return tuple((self._known(tensor), box) for tensor, box in blocks)
+        return tuple((self._known(tensor), box) for tensor, box in self._naming.hold(found).blocks)
 
     def _known(self, wanted: Tensor) -> Tensor:
         """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
@@ -184,31 +182,6 @@ class _Writer:
             raise RefusedError(f"{self.source.folder}: {wanted.name} is {list(there.shape)} and not {list(wanted.shape)} as "
                                "the sidecar says; they are of different runs")
         return there or wanted
-
-    def _target_naming(self) -> Naming:
-        source = self.source
-        meta = next(iter(source.metas.values()), {})
-        slots: dict = dict(_slots(source.sidecar))
-        if not slots:
-            slots = {(rank, number, spec.name): spec for rank, trees in source.structures.items()
-                     for number, tree in enumerate(trees) for spec in leaves(tree, TensorSpec)}
-        names = [name for _, _, name in slots]
-        dialect = families.dialect_of(names)
-        groups: dict[tuple, dict[str, tuple[int, ...]]] = {}
-        for (rank, chunk, name), slot in slots.items():
-            groups.setdefault((rank, chunk), {})[name] = slot.shape
-        return Naming(dialect, source.layout,
-                      global_layers(((rank[1], chunk), names) for (rank, chunk), names in groups.items()),
-                      experts_per_rank(names),
-                      Facts.of(source.sidecar, meta).heads(), is_gated(groups.values(), dialect))
-
-
-def _slots(sidecar: Sidecar | None) -> Iterator[tuple[tuple[Coordinates, int, str], Slot]]:
-    for rank, known in (sidecar.ranks if sidecar else {}).items():
-        for buffers in known.optimizers:
-            for buffer in buffers or ():
-                for slot in buffer.slots:
-                    yield (rank, buffer.chunk, slot.name), slot
 
 
 def _gap(numel: int) -> Iterator[tuple[None, Box]]:
@@ -239,17 +212,10 @@ def _buckets_of_core_0_6(buffer: Buffer, dp: int) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def _rank_folder(source: Checkpoint, rank: Coordinates) -> str:
-    tp, pp, ep = rank
-    return (f"mp_rank_{tp:02d}" + (f"_{pp:03d}" if source.layout.pp > 1 else "")
-            + (f"_{ep:03d}" if source.layout.ep > 1 else ""))
-
-
 def _sidecar_files(source: Checkpoint, iteration_folder: str) -> Iterator[WantedFile]:
     """The sidecar's files in the iteration's folder and as the latest in the root, with this iteration's number."""
-    for path in source.sidecar.files if source.sidecar else []:
-        content = path.read_bytes()
-        if path.name.startswith("layout_"):
+    for name, content in source.sidecar.contents() if source.sidecar else ():
+        if name.startswith("layout_"):
             content = json.dumps({**json.loads(content), "iteration": source.iteration}).encode()
         for folder in (f"{iteration_folder}/param_map", "param_map"):
-            yield WantedFile(f"{folder}/{path.name}", (Literal(content),), ())
+            yield WantedFile(f"{folder}/{name}", (Literal(content),), ())

@@ -167,8 +167,8 @@ def _links(source: Checkpoint, rank: Coordinates, options: Options) -> Iterator[
 
 def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
     """`pt_meta/`: the sidecar's files, and per rank what the way back needs of model_optim_rng.pt."""
-    for path in source.sidecar.files if source.sidecar else []:
-        yield WantedFile(f"pt_meta/{path.name}", (Literal(path.read_bytes()),), ())
+    for name, content in source.sidecar.contents() if source.sidecar else ():
+        yield WantedFile(f"pt_meta/{name}", (Literal(content),), ())
     for (tp, pp, ep), meta in source.metas.items():
         suffix = f"_ep{ep:03}" if source.layout.ep > 1 else ""
         path = f"pt_meta/args_tp{tp:02}_pp{pp:03}{suffix}.pt"

@@ -146,7 +146,8 @@ def _naming(contents: dict[Coordinates, dict[str, Stored]], layout: Layout, fact
     names = [_role_and_name(name)[1] for tensors in contents.values() for name in tensors]
     dialect = families.dialect_of(names)
     shapes = [{name: stored.shape for name, stored in tensors.items()} for tensors in contents.values()]
-    return Naming(dialect, layout, None, experts_per_rank(names), facts.heads(), is_gated(shapes, dialect))
+    return Naming(dialect, layout, None, experts_per_rank(names), facts.sizes(), is_gated(shapes, dialect),
+                  facts.tied())
 
 
 def _found(rank: Coordinates, tensors: dict[str, Stored], weights_only: bool) -> Iterator[Found]:

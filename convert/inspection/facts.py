@@ -12,9 +12,11 @@ from typing import Any
 from .. import families, frameworks
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
+from ..families import HEAD, WORD_EMBEDDING
 from ..frameworks import megatron, mindspore_source
 from ..frameworks.megatron_facts import Facts
 from ..frameworks.mindspore_scalars import param_groups
+from ..index import is_padding
 from ..naming import brief
 from ..sidecar import Sidecar
 from ..tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Tensor
@@ -29,7 +31,6 @@ MODEL_FACTS = (
     "add_bias_linear", "num_experts", "untie_embeddings_and_output_weights")
 _GROUP_FACTS = ("lr", "step", "weight_decay", "betas", "eps", "lr_mult", "wd_mult", "max_lr", "min_lr", "is_expert_parallel")
 _ROLE_ORDER = (WEIGHT, EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT)
-_EMBEDDING, _HEAD = "embedding.word.weight", "output.weight"
 #: what each of a checkpoint's files is for, by name or by ending
 _FILE_KINDS = {
     megatron.MODEL_FILE: "model", megatron.OPTIMIZER_FILE: "optimizer", ".ckpt": "tensors", ".safetensors": "tensors",
@@ -104,7 +105,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
         "stages": _stages(checkpoint, whole),
         "ranks": _ranks(whole),
         "model": model,
-        "parameters": _parameters(whole, model),
+        "parameters": _parameters(whole, facts),
         "states": _states(reading),
         "optimizer": _optimizer(reading, optimizers),
         "buffers": optimizers.buffers(),
@@ -133,21 +134,21 @@ def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
     The embedding is in a stage's first chunk, an output layer in its last one.
     """
     layers: dict[tuple[int, int], set[int]] = {(pp, 0): set() for pp in range(checkpoint.layout.pp)}
-    ends: dict[str, set[int]] = {_EMBEDDING: set(), _HEAD: set()}
+    ends: dict[str, set[int]] = {WORD_EMBEDDING: set(), HEAD: set()}
     for held in whole.index.held:
         place = held.found.place
         if held.layer is not None:
             layers.setdefault((place.pp, place.vpp), set()).add(held.layer)
-        if held.canonical in ends:
-            ends[held.canonical].add(place.pp)
+        if held.row is not None and held.row.canonical in ends:
+            ends[held.row.canonical].add(place.pp)
     if checkpoint.framework != "megatron":
         layers = _recorded_layers(checkpoint) or layers
     stages = []
     for pp in range(checkpoint.layout.pp):
         vpps = sorted(vpp for stage, vpp in layers if stage == pp)
         stages.append({"pp": pp, "chunks": [
-            {"vpp": vpp, "layers": sorted(layers[pp, vpp]), "embedding": vpp == vpps[0] and pp in ends[_EMBEDDING],
-             "output": vpp == vpps[-1] and pp in ends[_HEAD]} for vpp in vpps]})
+            {"vpp": vpp, "layers": sorted(layers[pp, vpp]), "embedding": vpp == vpps[0] and pp in ends[WORD_EMBEDDING],
+             "output": vpp == vpps[-1] and pp in ends[HEAD]} for vpp in vpps]})
     return stages
 
 
@@ -175,46 +176,34 @@ def _ranks(whole: Checkpoint) -> list[dict[str, Any]]:
 def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
     """What the run recorded of the model; layers, width and vocabulary by the tensors themselves where it did not."""
     recorded = (facts.recorded or {}).get("model") or facts.args
-    heads = facts.heads()
-    embedding = next((t for t in whole.index.tensors(WEIGHT) if t.name == _EMBEDDING), None)
+    sizes = facts.sizes()
+    embedding = next((t for t in whole.index.tensors(WEIGHT) if t.name == WORD_EMBEDDING), None)
     by_tensors = {"num_layers": whole.num_layers}
     if embedding:
-        by_tensors |= {"padded_vocab_size": embedding.rows, "hidden_size": embedding.cols}
-    if heads:
-        by_tensors["num_query_groups"] = heads.groups
+        padding = sum(t.rows for t in whole.index.tensors(WEIGHT) if is_padding(t) and t.name.startswith(WORD_EMBEDDING))
+        by_tensors |= {"padded_vocab_size": embedding.rows + padding, "hidden_size": embedding.cols}
+    if sizes.heads:
+        by_tensors["num_query_groups"] = sizes.groups
     known = {**{name: recorded.get(name) for name in MODEL_FACTS}, **by_tensors}
     return {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
 
 
-def _parameters(whole: Checkpoint, model: dict[str, Any]) -> dict[str, Any]:
-    """Logical parameters, each counted once however many ranks keep a copy. `total` is all; `tied_copy` the elements of
-    an output layer that repeats the embedding; `vocab_padding` the rows past the vocabulary of what is no such copy."""
-    sizes = {tensor.name: _numel(tensor) for tensor in whole.index.tensors(WEIGHT)}
+def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
+    """Logical parameters, each counted once however many ranks keep a copy. `total` is all; `vocab_padding` what of it is
+    rows past the vocabulary, None where nobody recorded that; `tied_copy` the elements of an output layer that repeats the
+    embedding, which are not in `total` (None where nobody recorded whether it does: then they are)."""
+    weights = whole.index.tensors(WEIGHT)
     by_kind = dict.fromkeys(KINDS, 0)
-    for name, size in sizes.items():
-        by_kind[kind_of(name)] += size
-    tied = _tied(whole, model)
-    copy = sizes.get(_HEAD, 0) if tied else 0 if tied is False or _HEAD not in sizes else None
-    padding = None
-    if model.get("vocab_size") and model.get("padded_vocab_size"):
-        rows = model["padded_vocab_size"] - model["vocab_size"]
-        names = [_EMBEDDING] if tied else [_EMBEDDING, _HEAD, "output.bias"]
-        padding = sum(sizes.get(name, 0) // model["padded_vocab_size"] * rows for name in names)
-    total = sum(sizes.values())
-    return {"tensors": len(sizes), "total": total, "by_kind": {kind: n for kind, n in by_kind.items() if n},
-            "tied_copy": copy, "vocab_padding": padding,
-            "without_copy_and_padding": None if copy is None or padding is None else total - copy - padding}
-
-
-def _tied(whole: Checkpoint, model: dict[str, Any]) -> bool | None:
-    """Whether the output layer is a copy of the embedding; None where nobody says."""
-    untied = model.get("untie_embeddings_and_output_weights")
-    if untied is not None:
-        return not untied
-    named = any(held.found.name.startswith("word_embeddings_for_head") for held in whole.index.held)
-    slots = [slot for rank in (whole.sidecar.ranks if whole.sidecar else {}).values() for buffers in rank.optimizers
-             for buffer in buffers or () for slot in buffer.slots]
-    return True if named or any(slot.tied for slot in slots) else None
+    for tensor in weights:
+        by_kind[kind_of(tensor.name)] += _numel(tensor)
+    total = sum(map(_numel, weights))
+    padding = sum(map(_numel, filter(is_padding, weights))) if facts.sizes().vocab else None
+    copied = {tensor for held in whole.index.held if held.is_tied_head for tensor, _ in held.blocks if tensor.role == WEIGHT}
+    tied = sum(map(_numel, copied))
+    is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
+    return {"tensors": len(weights), "total": total, "by_kind": {kind: n for kind, n in by_kind.items() if n},
+            "tied_copy": tied if is_told else None, "vocab_padding": padding,
+            "without_padding": None if padding is None else total - padding}
 
 
 def _numel(tensor: Tensor) -> int:
@@ -303,8 +292,6 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
     if lacking := families.missing(names, reading.whole.num_layers):
         lines.append(f"tensors of a GPT-like model: {brief(lacking)}")
     return lines
-
-
 
 
 def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:

@@ -33,12 +33,12 @@ def page(facts: dict[str, Any]) -> str:
 def _header(facts: dict[str, Any]) -> str:
     sizes, counts, states = facts["layout"], facts["parameters"], facts["states"]
     more = [f"{name} {sizes[name]}" for name in ("vpp", "ep", "dp", "cp") if sizes[name] > 1]
-    trained = counts["without_copy_and_padding"]
+    trained = counts["without_padding"]
     own = {one["dtype"]: None for one in states if one["role"] == "model_weight"}
     stepped = {one["dtype"]: None for one in states if one["role"] != "model_weight"}
     tiles = [
         ("Parameters", _short(counts["total"]),
-         f"{trained:,} without copy and padding" if trained not in (None, counts["total"]) else f"{counts['total']:,}"),
+         f"{trained:,} without padding" if trained not in (None, counts["total"]) else f"{counts['total']:,}"),
         ("Layout", f"tp {sizes['tp']} × pp {sizes['pp']}", " · ".join(more) or "no other parallelism"),
         ("Layers", str(facts["model"]["num_layers"]), f"hidden {facts['model'].get('hidden_size', '?')}"),
         ("Dtypes", ", ".join(own or stepped), f"states {', '.join(stepped)}" if own and stepped else ""),

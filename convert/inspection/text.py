@@ -95,13 +95,13 @@ def parameters(counts: dict[str, Any]) -> Iterator[str]:
     if counts["tied_copy"] is None:
         yield "whether the output layer is a copy of the embedding is not recorded"
     elif counts["tied_copy"]:
-        yield f"of these {counts['tied_copy']:,} are the output layer's copy of the embedding"
+        yield f"the output layer's copy of the embedding, {counts['tied_copy']:,}, is not counted"
     if counts["vocab_padding"] is None:
         yield "how many rows pad the vocabulary is not recorded"
     elif counts["vocab_padding"]:
         yield f"of these {counts['vocab_padding']:,} pad the vocabulary"
-    if counts["without_copy_and_padding"] not in (None, counts["total"]):
-        yield f"{counts['without_copy_and_padding']:,} without copy and padding"
+    if counts["without_padding"] not in (None, counts["total"]):
+        yield f"{counts['without_padding']:,} without padding"
 
 
 def state(one: dict[str, Any]) -> str:

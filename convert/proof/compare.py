@@ -10,12 +10,16 @@ import numpy as np
 from ..checkpoint import Checkpoint
 from ..checks import SHOWN_POSITIONS, cast_bits, widen_bits
 from ..errors import RefusedError
-from ..index import Index
+from ..families import HEAD, WORD_EMBEDDING
+from ..frameworks.megatron_facts import Facts
+from ..index import Index, is_padding
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
 from .stream import Files, View, bands, copies_of, in_processes
 
 #: what of a rank's metadata belongs to the training state
 STATE_KEYS = ("optimizer", "opt_param_scheduler")
+#: (role, name) of a logical tensor
+Key = tuple[str, str]
 _FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
 _CASTS = {("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "float32")}
 
@@ -56,7 +60,9 @@ class Difference:
 
     @property
     def name(self) -> str:
-        return f"{self.a.name} ({self.a.role})"
+        """Its name; both where the word embedding of one side is the head of the other."""
+        names = " and ".join(dict.fromkeys((self.a.name, self.b.name)))
+        return f"{names} ({self.a.role})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +80,62 @@ class Pair:
 
 @dataclass(slots=True)
 class Pairing:
-    """The tensors of both sides, and those of one side only; `aside` counts the model's own copies that only one keeps."""
+    """The tensors of both sides, and those of one side only; `aside` counts the model's own copies that only one keeps,
+    `padding` are those that pad the two vocabularies with other numbers of rows."""
 
     pairs: list[Pair]
     only_a: list[Tensor]
     only_b: list[Tensor]
     aside: int = 0
+    padding: list[Tensor] = field(default_factory=list)
 
 
-def pair(a: Index, b: Index) -> Pairing:
-    """Pair tensors by role and name. The model's own copies of weights are left aside where only one side keeps any."""
-    others = {(tensor.role, tensor.name): tensor for tensor in b.boxes}
-    pairs, only_a = [], []
-    for tensor in a.boxes:
-        other = others.pop((tensor.role, tensor.name), None)
-        if other is None:
-            only_a.append(tensor)
-        else:
-            pairs.append(Pair(tensor, other))
-    pairing = Pairing(pairs, only_a, list(others.values()))
-    for mine, theirs in (("only_a", b), ("only_b", a)):
-        if not theirs.tensors(MODEL_WEIGHT):
-            kept = [tensor for tensor in getattr(pairing, mine) if tensor.role != MODEL_WEIGHT]
-            pairing.aside += len(getattr(pairing, mine)) - len(kept)
-            setattr(pairing, mine, kept)
+def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
+    """Pair tensors by role and name. Left aside are the model's own copies of weights where only one side keeps any, and
+    padding of the vocabulary where one side has none or another number of rows, as layouts do."""
+    mine, theirs = ({(tensor.role, tensor.name): tensor for tensor in one.index.boxes} for one in (a, b))
+    found_a, only_a = _counterparts(mine, theirs, is_tied(b))
+    found_b, only_b = _counterparts(theirs, mine, is_tied(a))
+    pairs = dict.fromkeys([*(Pair(*both) for both in found_a), *(Pair(*reversed(both)) for both in found_b)])
+    pairing = Pairing([one for one in pairs if not _pads_otherwise(one)], only_a, only_b)
+    pairing.padding = [one.a for one in pairs if _pads_otherwise(one)]
+    for side, other in (("only_a", b), ("only_b", a)):
+        alone = getattr(pairing, side)
+        kept = [tensor for tensor in alone if tensor.role != MODEL_WEIGHT or other.index.tensors(MODEL_WEIGHT)]
+        pairing.aside += len(alone) - len(kept)
+        pairing.padding += filter(is_padding, kept)
+        setattr(pairing, side, [tensor for tensor in kept if not is_padding(tensor)])
     return pairing
+
+
+def _counterparts(tensors: dict[Key, Tensor], others: dict[Key, Tensor],
+                  tied: bool) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """Each tensor with the other side's, and those without one. Where the other side's head is its word embedding, which
+    this side may not have recorded, it stands for this side's head too."""
+    found, alone = [], []
+    for key, tensor in tensors.items():
+        other = others.get(key) or (others.get(as_embedding(key)) if tied else None)
+        if other:
+            found.append((tensor, other))
+        else:
+            alone.append(tensor)
+    return found, alone
+
+
+def as_embedding(key: Key) -> Key:
+    """(role, name) of the word embedding's tensor that a head's tensor is, where the two are tied; else the key itself."""
+    role, name = key
+    return role, WORD_EMBEDDING + name.removeprefix(HEAD) if name.startswith(HEAD) else name
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether it is known that the output layer is the word embedding."""
+    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.metas.values()), {}))
+    return bool(facts.tied()) or any(held.is_tied_head for held in checkpoint.index.held)
+
+
+def _pads_otherwise(one: Pair) -> bool:
+    return is_padding(one.a) and one.a.shape != one.b.shape
 
 
 def casts_of_weights(a: Index, b: Index) -> list[Pair]:

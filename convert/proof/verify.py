@@ -16,11 +16,11 @@ from ..checkpoint import Checkpoint
 from ..checks import cast_bits, widen_bits
 from ..digest import MASK, box_digest
 from ..errors import RefusedError
-from ..index import Index
+from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
-from .compare import Difference, Pair, casts_of_weights, differences, metadata_differences, pair
+from .compare import Difference, Pair, as_embedding, casts_of_weights, differences, is_tied, metadata_differences, pair
 from .contents import entries_of
 from .stream import Files, copies_of, in_processes, read_piece
 
@@ -153,6 +153,19 @@ def _missing_names(output: Checkpoint, verdict: Verdict) -> Iterator[Problem]:
     missing = families.missing({held.canonical for held in output.index.held}, output.num_layers)
     if missing:
         yield Problem(str(output.folder), f"lacks {len(missing)} tensors of a complete model: {brief(missing)}")
+    if output.layout.pp > 1 and is_tied(output):
+        yield from _missing_heads(output)
+
+
+def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
+    """Copies of the word embedding that the last stage's ranks lack; the first stage's make it complete without them."""
+    ranks: dict[bool, set[tuple]] = {False: set(), True: set()}
+    for held in output.index.held:
+        if held.canonical == families.WORD_EMBEDDING:
+            ranks[held.is_tied_head].add((held.found.role, held.found.place.ep, held.found.place.tp))
+    for role, ep, tp in sorted(ranks[False] - ranks[True]):
+        yield Problem(str(output.folder), f"lacks the output layer's copy of {families.WORD_EMBEDDING} ({role}) of tp {tp}"
+                      + (f" ep {ep}" if output.layout.ep > 1 else ""))
 
 
 def wrong_archives(paths: list[Path], workers: int = 1) -> Iterator[Problem]:
@@ -264,10 +277,12 @@ def _piece_digest(piece: Piece, files: Files, dtype: str | None) -> tuple[int, i
 def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], workers: int,
                    verdict: Verdict) -> Iterator[Problem]:
     there = {(tensor.role, tensor.name): tensor for tensor in output.index.boxes}
-    extra = {key for key in there.keys() - manifest.digests.keys() if key[0] != MODEL_WEIGHT}
+    listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
+    known = {there[key]: manifest.digests[other] for key, other in listed.items() if other in manifest.digests}
+    extra = {(tensor.role, tensor.name) for tensor in output.index.boxes
+             if tensor not in known and tensor.role != MODEL_WEIGHT and not is_padding(tensor)}
     for what, keys in (("is missing", manifest.digests.keys() - there.keys()), ("is not of the source", extra)):
         yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
-    known = {tensor: manifest.digests[key] for key, tensor in there.items() if key in manifest.digests}
     narrow = {tensor: entry["dtype"] for tensor, entry in known.items()
               if tensor.dtype in casts and ITEMSIZE[tensor.dtype] > ITEMSIZE[entry["dtype"]]}
     chosen = Index([], output.layout, {tensor: output.index.boxes[tensor] for tensor in known})
@@ -309,25 +324,28 @@ def _compare(output: Checkpoint, request: Request, manifest: Manifest | None, ca
     if left_out:
         verdict.notes.append(f"left out by the conversion: {', '.join(sorted(left_out))}")
     verdict.problems += [Problem(str(output.folder), f"has no {role}") for role in sorted(absent - left_out)]
-    pairs = _expected_pairs(output.index, source.index, casts, verdict)
-    by_tensor = {one.a: one for one in pairs}
-    verdict.compared |= by_tensor.keys()
+    pairs = _expected_pairs(output, source, casts, verdict)
+    expected = {(one.a, one.b): one for one in pairs}
+    verdict.compared |= {one.a for one in pairs}
     for found in differences(output.index, source.index, pairs, workers=request.workers):
-        verdict.wrong.append((by_tensor[found.a], found))
+        verdict.wrong.append((expected[found.a, found.b], found))
         verdict.problems.append(Problem(found.name, told(found)))
     verdict.problems += [Problem("metadata", line) for line in metadata_differences(output, source)]
 
 
-def _expected_pairs(output: Index, source: Index, casts: set[str], verdict: Verdict) -> list[Pair]:
+def _expected_pairs(output: Checkpoint, source: Checkpoint, casts: set[str], verdict: Verdict) -> list[Pair]:
     """Each tensor of the output with the one of the source it must equal: in dtype too, unless the cast is declared."""
     pairing = pair(output, source)
-    weights = {one.a: one for one in casts_of_weights(output, source)}
+    weights = {one.a: one for one in casts_of_weights(output.index, source.index)}
     verdict.problems += [Problem(f"{tensor.name} ({tensor.role})", "is not in the source")
                          for tensor in pairing.only_a if tensor not in weights]
     verdict.problems += [Problem(f"{tensor.name} ({tensor.role})", "is missing") for tensor in pairing.only_b
-                         if tensor.role in output.roles() | {MODEL_WEIGHT}]
+                         if tensor.role in output.index.roles() | {MODEL_WEIGHT}]
+    if pairing.padding:
+        verdict.notes.append("padding of the vocabulary, which has another number of rows in the source, was not compared "
+                             f"with it: {brief(f'{tensor.name} ({tensor.role})' for tensor in pairing.padding)}")
     pairs = [Pair(one.a, one.b, cast=one.a.dtype != one.b.dtype and one.a.dtype in casts) for one in pairing.pairs]
-    kept = {tensor.name for tensor in source.tensors(MODEL_WEIGHT)}
+    kept = {tensor.name for tensor in source.index.tensors(MODEL_WEIGHT)}
     return pairs + [one for tensor, one in weights.items() if tensor.name not in kept]
 
 

@@ -87,6 +87,15 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(input.float(), self.weight.shape, self.weight.float(), self.eps).to(input.dtype)
 
 
+def grouped_gemm(tokens: torch.Tensor, weights: torch.Tensor, tokens_per_expert: torch.Tensor,
+                 trans_b: bool = False) -> torch.Tensor:
+    """grouped_gemm.ops.gmm: tokens [n, in], sorted by expert, each times the weights [experts, in, out] of its own."""
+    if trans_b:
+        weights = weights.transpose(1, 2)
+    parts = torch.split(tokens, [int(count) for count in tokens_per_expert])
+    return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+
 class Anything:
     """Stands for any attribute of a package that is imported but not used; as a decorator it changes nothing."""
 
@@ -141,6 +150,8 @@ def add_module(name: str, kind: type[types.ModuleType] = types.ModuleType, **att
 def install(transformer_engine: bool, triton: bool) -> None:
     """Add the stub packages and mend what newer torch and setuptools dropped."""
     _add_apex()
+    add_module("grouped_gemm")
+    add_module("grouped_gemm.ops", gmm=grouped_gemm)
     if transformer_engine:
         _add_transformer_engine()
     if triton:

@@ -7,6 +7,7 @@ truth/tp{t:02}_pp{p:03}_ep{e:03}.npz holds, for each chunk c and each parameter 
   {c}/{name}/weight               the model's parameter; bf16 as its bits in uint16
   {c}/{name}/{main,exp_avg,exp_avg_sq}  fp32, gathered over dp, in the parameter's shape
   meta                            JSON: see `_meta`
+resumed/ holds the same, of a run that goes on from a checkpoint, as it was before the first step.
 """
 
 from __future__ import annotations

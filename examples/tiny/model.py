@@ -28,7 +28,7 @@ Args = argparse.Namespace
 
 #: switches of TransformerConfig whose kernels exist for GPUs only, and are on by default in one release or another
 GPU_ONLY = ("gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion",
-            "persist_layer_norm", "apply_rope_fusion", "cross_entropy_loss_fusion", "moe_grouped_gemm")
+            "persist_layer_norm", "apply_rope_fusion", "cross_entropy_loss_fusion")
 
 
 def names_of(target: Callable) -> set[str]:
@@ -50,6 +50,8 @@ def demand(name: str, *targets: Callable) -> None:
 
 
 def transformer_config(args: Args) -> TransformerConfig:
+    # two interleaved stages send to each other both forward and back: never in one batch, where they could not be told apart
+    two_way = args.virtual_pipeline_model_parallel_size is not None and args.pipeline_model_parallel_size == 2
     options: dict[str, Any] = {
         "num_layers": args.num_layers,
         "hidden_size": args.hidden_size,
@@ -74,6 +76,8 @@ def transformer_config(args: Args) -> TransformerConfig:
         "expert_model_parallel_size": args.expert_model_parallel_size,
         "sequence_parallel": args.sequence_parallel,
         "batch_p2p_sync": False,
+        "overlap_p2p_comm": two_way,
+        "batch_p2p_comm": not two_way,
         "deallocate_pipeline_outputs": True,
     }
     if args.decoder_first_pipeline_num_layers:
@@ -83,7 +87,11 @@ def transformer_config(args: Args) -> TransformerConfig:
     if args.num_experts:
         options |= {"num_moe_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,
                     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2,
-                    "moe_token_dispatcher_type": "allgather"}
+                    "moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": args.moe_grouped_gemm,
+                    "moe_use_legacy_grouped_gemm": args.moe_grouped_gemm,
+                    "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size}
+    if args.moe_shared_expert_intermediate_size:
+        demand("moe_shared_expert_intermediate_size", TransformerConfig)
     return TransformerConfig(**known(TransformerConfig, **options))
 
 
@@ -91,7 +99,8 @@ def layer_spec(args: Args) -> Any:
     make = gpt_layer_specs.get_gpt_layer_local_spec
     options: dict[str, Any] = {}
     if args.num_experts:
-        options = known(make, num_experts=args.num_experts, moe_grouped_gemm=False)
+        options = known(make, num_experts=args.num_experts, moe_grouped_gemm=args.moe_grouped_gemm,
+                        moe_use_legacy_grouped_gemm=args.moe_grouped_gemm)
     if args.normalization == "RMSNorm":
         demand("normalization", make)
         from megatron.core.transformer.torch_norm import WrappedTorchNorm

@@ -19,6 +19,7 @@ SIZES = {
     "dp": (1, "data parallel size"),
     "ep": (1, "expert parallel size, a divisor of dp"),
     "experts": (0, "number of experts; 0 is a dense model"),
+    "shared_expert": (0, "ffn hidden size of shared experts; 0 is none (megatron-core 0.12 and later)"),
     "layers": (8, "number of layers"),
     "first_stage_layers": (0, "layers of the first stage; 0 is as many as others have (megatron-core 0.12 and later)"),
     "hidden": (128, "hidden size"),
@@ -27,6 +28,7 @@ SIZES = {
     "vocab": (250, "vocabulary before padding"),
     "seq": (32, "sequence length"),
     "bucket": (100_000, "elements at which a bucket is closed"),
+    "global_batch": (0, "samples of a step over all dp ranks; 0 is two micro-batches, or pp, for each of them"),
     "steps": (3, "training steps from iteration 0 on, and the iteration that is saved"),
     "seed": (1234, "seed of weights and data"),
 }
@@ -35,10 +37,15 @@ FP32_HELP = """parameters with TEXT in their name stay fp32. Megatron puts every
 group without weight decay: with --no-bias, `--fp32 norm` makes a group of fp32 parameters only, and `--fp32
 input_layernorm` one that also holds bf16 norms, whose optimizer state Megatron then saves in the wrong order"""
 
+#: the first two from megatron-core 0.15 on, the third in all releases, the last up to 0.12
+DIST_OPTIM = ("fully_reshardable", "dp_reshardable", "fully_sharded_model_space", "fully_sharded_bucket_space")
+DIST_OPTIM_HELP = "how torch_dist shards the optimizer's state, by megatron-core's name for it"
+
 SWITCHES = {
     "no_bias": "linear layers without bias",
     "untie": "an output layer of its own instead of the word embedding",
     "swiglu": "gated MLP",
+    "grouped_gemm": "all experts of a rank in two tensors, as GroupedMLP has them",
     "rmsnorm": "RMSNorm instead of LayerNorm (megatron-core 0.12 and later)",
     "rope": "rotary instead of learned positions",
     "overlap_param_gather": "up to megatron-core 0.7 this saves 16-bit weights that are one step old, where dp > 1",
@@ -57,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, help="folder to create")
     result.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="dtype of the model")
     result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
+    result.add_argument("--ckpt-format", choices=("torch", "torch_dist"), default="torch", help="format of the checkpoint")
+    result.add_argument("--dist-optim", choices=DIST_OPTIM, default=DIST_OPTIM[0], help=DIST_OPTIM_HELP)
     result.add_argument("--resume", type=Path, metavar="DIR", help="go on from the latest checkpoint in DIR")
     for name, (default, text) in SIZES.items():
         flag = "--" + name.replace("_", "-")
@@ -85,8 +94,15 @@ def global_batch_size(options: argparse.Namespace) -> int:
 
 
 def micro_batches(options: argparse.Namespace) -> int:
-    """At least two, so that gradients accumulate; a multiple of pp, which the interleaved schedule asks for."""
-    return max(2, options.pp)
+    """Of each dp rank. By default two or more, so that gradients accumulate, and a multiple of pp, as the interleaved
+    schedule asks for; with --global-batch the same samples in every layout."""
+    if not options.global_batch:
+        return max(2, options.pp)
+    number, rest = divmod(options.global_batch, MICRO_BATCH_SIZE * options.dp)
+    if rest or not number:
+        raise SystemExit(f"--global-batch {options.global_batch}: {options.dp} dp ranks take it in micro-batches of "
+                         f"{MICRO_BATCH_SIZE}; choose a multiple of {MICRO_BATCH_SIZE * options.dp}")
+    return number
 
 
 def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
@@ -110,7 +126,8 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         normalization="RMSNorm" if options.rmsnorm else "LayerNorm", norm_epsilon=1e-5,
         add_bias_linear=not options.no_bias, add_qkv_bias=False, qk_layernorm=False,
         attention_dropout=DROPOUT * options.dropout, hidden_dropout=DROPOUT * options.dropout,
-        num_experts=options.experts or None, moe_router_topk=2, moe_grouped_gemm=False,
+        num_experts=options.experts or None, moe_router_topk=2, moe_grouped_gemm=options.grouped_gemm,
+        moe_use_legacy_grouped_gemm=options.grouped_gemm, moe_shared_expert_intermediate_size=options.shared_expert or None,
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         transformer_pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vpp if interleaved else None,
@@ -130,6 +147,7 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         weight_decay_incr_style="constant", micro_batch_size=MICRO_BATCH_SIZE,
         global_batch_size=global_batch_size(options), train_iters=10, iteration=options.steps,
         consumed_train_samples=options.steps * global_batch_size(options), seed=options.seed,
-        save=str(options.out), ckpt_format="torch", use_dist_ckpt=False, no_save_optim=None, no_save_rng=None,
+        save=str(options.out), ckpt_format=options.ckpt_format, use_dist_ckpt=options.ckpt_format != "torch",
+        no_save_optim=None, no_save_rng=None,
         data_parallel_random_init=False, use_mcore_models=True, transformer_impl="local",
     )

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from examples.tiny import distributed
 from examples.tiny.save import rank_folder
 
 
@@ -25,13 +26,16 @@ def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], 
     """
     iteration = int((options.resume / "latest_checkpointed_iteration.txt").read_text())
     folder = rank_folder(options, options.resume, iteration)
+    if (folder.parent / ".metadata").is_file():  # format torch_dist
+        return distributed.load(folder.parent, options, chunks, optimizer, scheduler)["iteration"]
     saved = torch.load(folder / "model_optim_rng.pt", map_location="cpu", weights_only=False)
     for index, chunk in enumerate(chunks):
         if len(chunks) > 1 and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
             parallel_state.set_virtual_pipeline_model_parallel_rank(index)
         chunk.load_state_dict(saved["model" if len(chunks) == 1 else f"model{index}"], strict=True)
     optimizer.load_state_dict(saved["optimizer"])
-    optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
+    with torch.no_grad():  # fp32 parameters are copied into views of themselves
+        optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
     if scheduler is not None:
         scheduler.load_state_dict(saved["opt_param_scheduler"])
     set_generators(saved["rng_state"][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +35,19 @@ def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     _, wrapped, optimizer = model.build(args, options)
     scheduler = save.param_scheduler(args, optimizer)
     chunks = [model.unwrap(chunk) for chunk in wrapped]
-    first_step = resume.load_checkpoint(options, chunks, optimizer, scheduler) if options.resume else 0
-    trained = train(args, options, wrapped, optimizer, scheduler, first_step)
 
-    live_state.write(options.out / "truth", args, chunks, optimizer, scheduler, package_info.__version__)
+    def record(folder: str, step: int, trained: list[Losses]) -> None:
+        live_state.write(options.out / folder, args, chunks, optimizer, scheduler, package_info.__version__)
+        if options.plain:
+            losses.write(options.out / folder, trained, evaluate(args, options, wrapped, step))
+
+    first_step = 0
+    if options.resume:
+        first_step = resume.load_checkpoint(options, chunks, optimizer, scheduler)
+        record("resumed", first_step, [])
+    trained = train(args, options, wrapped, optimizer, scheduler, first_step)
     save.save_checkpoint(args, options, chunks, optimizer, scheduler)
-    if options.plain:
-        losses.write(options.out / "truth", trained, evaluate(args, options, wrapped))
+    record("truth", options.steps, trained)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -74,20 +81,23 @@ def train(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[A
     return done
 
 
-def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any]) -> Losses:
-    """The losses of the batch after the last, by the model as it was saved."""
+def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], step: int) -> Losses:
+    """The losses of the batch of `step`, by the model as it is; the model is in training mode again afterwards."""
     for chunk in wrapped:
         chunk.eval()
     with torch.no_grad():
-        return run_batch(args, options, wrapped, options.steps, forward_only=True)
+        result = run_batch(args, options, wrapped, step, forward_only=True)
+    for chunk in wrapped:
+        chunk.train()
+    return result
 
 
 def run_batch(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], step: int,
               forward_only: bool = False) -> Losses:
     """One global batch through Megatron's schedule; on the last stage, what `forward_step` says of each micro-batch."""
-    data = tokens(args, step)
+    data = [tokens(args, step) for _ in wrapped]
     return get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=[data] * len(wrapped) if len(wrapped) > 1 else data,
+        forward_step_func=forward_step, data_iterator=data if len(wrapped) > 1 else data[0],
         model=wrapped if len(wrapped) > 1 else wrapped[0], num_microbatches=micro_batches(options),
         seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=args.seq_length,
         forward_only=forward_only)
@@ -106,11 +116,14 @@ def step_optimizer(optimizer: Any, frozen: bool) -> tuple[bool, float, Any]:
 
 
 def tokens(args: argparse.Namespace, step: int) -> Iterator[torch.Tensor]:
-    """Random tokens of the true vocabulary: the same on every tp and pp rank, others for every dp rank and step."""
-    stream = step * args.data_parallel_size + parallel_state.get_data_parallel_rank()
-    generator = torch.Generator().manual_seed(args.seed + 1 + stream)
-    while True:
-        yield torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length + 1), generator=generator)
+    """Micro-batches of random tokens of the true vocabulary. A step's are the same in every layout; the dp ranks take
+    them in turn."""
+    size, rank = args.data_parallel_size, parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(args.seed + 1 + step)
+    for number in itertools.count():
+        batch = torch.randint(0, args.vocab_size, (args.micro_batch_size, args.seq_length + 1), generator=generator)
+        if number % size == rank:
+            yield batch
 
 
 def forward_step(data: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Any]:

@@ -61,7 +61,7 @@ def suffix(truth: Truth) -> str:
 def assert_facts(layout: dict[str, Any], truth: Truth, iteration: int) -> None:
     args, parallel = truth.meta["args"], layout["parallel"]
     assert layout["framework"]["core_version"] == truth.meta["core"]
-    assert layout["iteration"] == iteration
+    assert (layout["iteration"], layout["checkpoint_format"]) == (iteration, "torch")
     assert {axis: layout["rank"][axis] for axis in ("tp", "pp", "ep")} == truth.meta["place"]
     assert parallel["tp"] == args["tensor_model_parallel_size"]
     assert parallel["pp"] == args["pipeline_model_parallel_size"]

@@ -1,7 +1,7 @@
 """Which element of which logical tensor an element of a MindSpore file is: worked out here by hand, with none of our code.
 
-For legacy GPT checkpoints of Megatron-LM: multi-head attention, no gating, four heads and 64 columns, as in
-tests/data/megatron/cac60ce4_patched_legacy_*.
+For legacy GPT checkpoints of Megatron-LM: multi-head attention, no gating, four heads and 64 columns, a tied head and no
+padding of the vocabulary, as in tests/data/megatron/cac60ce4_patched_legacy_tp2pp2.
 """
 
 import json
@@ -16,7 +16,7 @@ _WHOLE = {"language_model.embedding.word_embeddings.weight": "embedding.word.wei
           "language_model.embedding.position_embeddings.weight": "embedding.position.weight",
           "language_model.encoder.final_norm.gamma": "final_norm.weight",
           "language_model.encoder.final_norm.beta": "final_norm.bias",
-          "language_model.output_layer.weight": "output.weight"}
+          "language_model.output_layer.weight": "embedding.word.weight"}
 _BY_ROWS, _BY_COLUMNS = ("mapping", "word_embeddings", "output_layer"), ("out_proj.weight", "projection.weight")
 
 

@@ -1,0 +1,126 @@
+"""What was found while copying: misfits, copies that differ, digests; what is refused for it, and what the manifest says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .checks import STALE, Misfit, Unequal, tell_permuted
+from .errors import RefusedError
+from .index import Index
+from .naming import brief
+from .planner import REFUSE
+from .request import Request
+from .tensors import MODEL_WEIGHT, Tensor
+from .writer import Outcome
+
+
+class Findings:
+    """The outcomes of all files, put together, with what the manifest of earlier parts of the conversion says (`before`).
+
+    `misfits` and `unequal` are by tensor; `digests` are the manifest's entries, and `partial` those of which elements are
+    still to come; `differing` names the tensors of which ranks kept copies of their own that differ.
+    """
+
+    def __init__(self, index: Index, outcomes: Iterable[Outcome], before: dict | None = None) -> None:
+        self.misfits: dict[Tensor, Misfit] = {}
+        self.unequal: dict[Tensor, Unequal] = {}
+        self.before = before or {}
+        sums = _sums(self.before)
+        for outcome in outcomes:
+            for known, found in ((self.misfits, outcome.misfits), (self.unequal, outcome.unequal)):
+                for tensor, one in found.items():
+                    if known.setdefault(tensor, one) is not one:
+                        known[tensor].merge(one)
+            for (tensor, replica), (digest, count) in outcome.digests.items():
+                before = sums.setdefault(tensor, {}).get(replica, (0, 0))
+                sums[tensor][replica] = (before[0] + digest) & (1 << 64) - 1, before[1] + count
+        self.digests, self.partial, self.differing = _digests(sums)
+        names = {tensor.name for tensor in self.misfits}
+        tell_permuted(list(self.misfits.values()), {
+            tensor.name: [piece for pieces in index.boxes[tensor].values() for piece in pieces]
+            for tensor in index.boxes if tensor.role == MODEL_WEIGHT and tensor.name in names})
+
+    def refusal(self, folder: Path, request: Request) -> RefusedError | None:
+        """Why nothing may be published, or None."""
+        wrong = [misfit for misfit in self.misfits.values() if misfit.kind != STALE]
+        if wrong and not request.accept_permuted:
+            return RefusedError(
+                f"{folder}: in {len(wrong)} tensors the optimizer holds other values than the model, moments and all "
+                f"({_told(wrong)}): a wrong sidecar, or a defect of the release that saved it; convert --weights-only, or "
+                "--accept-permuted if you know better")
+        if self.unequal and request.replicas == REFUSE:
+            return RefusedError(
+                f"{folder}: ranks keep different copies of {len(self.unequal)} tensors, of which another layout needs one "
+                f"({'; '.join(map(_position, list(self.unequal.values())[:4]))}); choose with --replicas first or mean")
+        return None
+
+    def status(self, request: Request) -> int:
+        kinds = {misfit.kind for misfit in self.misfits.values()}
+        accepted = all(request.accept_stale if kind == STALE else request.accept_permuted for kind in kinds)
+        return 0 if accepted and not self.differing else 1
+
+    def lines(self, request: Request) -> list[str]:
+        """What of it a user should read."""
+        lines = [f"{m.tensor.name}: {m.count} elements are {m.kind} (first at row {m.positions[0][0]}, column "
+                 f"{m.positions[0][1]}: optimizer {m.positions[0][2]:g}, model {m.positions[0][3]:g})"
+                 for m in self.misfits.values()]
+        lines += [f"{_position(one)}: took {'the mean' if request.replicas == 'mean' else 'the first rank’s'}"
+                  for one in self.unequal.values()]
+        if self.differing:
+            lines.append(f"{brief(self.differing)}: the ranks' copies differ; each rank kept its own")
+        return lines
+
+    def entries(self) -> dict[str, object]:
+        """The manifest's share."""
+        return {
+            "misfits": [{"tensor": m.tensor.name, "kind": m.kind, "elements": m.count, "holds": m.permuted_with,
+                         "first": [{"row": r, "column": c, "cast_weight": a, "model_weight": b}
+                                   for r, c, a, b in m.positions]} for m in self.misfits.values()]
+            + self.before.get("misfits", []),
+            "replicas_merged": [{"tensor": one.tensor.name, "role": one.tensor.role, "elements": one.count,
+                                 "first": [{"row": r, "column": c, "taken": a, "other": b, "file": file}
+                                           for r, c, a, b, file in one.positions]} for one in self.unequal.values()]
+            + self.before.get("replicas_merged", []),
+            "replicas_that_differ": self.differing, "digests": self.digests, "digests_of_parts": self.partial}
+
+
+def _told(misfits: list[Misfit]) -> str:
+    shown = "; ".join(f"{m.tensor.name} is {m.kind}" + (f" with {m.permuted_with}" if m.permuted_with else "")
+                      for m in misfits[:4])
+    return shown + ("; …" if len(misfits) > 4 else "")
+
+
+def _position(one: Unequal) -> str:
+    row, column, first, other, file = one.positions[0]
+    return (f"{one.tensor.name} ({one.tensor.role}): {one.count} elements differ, first at row {row}, column {column}: "
+            f"{first:.9g} and {other:.9g} in {file}")
+
+
+#: by logical tensor and replica, the digest and the number of elements that it is of
+_Sums = dict[Tensor, dict[int, tuple[int, int]]]
+
+
+def _sums(manifest: dict) -> _Sums:
+    sums: _Sums = {}
+    for entry in [*manifest.get("digests", []), *manifest.get("digests_of_parts", [])]:
+        tensor = Tensor(entry["role"], entry["name"], entry["dtype"], tuple(entry["shape"]))
+        sums[tensor] = {0: (int(entry["digest"], 16), entry.get("elements", tensor.rows * tensor.cols))}
+    return sums
+
+
+def _digests(sums: _Sums) -> tuple[list[dict], list[dict], list[str]]:
+    """The digest of each logical tensor that was copied whole; of the others, as far as they were; and the names of those
+    of which some rank keeps another."""
+    entries, partial, differing = [], [], []
+    for tensor, replicas in sums.items():
+        known = {"role": tensor.role, "name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+        whole = {replica: digest for replica, (digest, count) in replicas.items() if count == tensor.rows * tensor.cols}
+        if 0 in whole:
+            others = sorted(set(whole.values()) - {whole[0]})
+            differing += [f"{tensor.name} ({tensor.role})"] if others else []
+            entries.append({**known, "digest": f"{whole[0]:016x}",
+                            "digests_of_other_copies": [f"{other:016x}" for other in others]})
+        elif 0 in replicas:
+            partial.append({**known, "digest": f"{replicas[0][0]:016x}", "elements": replicas[0][1]})
+    return entries, partial, sorted(differing)

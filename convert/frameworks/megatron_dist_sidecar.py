@@ -1,0 +1,117 @@
+"""The sidecar of a torch_dist checkpoint: where it lies, what it says of the whole model, and which saves it convicts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .. import families
+from .. import sidecar as sidecars
+from ..errors import RefusedError
+from ..index import Found, Held, Naming
+from ..layout import Layout, Place
+from ..naming import brief
+from ..sidecar import Buffer, RankSidecar, Sidecar, Slot
+from ..tensors import WEIGHT, Stored
+
+#: the releases that save the optimizer's state of buckets after a padded one from wrong positions (NVIDIA/Megatron-LM#5077)
+_SHIFTED = (0, 15), (0, 20)
+
+
+def find(folder: Path, number: int, given: Path | None) -> Sidecar | None:
+    """The sidecar of iteration `number`: in the folder given, or in the save root's `param_map/iter_NNNNNNN/` or, if it is
+    the latest, `param_map/`. Raises RefusedError if the folder given has none of this iteration."""
+    root = folder.parent / "param_map"
+    for candidate in [given] if given else [root / folder.name, folder / "param_map", root]:
+        found = sidecars.read(candidate)
+        if found is not None and found.complete and found.iteration == number:
+            return found
+    if given:
+        raise RefusedError(f"{given}: no layout_*.json of iteration {number} here; name the folder that has them")
+    return None
+
+
+def of_run(naming: Naming, trained: Layout, sidecar: Sidecar, experts: int) -> Naming:
+    """What names the run's own tensors; `naming` is of the model in one rank, `experts` is how many a layer has."""
+    layers = {(pp, chunk["vpp"]): chunk["layers"]
+              for (_, pp, _), rank in sidecar.ranks.items() for chunk in rank.layout["chunks"]}
+    return replace(naming, layout=trained, layers=layers, experts_per_rank=experts // trained.ep or None)
+
+
+def check_positions(sidecar: Sidecar, folder: Path) -> None:
+    """Refuse what core 0.15 to 0.19 saved from wrong positions: fully_reshardable, several buckets, the first ones padded.
+
+    Such a release takes positions in the padded buffer for positions in the unpadded buckets back to back, so that as many
+    elements as there is padding are in no file.
+    """
+    release = sidecar.any_layout()["framework"]["core_version"]
+    shifted = {slot.name for rank in sidecar.ranks.values() for buffers in rank.optimizers for buffer in buffers or ()
+               for slot in buffer.slots if _padding_before(buffer, slot)}
+    if shifted and _SHIFTED[0] <= tuple(map(int, release.split(".")[:2])) < _SHIFTED[1]:
+        raise RefusedError(
+            f"{folder}: megatron-core {release} saved the optimizer state of {len(shifted)} parameters from wrong "
+            f"positions, because their buckets follow padded ones (NVIDIA/Megatron-LM#5077): {brief(shifted)}; "
+            "convert --weights-only, or save again with --ckpt-format torch or one large bucket")
+
+
+def _padding_before(buffer: Buffer, slot: Slot) -> int:
+    return sum(bucket.end - bucket.start - bucket.numel_unpadded for bucket in buffer.buckets[:slot.bucket])
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A parameter of the whole model, and the buffer it lies in: of which optimizer, and of which dtypes."""
+
+    slot: Slot
+    link: int
+    dtypes: tuple[str | None, str | None]
+
+
+def in_one_rank(sidecar: Sidecar, naming: Naming, wholes: list[Held], ep_experts: int) -> Sidecar:
+    """The sidecar as one rank that holds all of `wholes` would write it, but for positions; `naming` is the run's."""
+    shapes = {whole.canonical: whole.found.stored.shape for whole in wholes}
+    seen: dict[str, _Seen] = {}
+    for (tp, pp, ep), rank in sidecar.ranks.items():
+        for link, buffers in enumerate(rank.optimizers):
+            for buffer in buffers or ():
+                for slot in buffer.slots:
+                    held = naming.hold(Found(slot.name, Place(tp, pp, ep, buffer.chunk), WEIGHT,
+                                             Stored("float32", slot.shape, ()), slot.partition_dim, slot.partition_stride,
+                                             slot.expert))
+                    if held.canonical in shapes and not held.is_tied_head:
+                        shape = shapes[held.canonical]
+                        name = families.renumber(slot.name, held.layer, _expert(slot, ep * ep_experts))
+                        whole = replace(slot, name=name, shape=shape, start=0, end=math.prod(shape), bucket=0)
+                        seen.setdefault(held.canonical, _Seen(whole, link, (buffer.param_dtype, buffer.grad_dtype)))
+    links = 1 + max(one.link for one in seen.values())
+    optimizers = tuple(_buffers([one for one in seen.values() if one.link == link]) for link in range(links))
+    layout = {**sidecar.any_layout(), "chunks": [_chunk(sidecar)]}
+    return Sidecar(sidecar.folder, {(0, 0, 0): RankSidecar(optimizers, layout)}, complete=True, iteration=sidecar.iteration)
+
+
+def _expert(slot: Slot, first: int) -> int | None:
+    local = families.expert_of(slot.name)
+    return None if local is None else local + first
+
+
+def _buffers(seen: list[_Seen]) -> tuple[Buffer, ...]:
+    dtypes = dict.fromkeys(one.dtypes for one in seen)
+    return tuple(Buffer(0, *both, None, tuple(one.slot for one in seen if one.dtypes == both)) for both in dtypes)
+
+
+def _chunk(sidecar: Sidecar) -> dict:
+    """All layers in one chunk."""
+    layers: dict[str, set[int]] = {}
+    for rank in sidecar.ranks.values():
+        for chunk in rank.layout["chunks"]:
+            for path, numbers in chunk["layers"].items():
+                layers.setdefault(path, set()).update(numbers)
+    return {"vpp": 0, "layers": {path: sorted(numbers) for path, numbers in layers.items()},
+            "pre_process": True, "post_process": True}
+
+
+def names(sidecar: Sidecar, naming: Naming) -> dict[str, str]:
+    """The name in the model of each parameter, by canonical name, from a sidecar of one rank."""
+    return {naming.hold(Found(slot.name, Place(), WEIGHT, Stored("float32", slot.shape, ()))).canonical: slot.name
+            for buffers in sidecar.ranks[0, 0, 0].optimizers for buffer in buffers or () for slot in buffer.slots}

@@ -1,0 +1,245 @@
+"""Planning: from the boxes that output files want and those that a source holds to runs of bytes. Interval arithmetic.
+
+It proves, before anything is copied, that each output element is written exactly once and that each source element is
+used or named as left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from .errors import RefusedError
+from .fusion import PADDING
+from .index import Held, Index, covers, is_padding, replica_of
+from .layout import Place
+from .plan import Copy, FileTask, Plan, Twin, Wanted, WantedFile, Weave
+from .tensors import ITEMSIZE, Box, Piece, Tensor
+
+#: what can be made of the copies that several ranks keep
+OWN, REFUSE, FIRST, MEAN = "own", "refuse", "first", "mean"
+
+
+@dataclass(slots=True)
+class Planner:
+    """Plans the wanted files over one source index. `twins` maps a role to the role that repeats it in less precision.
+
+    `replicas` says what becomes of a box that several ranks keep: OWN, each takes its own copy; else all take the first
+    rank's, with which the others are compared, or, for MEAN, the mean of them all.
+    """
+
+    index: Index
+    twins: dict[str, str] = field(default_factory=dict)
+    replicas: str = OWN
+    _used: dict[Tensor, set[Box]] = field(default_factory=dict)
+    _counted: set = field(default_factory=set)
+    _alike: dict[tuple[Tensor, Box], list[list[Held]]] = field(default_factory=dict)
+    _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.index.boxes}
+
+    def plan(self, files: list[WantedFile]) -> Plan:
+        tasks = [FileTask(file.path, file.segments, tuple(w.spec for w in file.tensors),
+                          tuple(tuple(self._copies(w, file.place or Place())) for w in file.tensors)) for file in files]
+        return Plan(tasks, self._unused())
+
+    def _copies(self, wanted: Wanted, place: Place) -> list[Copy | Weave]:
+        spec = wanted.spec
+        if wanted.source is not None:
+            itemsize = ITEMSIZE[wanted.source.dtype]
+            return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
+        if spec.data is not None:
+            return []
+        copies = list(_merged(self._pieces(wanted, place), wanted.blocks))
+        if sum(copy.numel for copy in copies) != math.prod(spec.shape):
+            raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
+        return copies
+
+    def _pieces(self, wanted: Wanted, place: Place) -> Iterator[Copy | Weave]:
+        """Copies for the blocks in order; those that a tensor of the source holds just so become one."""
+        blocks, position = wanted.blocks, 0
+        while position < len(blocks):
+            tensor, box = blocks[position]
+            if tensor is None:
+                yield Copy("", 0, box.numel, wanted.spec.dtype)
+                position += 1
+            elif same := self._holding(blocks, position, wanted.abreast):
+                yield self._whole(same, place)
+                position += len(same[0].blocks)
+            else:
+                fill = self._padding if is_padding(tensor) else self._band
+                yield from fill(blocks[position:position + wanted.abreast], place)
+                position += wanted.abreast
+
+    # ------------------------------------------------------------------------------- what a tensor of the source holds
+
+    def _holding(self, blocks: tuple[tuple[Tensor | None, Box], ...], position: int, abreast: int) -> list[Held]:
+        """The replicas, in order, of a tensor of the source that is the blocks from `position` on, in one extent, each
+        block one after the other."""
+        for same in self._held_from(*blocks[position]):
+            own = same[0].blocks
+            if same[0].abreast == abreast == 1 and own == blocks[position:position + len(own)]:
+                return same
+        return []
+
+    def _held_from(self, tensor: Tensor, box: Box) -> list[list[Held]]:
+        """The tensors of the source whose first block is this one, replicas together."""
+        if (tensor, box) not in self._alike:
+            groups: dict[tuple, list[Held]] = {}
+            for held in self.index.holders.get(tensor, ()):
+                if held.blocks[0] == (tensor, box) and len(held.found.stored.extents) == 1:
+                    groups.setdefault((held.blocks, held.abreast), []).append(held)
+            self._alike[tensor, box] = [sorted(same, key=self._replica) for same in groups.values()]
+        return self._alike[tensor, box]
+
+    def _whole(self, same: list[Held], place: Place) -> Copy:
+        taken = self._preferred(same, place, self._replica)
+        stored = taken.found.stored
+        extent, = stored.extents
+        for tensor, box in taken.blocks:
+            self._used.setdefault(tensor, set()).add(box)
+        return Copy(extent.file, extent.offset, stored.numel, stored.dtype, taken.blocks,
+                    **self._reckoned(taken.blocks[0], same, taken, _begin), twin=self._whole_twin(taken, place))
+
+    def _whole_twin(self, held: Held, place: Place) -> Twin | None:
+        tensor, first = held.blocks[0]
+        twin = self._tensors.get((self.twins.get(tensor.role), tensor.name))
+        boxes = [box for _, box in held.blocks]
+        for same in self._held_from(twin, first) if twin else ():
+            if same[0].abreast == held.abreast and [box for _, box in same[0].blocks] == boxes:
+                return _begin(self._preferred(same, place, self._replica))
+        return None
+
+    # -------------------------------------------------------------------------------- what has to be cut and put together
+
+    def _band(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
+        """Copies that fill blocks which lie side by side; row-major."""
+        columns = [self._parts(tensor, box) for tensor, box in blocks]
+        if len(blocks) == 1 and all(part.cols == blocks[0][1].cols for part, _ in columns[0]):
+            panels = [(self._copy(part, pieces, place),) for part, pieces in columns[0]]
+        else:
+            edges = sorted({edge for parts in columns for part, _ in parts for edge in (part.row, part.row + part.rows)})
+            panels = [self._panels(columns, low, high, place) for low, high in pairwise(edges)]
+        for beside in panels:
+            woven = any(copy.pitch for copy in beside) or (len(beside) > 1 and beside[0].numel > beside[0].cols)
+            yield from [Weave(tuple(beside))] if woven else beside
+
+    def _panels(self, columns: list[list[tuple[Box, list[Piece]]]], low: int, high: int, place: Place) -> list[Copy]:
+        """Of the rows [low, high), what lies side by side."""
+        return [self._copy(part, pieces, place) for parts in columns
+                for box, pieces in sorted(parts, key=lambda part: part[0].col)
+                if (part := box.intersect(Box(low, high - low, box.col, box.cols)))]
+
+    def _padding(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
+        """Rows of a vocabulary's padding: the source's as far as they go, then copies of its last row (as Megatron-LM's
+        tools/checkpoint pads, core_r0.6.0 … 0.16)."""
+        (wanted, box), = blocks
+        padding = self._tensors.get((wanted.role, wanted.name))
+        kept = max(min(box.rows, (padding.rows if padding else 0) - box.row), 0)
+        if kept:
+            yield from self._band(((padding, Box(box.row, kept, 0, box.cols)),), place)
+        last = padding or self._known(wanted.role, wanted.name.removesuffix(f".{PADDING}"))
+        (part, pieces), = self._parts(last, Box(last.rows - 1, 1, 0, last.cols)) if kept < box.rows else [(None, None)]
+        for _ in range(kept, box.rows):
+            row = self._preferred(pieces, place, _replica_of_piece)
+            yield Copy(row.file, row.offset_of(part.row, part.col), part.numel, last.dtype)
+
+    def _known(self, role: str, name: str) -> Tensor:
+        if (role, name) not in self._tensors:
+            raise RefusedError(f"{name} ({role}) is not in the source")
+        return self._tensors[role, name]
+
+    def _parts(self, tensor: Tensor, box: Box) -> list[tuple[Box, list[Piece]]]:
+        """The boxes of the source that make up `box` of `tensor`, by row and column."""
+        if self._known(tensor.role, tensor.name) != tensor:
+            raise RefusedError(f"{tensor.name} ({tensor.role}) is {self._known(tensor.role, tensor.name)} in the source")
+        parts = list(self.index.boxes.overlapping(tensor, box))
+        if sum(part.numel for part, _ in parts) != box.numel:
+            raise RefusedError(f"{tensor.name} ({tensor.role}): the source does not hold {box}")
+        self._used.setdefault(tensor, set()).add(box)
+        return parts
+
+    def _copy(self, part: Box, pieces: list[Piece], place: Place) -> Copy:
+        """A part of the box that all the pieces hold."""
+        taken = self._preferred(pieces, place, _replica_of_piece)
+        tensor = taken.tensor
+        pitch = taken.pitch if part.rows > 1 and taken.pitch != part.cols else 0
+        return Copy(taken.file, taken.offset_of(part.row, part.col), part.numel, tensor.dtype, ((tensor, part),),
+                    **self._reckoned((tensor, part), pieces, taken, lambda piece: _at(piece, part)),
+                    twin=self._twin(taken, part, place), pitch=pitch)
+
+    def _twin(self, piece: Piece, part: Box, place: Place) -> Twin | None:
+        twin = self._tensors.get((self.twins.get(piece.tensor.role), piece.tensor.name))
+        same = [other for other in (self.index.boxes[twin].get(piece.box, ()) if twin else ()) if other.pitch == piece.pitch]
+        return _at(self._preferred(same, place, _replica_of_piece), part) if same else None
+
+    # ------------------------------------------------------------------------------------------------- replicas and proof
+
+    def _replica(self, held: Held) -> int:
+        return replica_of(held, self.index.layout)
+
+    def _preferred(self, copies: list, place: Place, replica: Callable[[Any], int]) -> Any:
+        """Of replicas in order, that one which is to be taken: the first where all take one; else the rank's own if there
+        is one, else one of its tensor-parallel rank, else the first."""
+        if self.replicas != OWN or len(copies) == 1:
+            return copies[0]
+        tp, own = self.index.layout.tp, place.ep * self.index.layout.tp + place.tp
+        return min(copies, key=lambda copy: (replica(copy) != own, replica(copy) % tp != place.tp))
+
+    def _reckoned(self, block: tuple[Tensor, Box], copies: list, taken: Any, begin: Callable[[Any], Twin]) -> dict[str, Any]:
+        """What a copy says of its replica: its number among all of the block, counted from 0; whether this is its first
+        use, which enters the digest; and with which others it is compared, there or wherever their mean is taken."""
+        replica = next(number for number, copy in enumerate(copies) if copy is taken)
+        key = *block, replica
+        counted, mean = key not in self._counted, self.replicas == MEAN
+        self._counted.add(key)
+        compared = mean or (counted and self.replicas != OWN)
+        return {"replica": replica, "counted": counted, "mean": mean,
+                "others": tuple(begin(copy) for copy in copies if copy is not taken) if compared else ()}
+
+    def _unused(self) -> list[str]:
+        """Names of the source tensors of which some box goes nowhere (replicas kept elsewhere do not count)."""
+        repeated = set(self.twins.values())
+        return sorted(f"{tensor.name} ({tensor.role})" for tensor in self.index.boxes if tensor.role not in repeated
+                      and not covers(list(self._used.get(tensor, ())), tensor.rows, tensor.cols))
+
+
+def _replica_of_piece(piece: Piece) -> int:
+    return piece.replica
+
+
+def _begin(held: Held) -> Twin:
+    """Where a tensor of the source begins."""
+    stored = held.found.stored
+    return Twin(stored.extents[0].file, stored.extents[0].offset, stored.dtype)
+
+
+def _at(piece: Piece, part: Box) -> Twin:
+    """Where a part of a piece begins."""
+    return Twin(piece.file, piece.offset_of(part.row, part.col), piece.tensor.dtype)
+
+
+def _merged(copies: Iterable[Copy | Weave], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy | Weave]:
+    """The copies with those that follow each other at the source made one; `blocks` is shared where it is all of them."""
+    run: list[Copy] = []
+    for copy in copies:
+        if run and (isinstance(copy, Weave) or not run[-1].is_followed_by(copy)):
+            yield _joined(run, blocks)
+            run = []
+        if isinstance(copy, Weave):
+            yield copy
+        else:
+            run.append(copy)
+    if run:
+        yield _joined(run, blocks)
+
+
+def _joined(run: list[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Copy:
+    if len(run) == 1:
+        return run[0]
+    own = tuple(block for copy in run for block in copy.blocks)
+    return replace(run[0], numel=sum(copy.numel for copy in run), blocks=blocks if own == blocks else own)

@@ -1,0 +1,198 @@
+"""Re-laying: the same training state in another parallel layout, as a checkpoint that is not written yet.
+
+What comes out has all that a writer asks of a checkpoint, in the layout wanted; its tensors are blocks of the source's
+logical tensors, so that planning goes over the source's index. No tensor data is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import families
+from ..checkpoint import Checkpoint, Coordinates
+from ..errors import RefusedError
+from ..frameworks import megatron_before_core
+from ..frameworks.megatron_buckets import Rule
+from ..frameworks.megatron_facts import Facts
+from ..frameworks.megatron_structure import megatron_naming, nested, rank_folder, structures_of
+from ..fusion import PADDING, VOCAB, blocks, local_shape
+from ..index import Found, Held, Index, atom_name
+from ..layout import Layout, Place
+from ..tensors import MODEL_WEIGHT, Stored, Tensor, TensorSpec
+from .metas import GroupKind, Target, relaid_meta
+from .model import Entry, Model, Parameter, model_of
+from .optimizer import Chunk, relaid_sidecar
+from .stages import Stages, stages_of
+
+#: the first megatron-core whose parameter groups come in the same order on all ranks
+_GROUPS_SORTED = (0, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The layout wanted: sizes, layers per stage (or per chunk), and what the vocabulary's rows are to be divisible by."""
+
+    layout: Layout
+    stage_layers: tuple[int, ...] = ()
+    divisible_by: int | None = None
+
+
+def relaid(source: Checkpoint, wish: Wish) -> Checkpoint:
+    """The source's training state in the layout wanted. Raises RefusedError, with the numbers, for what does not divide."""
+    return _Relayout(source, wish).checkpoint()
+
+
+class _Relayout:
+    def __init__(self, source: Checkpoint, wish: Wish) -> None:
+        self.source, self.wish, self.layout = source, wish, wish.layout
+        self.facts = Facts.of(source.sidecar, next(iter(source.metas.values()), {}))
+        structures = structures_of(source)
+        self.naming = megatron_naming(source, structures)
+        self.model: Model = model_of(source, structures, self.naming)
+        self.stages: Stages = stages_of(source.num_layers, self.layout, wish.stage_layers, self._recorded_layers())
+        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.boxes}
+        self.roles = _roles(source)
+        self._check()
+        self.vocab_rows = self._padded_vocab()
+
+    def _recorded_layers(self) -> dict[tuple[int, int], int]:
+        """How many layers each chunk of the source holds, by (pp, vpp)."""
+        there = self.source.layout
+        return {(pp, vpp): sum(map(len, self.naming.layers.get((pp, vpp), {}).values()))
+                for pp in range(there.pp) for vpp in range(there.vpp)}
+
+    def _check(self) -> None:
+        if self.model.experts % self.layout.ep:
+            raise RefusedError(f"{self.model.experts} experts cannot be divided over ep {self.layout.ep}")
+        if self.layout.dp % self.layout.ep:
+            raise RefusedError(f"dp {self.layout.dp} is no multiple of ep {self.layout.ep}; choose another with --dp")
+        if self.layout.vpp > 1 == self.layout.pp:
+            raise RefusedError(f"vpp {self.layout.vpp} needs several stages, and pp is 1; say --vpp 1")
+        if self.layout.etp != self.layout.tp:
+            raise RefusedError(f"expert tensor parallel {self.layout.etp} cannot differ from tp {self.layout.tp} yet")
+        if self.model.tied is None and (self.layout.pp == 1) != (self.source.layout.pp == 1):
+            raise RefusedError(f"{self.source.folder}: nobody recorded whether the output layer is the word embedding, on "
+                               f"which pp {self.source.layout.pp} → {self.layout.pp} depends; keep pp")
+
+    def _padded_vocab(self) -> int | None:
+        """The rows of the table of words in the new layout: by the framework's rule where vocabulary and divisor are known
+        and something about them changes, else as many as there are."""
+        rows, vocab = self._source_vocab_rows(), self.naming.sizes.vocab
+        if rows is None or (self.layout.tp == self.source.layout.tp and self.wish.divisible_by is None):
+            return rows
+        return self.facts.padded_vocab(vocab, self.layout.tp, self.wish.divisible_by) or rows
+
+    def _source_vocab_rows(self) -> int | None:
+        return next((parameter.shape[0] for parameter in self.model.parameters()
+                     if parameter.canonical == families.WORD_EMBEDDING), None)
+
+    # ------------------------------------------------------------------------------------------------------- the whole
+
+    def checkpoint(self) -> Checkpoint:
+        ranks = {(tp, pp, ep): [self._chunk(tp, pp, vpp, ep) for vpp in range(self.layout.vpp)]
+                 for pp in range(self.layout.pp) for ep in range(self.layout.ep) for tp in range(self.layout.tp)}
+        held = [one for rank, chunks in ranks.items() for number, chunk in enumerate(chunks)
+                for one in self._held(rank, number, chunk)]
+        expert_dims = {len(parameter.shape) for entries in self.model.layers.values() for entry in entries
+                       if entry.expert is not None and isinstance(parameter := entry.content, Parameter)}
+        target = Target(self.layout, self._stage_layers(), self.vocab_rows, self._divisor())
+        return Checkpoint(
+            "megatron", self.source.folder, self.source.iteration, self.layout, Index(held, self.layout),
+            self.source.with_optimizer, self.source.num_layers,
+            rank_folders={rank: self.source.folder / rank_folder(self.layout, rank) for rank in ranks},
+            metas={rank: relaid_meta(self.source, target, rank, expert_dims, self._groups(chunks))
+                   for rank, chunks in ranks.items()},
+            structures={rank: [self._structure(chunk) for chunk in chunks] for rank, chunks in ranks.items()},
+            sidecar=relaid_sidecar(self.source, self.naming, self.facts, self.layout, self._model_facts(),
+                                   bool(self.model.tied), ranks),
+            dropped=self.source.dropped, notes=[*self.source.notes, *self._notes()])
+
+    def _chunk(self, tp: int, pp: int, vpp: int, ep: int) -> Chunk:
+        layers = self.stages.get((pp, vpp), range(0))
+        per_rank = self.model.experts // self.layout.ep
+        is_first, is_last = (pp, vpp) == (0, 0), (pp, vpp) == (self.layout.pp - 1, self.layout.vpp - 1)
+        entries = list(self.model.chunk(layers, range(ep * per_rank, (ep + 1) * per_rank), is_first, is_last))
+        shapes = {entry.name: self._local_shape(entry, entry.content) for entry in entries
+                  if isinstance(entry.content, Parameter)}
+        return Chunk(entries, shapes, layers, is_first, is_last)
+
+    def _local_shape(self, entry: Entry, parameter: Parameter) -> tuple[int, ...]:
+        shape = (self.vocab_rows, *parameter.shape[1:]) if parameter.kind == VOCAB else parameter.shape
+        try:
+            return local_shape(parameter.kind, shape, self.layout.tp, self.naming.sizes)
+        except RefusedError as error:
+            raise RefusedError(f"{self.source.folder}: {entry.name} {list(shape)}: {error}") from error
+
+    # ----------------------------------------------------------------------------------------------------- its tensors
+
+    def _held(self, rank: Coordinates, number: int, chunk: Chunk) -> Iterator[Held]:
+        tp, pp, ep = rank
+        place = Place(tp, pp, ep, number)
+        for entry in chunk.entries:
+            parameter = entry.content
+            if isinstance(parameter, Parameter):
+                shape = chunk.shapes[entry.name]
+                arranged = blocks(parameter.kind, shape, self.layout.tp, tp, self.naming.sizes)
+                for role in self.roles.get(parameter.canonical, ()):
+                    pieces = tuple((self._tensor(role, parameter, one.part, one.shape), one.box) for one in arranged)
+                    found = Found(entry.name, place, role, Stored(pieces[0][0].dtype, shape, ()))
+                    yield Held(found, parameter.canonical, parameter.row, parameter.kind, pieces)
+
+    def _tensor(self, role: str, parameter: Parameter, part: str, shape: tuple[int, ...]) -> Tensor:
+        """The source's logical tensor of a part; a vocabulary's padding has as many rows as this layout has."""
+        name = atom_name(parameter.canonical, parameter.kind, part)
+        if part == PADDING:
+            return Tensor(role, name, self.tensors[role, parameter.canonical].dtype, shape)
+        return self.tensors[role, name]
+
+    def _structure(self, chunk: Chunk) -> dict:
+        return nested((entry.keys, TensorSpec(entry.name, entry.content.dtype, chunk.shapes[entry.name])
+                       if isinstance(entry.content, Parameter) else entry.content) for entry in chunk.entries)
+
+    # -------------------------------------------------------------------------------------------------- what it says
+
+    def _stage_layers(self) -> tuple[int, ...]:
+        return tuple(sum(len(self.stages.get((pp, vpp), ())) for vpp in range(self.layout.vpp))
+                     for pp in range(self.layout.pp))
+
+    def _divisor(self) -> int | None:
+        return self.wish.divisible_by or self.facts.model.get("make_vocab_size_divisible_by")
+
+    def _groups(self, chunks: list[Chunk]) -> list[GroupKind]:
+        """The kinds of a rank's dense parameter groups, in the order in which its parameters first need them; none where
+        all ranks have the same (megatron-core, optimizer/__init__.py, _get_param_groups: order of need in 0.6 … 0.15, then
+        sorted; loaded by position up to 0.12; before core, weights that decay come first)."""
+        sidecar = self.source.sidecar
+        if sidecar is None or megatron_before_core.describes(sidecar) or (
+                Rule.of(self.facts.recorded, self.facts.args, self.layout).core >= _GROUPS_SORTED):
+            return []
+        has_own_rate = bool(self.facts.args.get("decoupled_lr"))
+        dense = [entry for chunk in chunks for entry in chunk.entries if isinstance(entry.content, Parameter)
+                 and (entry.expert is None or self.layout.ep == 1)]
+        return list(dict.fromkeys((not entry.name.endswith(".bias") and len(entry.content.shape) > 1,
+                                   has_own_rate and entry.content.kind == VOCAB) for entry in dense))
+
+    def _notes(self) -> Iterator[str]:
+        there, rows = self.source.layout, self._source_vocab_rows()
+        if self.vocab_rows != rows:
+            yield f"vocabulary padded to {self.vocab_rows} rows, from {rows}" + (
+                ": the new ones repeat the last one" if self.vocab_rows > rows else "")
+        if self.layout.tp > there.tp or self.layout.pp > there.pp:
+            yield (f"random states: only tp {there.tp} × pp {there.pp} ranks have any, further ranks repeat them; without "
+                   "dropout nothing depends on it")
+
+    def _model_facts(self) -> dict:
+        known = self.facts.recorded["model"] if self.facts.recorded else {
+            name: value for name, value in self.facts.args.items() if isinstance(value, (bool, int, float, str, type(None)))}
+        return {**known, "padded_vocab_size": self.vocab_rows, "make_vocab_size_divisible_by": self._divisor(),
+                "vocab_size": self.naming.sizes.vocab or known.get("vocab_size")}
+
+
+def _roles(source: Checkpoint) -> dict[str, list[str]]:
+    """The states that the source holds of each parameter."""
+    roles: dict[str, dict[str, None]] = {}
+    for held in source.index.held:
+        if held.found.role != MODEL_WEIGHT:
+            roles.setdefault(held.canonical, {})[held.found.role] = None
+    return {canonical: list(known) for canonical, known in roles.items()}

@@ -1,0 +1,209 @@
+"""Writing one output file: streamed through fixed buffers, hashed and checked on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from .checks import Misfit, Unequal, cast, compare, mean_bits, unequal
+from .containers import frames
+from .digest import MASK, bits_dtype, box_digest
+from .errors import TaskError
+from .plan import Copy, FileTask, Twin, Weave
+from .tensors import ITEMSIZE, Box, Tensor, TensorSpec
+
+BUFFER_BYTES = 256 << 10
+REPORT_BYTES = 8 << 20
+#: rows that lie further apart than this are read one by one, others with what is between them
+_GAP_BYTES = 16 << 10
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a task found out: per (tensor, replica) the digest and the number of its elements; misfits; replicas that
+    differ; bytes written."""
+
+    path: str
+    nbytes: int
+    digests: dict[tuple[Tensor, int], tuple[int, int]] = field(default_factory=dict)
+    misfits: dict[Tensor, Misfit] = field(default_factory=dict)
+    unequal: dict[Tensor, Unequal] = field(default_factory=dict)
+
+
+class Writer:
+    """Writes one task's file front to back."""
+
+    def __init__(self, task: FileTask, out: BinaryIO, report: Callable[[int], None]) -> None:
+        self.task, self.out, self.report = task, out, report
+        self.unreported = 0
+        self.outcome = Outcome(task.path, task.nbytes)
+        self.files: dict[str, int] = {}
+        self.buffer, self.twin_buffer, self.span_buffer, self.woven = (
+            memoryview(bytearray(BUFFER_BYTES)) for _ in range(4))
+
+    def write(self) -> Outcome:
+        try:
+            frames.write(self.task.segments, self._fill, self.out)
+        finally:
+            for descriptor in self.files.values():
+                os.close(descriptor)
+            self.report(self.unreported)
+        return self.outcome
+
+    def _fill(self, hole: frames.Hole) -> Iterator[memoryview]:
+        """The bytes [start, start + nbytes) of an output tensor, streamed from the copies that make it up."""
+        spec, position, end = self.task.specs[hole.tensor], 0, hole.start + hole.nbytes
+        itemsize = ITEMSIZE[spec.dtype]
+        for copy in self.task.copies[hole.tensor]:
+            low, high = max(hole.start, position), min(end, position + copy.numel * itemsize)
+            if low < high:
+                stream = self._weave if isinstance(copy, Weave) else self._stream
+                for dtype, data in stream(copy, (low - position) // itemsize, (high - position) // itemsize, spec):
+                    if dtype != spec.dtype:
+                        data = memoryview(cast(np.frombuffer(data, bits_dtype(dtype)), dtype, spec.dtype)).cast("B")
+                    yield data
+                    self._progress(len(data))
+            position += copy.numel * itemsize
+
+    def _stream(self, copy: Copy, start: int, stop: int, spec: TensorSpec) -> Iterator[tuple[str, memoryview]]:
+        """Elements [start, stop) of a run, in its dtype."""
+        step = BUFFER_BYTES // max(ITEMSIZE[copy.dtype], ITEMSIZE[spec.dtype])
+        for low, high in _chunks(start, stop, step, copy.cols):
+            data = self._read(copy.file, copy.offset + low * ITEMSIZE[copy.dtype],
+                              (high - low) * ITEMSIZE[copy.dtype], self.buffer, spec.name)
+            position = 0
+            for tensor, whole in copy.blocks:
+                first, last = max(low, position), min(high, position + whole.numel)
+                for box, element in whole.split_flat(first - position, last - position):
+                    at = position + element
+                    part = data[(at - low) * ITEMSIZE[copy.dtype]:(at - low + box.numel) * ITEMSIZE[copy.dtype]]
+                    self._observe(copy, tensor, box, at, np.frombuffer(part, bits_dtype(copy.dtype)))
+                position += whole.numel
+            yield copy.dtype, data
+
+    def _weave(self, weave: Weave, start: int, stop: int, spec: TensorSpec) -> Iterator[tuple[str, memoryview]]:
+        """Elements [start, stop) of rows that are put together from panels, in their dtype: whole rows as far as they fit
+        the buffers, else parts of one row."""
+        dtype, cols = weave.panels[0].dtype, weave.cols
+        itemsize = max(ITEMSIZE[dtype], ITEMSIZE[spec.dtype])
+        fitting = BUFFER_BYTES // itemsize // max(cols, *(_reach(panel) for panel in weave.panels))
+        while start < stop:
+            row, col = divmod(start, cols)
+            rows = min(fitting, (stop - start) // cols) if col == 0 else 0
+            if rows:
+                tile = np.frombuffer(self.woven, bits_dtype(dtype))[:rows * cols].reshape(rows, cols)
+                left = 0
+                for panel in weave.panels:
+                    tile[:, left:left + panel.cols] = self._panel(panel, row, rows, 0, panel.cols)
+                    left += panel.cols
+                yield dtype, memoryview(tile).cast("B")
+                start += rows * cols
+                continue
+            left, end = 0, min(cols, col + stop - start)
+            for panel in weave.panels:
+                low, high = max(col - left, 0), min(end - left, panel.cols)
+                for first in range(low, high, BUFFER_BYTES // itemsize):
+                    bits = self._panel(panel, row, 1, first, min(BUFFER_BYTES // itemsize, high - first))
+                    yield dtype, memoryview(bits).cast("B")
+                left += panel.cols
+            start += end - col
+
+    def _panel(self, panel: Copy, row: int, rows: int, col: int, cols: int) -> np.ndarray:
+        """Rows [row, row + rows) × columns [col, col + cols) of a panel, its own first ones being 0; shape [rows, cols]."""
+        (tensor, whole), = panel.blocks
+        at = row * (panel.pitch or panel.cols) + col
+        bits = self._rows(Twin(panel.file, panel.offset, panel.dtype).after(at), panel, rows, cols, self.buffer)
+        box = Box(whole.row + row, rows, whole.col + col, cols)
+        self._observe(panel, tensor, box, at, bits)
+        return bits.reshape(rows, cols)
+
+    def _rows(self, start: Twin, copy: Copy, rows: int, cols: int, buffer: memoryview) -> np.ndarray:
+        """The bits of rows that begin `copy.pitch` elements apart, from `start` on; shape [rows · cols]."""
+        itemsize, name = ITEMSIZE[start.dtype], copy.blocks[0][0].name
+        pitch = copy.pitch or cols
+        if rows == 1 or pitch == cols:
+            return np.frombuffer(self._read(start.file, start.offset, rows * cols * itemsize, buffer, name),
+                                 bits_dtype(start.dtype))
+        bits = np.frombuffer(buffer[:rows * cols * itemsize], bits_dtype(start.dtype))
+        if (pitch - cols) * itemsize > _GAP_BYTES:
+            for number in range(rows):
+                self._read(start.file, start.offset + number * pitch * itemsize, cols * itemsize,
+                           buffer[number * cols * itemsize:], name)
+            return bits
+        nbytes = ((rows - 1) * pitch + cols) * itemsize
+        span = np.frombuffer(self._read(start.file, start.offset, nbytes, self.span_buffer, name), bits_dtype(start.dtype))
+        np.copyto(bits.reshape(rows, cols), as_strided(span, (rows, cols), (pitch * itemsize, itemsize)))
+        return bits
+
+    def _progress(self, nbytes: int) -> None:
+        self.unreported += nbytes
+        if self.unreported >= REPORT_BYTES:
+            self.report(self.unreported)
+            self.unreported = 0
+
+    def _read(self, path: str, offset: int, nbytes: int, buffer: memoryview, name: str) -> memoryview:
+        """The bytes [offset, offset + nbytes) of a file, in `buffer`; zeros where there is no file."""
+        if not path:
+            return memoryview(bytes(nbytes))
+        descriptor = self.files.get(path)
+        if descriptor is None:
+            descriptor = self.files[path] = os.open(path, os.O_RDONLY)
+        view, got = buffer[:nbytes], 0
+        while got < nbytes:
+            count = os.preadv(descriptor, [view[got:]], offset + got)
+            if count == 0:
+                raise TaskError(f"{path}: ends before the last byte of {name}; it was cut since the plan was made")
+            got += count
+        return view
+
+    # --------------------------------------------------------------------------------------------------- what is checked
+
+    def _observe(self, copy: Copy, tensor: Tensor, box: Box, at: int, bits: np.ndarray) -> None:
+        """Compare and digest the elements of `box`; `bits` holds them, row-major, and they begin `at` elements after the
+        copy does."""
+        if copy.twin is not None:
+            model = self._rows(copy.twin.after(at), copy, box.rows, box.cols, self.twin_buffer)
+            _merge(self.outcome.misfits, compare(tensor, bits, box, model, copy.twin.dtype))
+        if copy.others:
+            self._compare_others(copy, tensor, box, at, bits)
+        if copy.counted:
+            key = tensor, copy.replica
+            digest, count = self.outcome.digests.get(key, (0, 0))
+            self.outcome.digests[key] = (digest + box_digest(bits, box)) & MASK, count + box.numel
+
+    def _compare_others(self, copy: Copy, tensor: Tensor, box: Box, at: int, bits: np.ndarray) -> None:
+        """Compare the copies of one box; where they differ and their mean is wanted, put it into `bits`."""
+        first, others = bits.copy() if copy.mean else bits, []
+        for other in copy.others:
+            there = self._rows(other.after(at), copy, box.rows, box.cols, self.twin_buffer)
+            _merge(self.outcome.unequal, unequal(tensor, box, first, there, other.file))
+            if copy.mean:
+                others.append(there.copy())
+        if copy.mean:
+            np.copyto(bits, mean_bits([first, *others], copy.dtype))
+
+
+def _merge(known: dict[Tensor, Misfit] | dict[Tensor, Unequal], found: Misfit | Unequal | None) -> None:
+    if found is not None and known.setdefault(found.tensor, found) is not found:
+        known[found.tensor].merge(found)
+
+
+def _reach(panel: Copy) -> int:
+    """The elements that a row of a panel takes in a buffer."""
+    gap = (panel.pitch - panel.cols) * ITEMSIZE[panel.dtype]
+    return panel.pitch if panel.pitch and gap <= _GAP_BYTES else panel.cols
+
+
+def _chunks(start: int, stop: int, step: int, cols: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in runs of at most `step` elements that end at the end of a row, where a row fits."""
+    while start < stop:
+        high = start + step
+        whole_rows = high - high % cols
+        high = min(whole_rows if whole_rows > start else high, stop)
+        yield start, high
+        start = high
