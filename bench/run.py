@@ -1,8 +1,8 @@
 """The benchmark: ParamMap, there, back and to another layout, beside `cp -r` and torch.load + mindspore.save_checkpoint.
 
 On one machine all take turns, round after round. Every side makes what it wrote durable before its clock stops, and
-finds its input in the page cache. A first round, which does not count, measures memory (sampling would slow the others) and compares the
-results with each other. The report on standard output is Markdown, as docs/speed.md shows it.
+finds its input in the page cache. A first round, which does not count, measures memory (sampling would slow the others)
+and compares the results with each other. The report on standard output is Markdown, as docs/speed.md shows it.
 """
 
 from __future__ import annotations

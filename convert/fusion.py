@@ -13,8 +13,10 @@ from .errors import RefusedError
 from .tensors import Box
 
 #: how a family's tensor is cut over tensor-parallel ranks, and which atoms it is made of
-REPLICATED, ROWS, COLS, VOCAB, QKV, QK, GATE_UP, KVQ = (
-    "replicated", "rows", "cols", "vocab", "qkv", "qk", "gate_up", "kvq")
+REPLICATED, ROWS, COLS, VOCAB, QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2 = (
+    "replicated", "rows", "cols", "vocab", "qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2")
+#: arrangements of tensors that hold all experts of a rank
+GROUPED = (EXPERTS_FC1, EXPERTS_FC2)
 #: the atom that the rows of a vocabulary's padding make up
 PADDING = "padding"
 
@@ -23,12 +25,15 @@ PADDING = "padding"
 class Sizes:
     """What arrangements depend on beside a tensor's shape; None: nobody recorded it.
 
-    `groups` is `heads` for multi-head attention; `vocab` counts the true vocabulary, without padding.
+    `groups` is `heads` for multi-head attention; `vocab` counts the true vocabulary, without padding; `gated` says whether
+    grouped experts have gate and up.
     """
 
     heads: int | None = None
     groups: int | None = None
     vocab: int | None = None
+    experts: int | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +46,38 @@ class Block:
 
 
 @lru_cache(maxsize=1024)
-def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes = Sizes()) -> tuple[Block, ...]:
-    """The row blocks of tensor-parallel rank `rank`'s tensor of local `shape`, in the order they lie there."""
+def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes = Sizes(),
+           experts: range = range(0)) -> tuple[Block, ...]:
+    """The row blocks of tensor-parallel rank `rank`'s tensor of local `shape`, in the order they lie there; `abreast` of
+    them at a time lie side by side. `experts` are those that the rank holds."""
+    if kind in GROUPED:
+        return tuple(_ARRANGEMENTS[kind](shape, tp, rank, sizes, experts))
     return tuple(_ARRANGEMENTS[kind](shape, tp, rank, sizes))
 
 
-def local_shape(kind: str, shape: tuple[int, ...], tp: int, sizes: Sizes) -> tuple[int, ...]:
+def abreast(kind: str | None, sizes: Sizes) -> int:
+    """How many blocks at a time share their rows and lie side by side in each."""
+    return 2 if kind == EXPERTS_FC1 and sizes.gated else 1
+
+
+def local_shape(kind: str, shape: tuple[int, ...], tp: int, sizes: Sizes, ep: int = 1) -> tuple[int, ...]:
     """Each rank's shape of a tensor that is `shape` as a whole. Raises RefusedError where tp does not divide it."""
-    if kind == REPLICATED or tp == 1:
-        return shape
-    dim = 1 if kind == COLS else 0
-    for what, count in _indivisible(kind, shape, sizes):
+    for what, count in _indivisible(kind, shape, sizes) if tp > 1 and kind != REPLICATED else ():
         if count % tp:
             raise RefusedError(f"{count} {what} cannot be divided over tp {tp}")
-    return (*shape[:dim], shape[dim] // tp, *shape[dim + 1:])
+    dim, parts = _cut(kind, tp, ep)
+    return (*shape[:dim], shape[dim] // parts, *shape[dim + 1:]) if parts > 1 else shape
 
 
-def whole_shape(kind: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+def whole_shape(kind: str, shape: tuple[int, ...], tp: int, ep: int = 1) -> tuple[int, ...]:
     """The shape as a whole of a tensor of which each rank holds `shape`."""
-    if kind == REPLICATED:
-        return shape
-    dim = 1 if kind == COLS else 0
-    return (*shape[:dim], shape[dim] * tp, *shape[dim + 1:])
+    dim, parts = _cut(kind, tp, ep)
+    return (*shape[:dim], shape[dim] * parts, *shape[dim + 1:]) if parts > 1 else shape
+
+
+def _cut(kind: str, tp: int, ep: int) -> tuple[int, int]:
+    """The dimension that is cut, and over how many ranks."""
+    return 1 if kind in (COLS, EXPERTS_FC1) else 0, 1 if kind == REPLICATED else tp * ep if kind in GROUPED else tp
 
 
 def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, int]]:
@@ -74,6 +89,10 @@ def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tu
         yield "rows each of gate and up", shape[0] // 2
     elif kind == VOCAB:
         yield "rows of the padded vocabulary", shape[0]
+    elif kind == EXPERTS_FC1:
+        yield "columns of each expert's gate and up", shape[1] // sizes.experts // (2 if sizes.gated else 1)
+    elif kind == EXPERTS_FC2:
+        yield "rows of each expert", shape[0] // sizes.experts
     else:
         yield ("columns", shape[1]) if kind == COLS else ("rows", shape[0])
 
@@ -119,6 +138,24 @@ def _stacked(shape, tp, rank, parts: tuple[str, ...]) -> list[Block]:
     if rest:
         raise RefusedError(f"a tensor of shape {list(shape)} cannot be {len(parts)} equal parts: {', '.join(parts)}")
     return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part in parts]
+
+
+def _experts_fc1(shape, tp, rank, sizes, experts: range) -> list[Block]:
+    """[expert, in, gate and up side by side], whatever the shape says (megatron-core, GroupedMLP.weight1)."""
+    parts = ("gate", "up") if sizes.gated else ("fc1",)
+    cols, rest = divmod(shape[1], len(experts) * len(parts))
+    if rest:
+        raise RefusedError(f"{shape[1]} columns are not {len(experts)} experts' {' and '.join(parts)}")
+    return [Block(f"{expert}.{part}", (shape[0], cols * tp), Box(0, shape[0], rank * cols, cols))
+            for expert in experts for part in parts]
+
+
+def _experts_fc2(shape, tp, rank, sizes, experts: range) -> list[Block]:
+    """[expert, in, out] (megatron-core, GroupedMLP.weight2)."""
+    rows, rest = divmod(shape[0], len(experts))
+    if rest:
+        raise RefusedError(f"{shape[0]} rows are not those of {len(experts)} experts")
+    return [_block(f"{expert}.fc2", (rows * tp, *shape[1:]), rank * rows, rows) for expert in experts]
 
 
 def _qkv(shape, tp, rank, sizes) -> list[Block]:
@@ -167,4 +204,4 @@ def _block(part: str, shape: tuple[int, ...], row: int, rows: int) -> Block:
 
 
 _ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, VOCAB: _vocab, QKV: _qkv, QK: _qk,
-                 GATE_UP: _gate_up, KVQ: _kvq}
+                 GATE_UP: _gate_up, KVQ: _kvq, EXPERTS_FC1: _experts_fc1, EXPERTS_FC2: _experts_fc2}

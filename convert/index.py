@@ -16,12 +16,29 @@ import numpy as np
 
 from . import families
 from .errors import RefusedError
-from .fusion import COLS, GATE_UP, KVQ, PADDING, QK, QKV, REPLICATED, ROWS, VOCAB, Block, Sizes, blocks
+from .fusion import (
+    COLS,
+    EXPERTS_FC1,
+    EXPERTS_FC2,
+    GATE_UP,
+    GROUPED,
+    KVQ,
+    PADDING,
+    QK,
+    QKV,
+    REPLICATED,
+    ROWS,
+    VOCAB,
+    Block,
+    Sizes,
+    abreast,
+    blocks,
+)
 from .layout import Layout, Place
 from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
-_FUSED_SEGMENT = {QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1"}
+_FUSED_SEGMENT = {QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1", EXPERTS_FC1: "grouped.fc1", EXPERTS_FC2: "grouped.fc2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +151,7 @@ class Naming:
     def hold(self, found: Found) -> Held:
         row, canonical = families.find(found.name, self.dialect), self.canonical(found)
         kind = row.arrangement if row else _kind_by_facts(found, self.layout)
-        if kind is None:
+        if kind is None or (kind in GROUPED and not self.sizes.experts):
             return _hold(found, f"{canonical} of {found.place}", None, None, self)
         if self._is_plain(kind):
             kind = ROWS
@@ -149,6 +166,11 @@ class Naming:
         """The global number of the expert that a name is of."""
         expert = families.expert_of(name)
         return expert if expert is None else expert + place.ep * (self.experts_per_rank or 0)
+
+    def experts_of(self, place: Place) -> range:
+        """The global numbers of the experts that a rank holds, where their number is recorded."""
+        count = (self.sizes.experts or 0) // self.layout.ep
+        return range(place.ep * count, (place.ep + 1) * count)
 
     def layer(self, name: str, place: Place) -> int | None:
         """The global number of the layer that a name is of."""
@@ -177,10 +199,12 @@ def _kind_by_facts(found: Found, layout: Layout) -> str | None:
 def _hold(found: Found, canonical: str, row: families.Row | None, kind: str | None, naming: Naming) -> Held:
     shape = found.stored.shape
     try:
-        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape, naming.layout.tp, found.place.tp, naming.sizes)
+        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape, naming.layout.tp, found.place.tp, naming.sizes,
+                                             naming.experts_of(found.place))
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
-    return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, arranged))
+    return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, arranged),
+                abreast(kind, naming.sizes))
 
 
 def atoms(role: str, canonical: str, kind: str | None, dtype: str,

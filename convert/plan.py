@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .containers.frames import Hole, Segment
@@ -15,14 +15,22 @@ from .tensors import ITEMSIZE, Box, Stored, Tensor, TensorSpec
 class Wanted:
     """A tensor that an output file should hold: its spec and the boxes of logical tensors that make it up, in order.
 
-    A box without a tensor is a gap, filled with zeros; `abreast` boxes at a time lie side by side. `source` stands instead
-    of boxes for a tensor that is copied as it is and is no part of the training state.
+    A box without a tensor is a gap, filled with zeros. `bands` says how many boxes at a time have their rows side by side,
+    band by band; empty: each box for itself. `source` stands instead of boxes for a tensor that is copied as it is and is
+    no part of the training state. A `transposed` tensor is the transpose of what its boxes make up, in which the boxes of
+    a band are interleaved (see Transpose).
     """
 
     spec: TensorSpec
     blocks: tuple[tuple[Tensor | None, Box], ...] = ()
     source: Stored | None = None
-    abreast: int = 1
+    bands: tuple[int, ...] = ()
+    transposed: bool = False
+
+
+def bands_of(blocks: tuple, abreast: int) -> tuple[int, ...]:
+    """The bands of a tensor of which `abreast` blocks at a time lie side by side."""
+    return (abreast,) * (len(blocks) // abreast) if abreast > 1 else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +58,17 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """Where the elements of a copy are repeated, in the same order, perhaps in less precision."""
+    """Where the elements of a copy are repeated, perhaps in less precision: in the same order, or, where `pitch` is set, the
+    rows of the copy's one block so many elements apart."""
 
     file: str
     offset: int
     dtype: str
+    pitch: int = 0
 
     def after(self, numel: int) -> Twin:
         """Where the elements that come `numel` later are."""
-        return Twin(self.file, self.offset + numel * ITEMSIZE[self.dtype], self.dtype)
+        return replace(self, offset=self.offset + numel * ITEMSIZE[self.dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class Copy:
     `blocks` are what they are of which logical tensors, in order. `replica` numbers the copies that ranks keep of one box;
     `counted` marks the one use of each source element that enters its digest. `twin` is to be compared on the way, and so
     are the `others`, copies that should be equal, of all of which the mean is taken if `mean`. Where `pitch` is set, the
-    copy is of one block only, whose rows begin so many elements apart, at the source, its twin and the others.
+    copy is of one block only, whose rows begin so many elements apart.
     """
 
     file: str
@@ -88,11 +98,17 @@ class Copy:
         """The columns of its first block."""
         return self.blocks[0][1].cols if self.blocks else 1
 
+    def reads(self) -> Iterator[Copy]:
+        """Itself."""
+        yield self
+
     def is_followed_by(self, other: Copy) -> bool:
         """Whether `other` goes on where this one ends, at the source, the twin and the others, and is treated alike."""
         if (self.file, self.offset + self.numel * ITEMSIZE[self.dtype], self.dtype, self.replica, self.counted,
                 bool(self.blocks), self.pitch, other.pitch) != (
                 other.file, other.offset, other.dtype, other.replica, other.counted, bool(other.blocks), 0, 0):
+            return False
+        if any(one.pitch for one in (self.twin, *self.others) if one):
             return False
         return ((self.twin and self.twin.after(self.numel)) == other.twin
                 and tuple(one.after(self.numel) for one in self.others) == other.others)
@@ -103,6 +119,10 @@ class Weave:
     """Copies of one block each, of equally many rows, that lie side by side in each row of their tensor."""
 
     panels: tuple[Copy, ...]
+
+    def reads(self) -> Iterator[Copy]:
+        """Its panels."""
+        return iter(self.panels)
 
     @property
     def numel(self) -> int:
@@ -118,19 +138,35 @@ class Weave:
 
 
 @dataclass(frozen=True, slots=True)
+class Transpose:
+    """Panels of rows × cols each, transposed and interleaved: element [row, col] of panel k is element [col, row, k] of
+    their tensor. Each copy of a panel is of one block, has its `pitch` set, and goes to a box of the panel."""
+
+    panels: tuple[tuple[tuple[Box, Copy], ...], ...]
+    rows: int
+    cols: int
+
+    def reads(self) -> Iterator[Copy]:
+        """The copies that its panels are made of."""
+        return (copy for panel in self.panels for _, copy in panel)
+
+    @property
+    def numel(self) -> int:
+        return len(self.panels) * self.rows * self.cols
+
+
+@dataclass(frozen=True, slots=True)
 class FileTask:
     """Everything one worker needs to write one output file; `copies[i]` fill tensor i in order."""
 
     path: str
     segments: tuple[Segment, ...]
     specs: tuple[TensorSpec, ...]
-    copies: tuple[tuple[Copy | Weave, ...], ...]
+    copies: tuple[tuple[Copy | Weave | Transpose, ...], ...]
 
     def reads(self) -> Iterator[Copy]:
         """What it reads of the source, each run or panel for itself."""
-        for copies in self.copies:
-            for copy in copies:
-                yield from copy.panels if isinstance(copy, Weave) else (copy,)
+        return (read for copies in self.copies for copy in copies for read in copy.reads())
 
     def files(self) -> set[str]:
         """The source files that it reads, twins and other copies included."""

@@ -16,7 +16,7 @@ from .errors import RefusedError
 from .fusion import PADDING
 from .index import Held, Index, covers, is_padding, replica_of
 from .layout import Place
-from .plan import Copy, FileTask, Plan, Twin, Wanted, WantedFile, Weave
+from .plan import Copy, FileTask, Plan, Transpose, Twin, Wanted, WantedFile, Weave
 from .tensors import ITEMSIZE, Box, Piece, Tensor
 
 #: what can be made of the copies that several ranks keep
@@ -47,42 +47,44 @@ class Planner:
                           tuple(tuple(self._copies(w, file.place or Place())) for w in file.tensors)) for file in files]
         return Plan(tasks, self._unused())
 
-    def _copies(self, wanted: Wanted, place: Place) -> list[Copy | Weave]:
+    def _copies(self, wanted: Wanted, place: Place) -> list[Copy | Weave | Transpose]:
         spec = wanted.spec
         if wanted.source is not None:
             itemsize = ITEMSIZE[wanted.source.dtype]
             return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
         if spec.data is not None:
             return []
-        copies = list(_merged(self._pieces(wanted, place), wanted.blocks))
+        copies = ([self._transpose(wanted, place)] if wanted.transposed
+                  else list(_merged(self._pieces(wanted, place), wanted.blocks)))
         if sum(copy.numel for copy in copies) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
         return copies
 
     def _pieces(self, wanted: Wanted, place: Place) -> Iterator[Copy | Weave]:
         """Copies for the blocks in order; those that a tensor of the source holds just so become one."""
-        blocks, position = wanted.blocks, 0
+        blocks, bands, position, number = wanted.blocks, wanted.bands, 0, 0
         while position < len(blocks):
             tensor, box = blocks[position]
+            count = bands[number] if bands else 1
             if tensor is None:
                 yield Copy("", 0, box.numel, wanted.spec.dtype)
-                position += 1
-            elif same := self._holding(blocks, position, wanted.abreast):
+            elif count == 1 and (same := self._holding(blocks, position)):
                 yield self._whole(same, place)
-                position += len(same[0].blocks)
+                position, number = position + len(same[0].blocks), number + len(same[0].blocks)
+                continue
             else:
                 fill = self._padding if is_padding(tensor) else self._band
-                yield from fill(blocks[position:position + wanted.abreast], place)
-                position += wanted.abreast
+                yield from fill(blocks[position:position + count], place)
+            position, number = position + count, number + 1
 
     # ------------------------------------------------------------------------------- what a tensor of the source holds
 
-    def _holding(self, blocks: tuple[tuple[Tensor | None, Box], ...], position: int, abreast: int) -> list[Held]:
-        """The replicas, in order, of a tensor of the source that is the blocks from `position` on, in one extent, each
-        block one after the other."""
+    def _holding(self, blocks: tuple[tuple[Tensor | None, Box], ...], position: int) -> list[Held]:
+        """The replicas, in order, of a tensor of the source that is the blocks from `position` on, one after the other and
+        in one extent."""
         for same in self._held_from(*blocks[position]):
             own = same[0].blocks
-            if same[0].abreast == abreast == 1 and own == blocks[position:position + len(own)]:
+            if same[0].abreast == 1 and own == blocks[position:position + len(own)]:
                 return same
         return []
 
@@ -134,6 +136,20 @@ class Planner:
                 for box, pieces in sorted(parts, key=lambda part: part[0].col)
                 if (part := box.intersect(Box(low, high - low, box.col, box.cols)))]
 
+    def _transpose(self, wanted: Wanted, place: Place) -> Transpose:
+        """The blocks in bands of equally many, the bands one below the other, each of a band's blocks in its own panel."""
+        panels, rows, abreast = [], 0, wanted.bands[0] if wanted.bands else 1
+        for number in range(abreast):
+            rows, panel = 0, []
+            for tensor, box in wanted.blocks[number::abreast]:
+                for part, pieces in self._parts(tensor, box):
+                    copy = self._copy(part, pieces, place)
+                    panel.append((Box(rows + part.row - box.row, part.rows, part.col - box.col, part.cols),
+                                  replace(copy, pitch=copy.pitch or part.cols)))
+                rows += box.rows
+            panels.append(tuple(panel))
+        return Transpose(tuple(panels), rows, wanted.blocks[0][1].cols)
+
     def _padding(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
         """Rows of a vocabulary's padding: the source's as far as they go, then copies of its last row (as Megatron-LM's
         tools/checkpoint pads, core_r0.6.0 … 0.16)."""
@@ -154,10 +170,12 @@ class Planner:
         return self._tensors[role, name]
 
     def _parts(self, tensor: Tensor, box: Box) -> list[tuple[Box, list[Piece]]]:
-        """The boxes of the source that make up `box` of `tensor`, by row and column."""
+        """The boxes of the source, cut where those of its twin end, that make up `box` of `tensor`, by row and column."""
         if self._known(tensor.role, tensor.name) != tensor:
             raise RefusedError(f"{tensor.name} ({tensor.role}) is {self._known(tensor.role, tensor.name)} in the source")
         parts = list(self.index.boxes.overlapping(tensor, box))
+        if twin := self._tensors.get((self.twins.get(tensor.role), tensor.name)):
+            parts = [(low, pieces) for part, pieces in parts for low, _ in self.index.boxes.overlapping(twin, part)]
         if sum(part.numel for part, _ in parts) != box.numel:
             raise RefusedError(f"{tensor.name} ({tensor.role}): the source does not hold {box}")
         self._used.setdefault(tensor, set()).add(box)
@@ -167,14 +185,13 @@ class Planner:
         """A part of the box that all the pieces hold."""
         taken = self._preferred(pieces, place, _replica_of_piece)
         tensor = taken.tensor
-        pitch = taken.pitch if part.rows > 1 and taken.pitch != part.cols else 0
         return Copy(taken.file, taken.offset_of(part.row, part.col), part.numel, tensor.dtype, ((tensor, part),),
                     **self._reckoned((tensor, part), pieces, taken, lambda piece: _at(piece, part)),
-                    twin=self._twin(taken, part, place), pitch=pitch)
+                    twin=self._twin(tensor, part, place), pitch=_pitch(taken, part))
 
-    def _twin(self, piece: Piece, part: Box, place: Place) -> Twin | None:
-        twin = self._tensors.get((self.twins.get(piece.tensor.role), piece.tensor.name))
-        same = [other for other in (self.index.boxes[twin].get(piece.box, ()) if twin else ()) if other.pitch == piece.pitch]
+    def _twin(self, tensor: Tensor, part: Box, place: Place) -> Twin | None:
+        twin = self._tensors.get((self.twins.get(tensor.role), tensor.name))
+        _, same = next(self.index.boxes.overlapping(twin, part)) if twin else (None, ())
         return _at(self._preferred(same, place, _replica_of_piece), part) if same else None
 
     # ------------------------------------------------------------------------------------------------- replicas and proof
@@ -220,7 +237,12 @@ def _begin(held: Held) -> Twin:
 
 def _at(piece: Piece, part: Box) -> Twin:
     """Where a part of a piece begins."""
-    return Twin(piece.file, piece.offset_of(part.row, part.col), piece.tensor.dtype)
+    return Twin(piece.file, piece.offset_of(part.row, part.col), piece.tensor.dtype, _pitch(piece, part))
+
+
+def _pitch(piece: Piece, part: Box) -> int:
+    """The elements between the rows of a part of a piece; 0 where they follow each other."""
+    return piece.pitch if part.rows > 1 and piece.pitch != part.cols else 0
 
 
 def _merged(copies: Iterable[Copy | Weave], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy | Weave]:

@@ -132,10 +132,6 @@ class Piece:
         """The elements from the begin of one row to the begin of the next."""
         return self.stride or self.box.cols
 
-    @property
-    def is_contiguous(self) -> bool:
-        return self.pitch == self.box.cols or self.box.rows == 1
-
     def offset_of(self, row: int, col: int) -> int:
         """The byte of the file where the tensor's element [row, col] begins."""
         element = (row - self.box.row) * self.pitch + col - self.box.col

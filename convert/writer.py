@@ -14,11 +14,13 @@ from .checks import Misfit, Unequal, cast, compare, mean_bits, unequal
 from .containers import frames
 from .digest import MASK, bits_dtype, box_digest
 from .errors import TaskError
-from .plan import Copy, FileTask, Twin, Weave
+from .plan import Copy, FileTask, Transpose, Twin, Weave
 from .tensors import ITEMSIZE, Box, Tensor, TensorSpec
 
 BUFFER_BYTES = 256 << 10
 REPORT_BYTES = 8 << 20
+#: what is held of a tensor that is transposed: the higher the strip, the wider the runs that are read of each row
+STRIP_BYTES = 16 << 20
 #: rows that lie further apart than this are read one by one, others with what is between them
 _GAP_BYTES = 16 << 10
 
@@ -43,6 +45,7 @@ class Writer:
         self.unreported = 0
         self.outcome = Outcome(task.path, task.nbytes)
         self.files: dict[str, int] = {}
+        self.streams = {Copy: self._stream, Weave: self._weave, Transpose: self._transpose}
         self.buffer, self.twin_buffer, self.span_buffer, self.woven = (
             memoryview(bytearray(BUFFER_BYTES)) for _ in range(4))
 
@@ -62,7 +65,7 @@ class Writer:
         for copy in self.task.copies[hole.tensor]:
             low, high = max(hole.start, position), min(end, position + copy.numel * itemsize)
             if low < high:
-                stream = self._weave if isinstance(copy, Weave) else self._stream
+                stream = self.streams[type(copy)]
                 for dtype, data in stream(copy, (low - position) // itemsize, (high - position) // itemsize, spec):
                     if dtype != spec.dtype:
                         data = memoryview(cast(np.frombuffer(data, bits_dtype(dtype)), dtype, spec.dtype)).cast("B")
@@ -80,9 +83,9 @@ class Writer:
             for tensor, whole in copy.blocks:
                 first, last = max(low, position), min(high, position + whole.numel)
                 for box, element in whole.split_flat(first - position, last - position):
-                    at = position + element
-                    part = data[(at - low) * ITEMSIZE[copy.dtype]:(at - low + box.numel) * ITEMSIZE[copy.dtype]]
-                    self._observe(copy, tensor, box, at, np.frombuffer(part, bits_dtype(copy.dtype)))
+                    at = position + element - low
+                    part = data[at * ITEMSIZE[copy.dtype]:(at + box.numel) * ITEMSIZE[copy.dtype]]
+                    self._observe(copy, tensor, whole, position, box, np.frombuffer(part, bits_dtype(copy.dtype)))
                 position += whole.numel
             yield copy.dtype, data
 
@@ -91,7 +94,7 @@ class Writer:
         the buffers, else parts of one row."""
         dtype, cols = weave.panels[0].dtype, weave.cols
         itemsize = max(ITEMSIZE[dtype], ITEMSIZE[spec.dtype])
-        fitting = BUFFER_BYTES // itemsize // max(cols, *(_reach(panel) for panel in weave.panels))
+        fitting = BUFFER_BYTES // itemsize // max(cols, *(_reach(panel, panel.cols) for panel in weave.panels))
         while start < stop:
             row, col = divmod(start, cols)
             rows = min(fitting, (stop - start) // cols) if col == 0 else 0
@@ -113,29 +116,60 @@ class Writer:
                 left += panel.cols
             start += end - col
 
+    def _transpose(self, whole: Transpose, start: int, stop: int, spec: TensorSpec) -> Iterator[tuple[str, memoryview]]:
+        """Elements [start, stop) of transposed panels, in their dtype, by strips of as many columns as STRIP_BYTES hold."""
+        dtype, height = next(whole.reads()).dtype, whole.rows * len(whole.panels)
+        itemsize = max(ITEMSIZE[dtype], ITEMSIZE[spec.dtype])
+        step, limit = BUFFER_BYTES // itemsize, STRIP_BYTES // itemsize
+        while start < stop:
+            col, first = divmod(start, height)
+            cols = min(min(limit, stop - start) // height, step) if first == 0 else 0
+            last = height if cols else min(height, first + min(limit, stop - start))
+            strip = self._strip(whole, col, cols or 1, first, last, dtype)
+            for low in range(0, len(strip), step):
+                yield dtype, memoryview(strip[low:low + step]).cast("B")
+            start += len(strip)
+
+    def _strip(self, whole: Transpose, col: int, cols: int, first: int, last: int, dtype: str) -> np.ndarray:
+        """Elements [first, last) of each of the columns [col, col + cols) of all panels; shape [cols · (last - first)]."""
+        strip, step = np.empty((cols, last - first), bits_dtype(dtype)), len(whole.panels)
+        for number, panel in enumerate(whole.panels):
+            low, high = (-((number - edge) // step) for edge in (first, last))
+            for place, copy in panel:
+                part = place.intersect(Box(low, high - low, col, cols))
+                for row, rows in _row_runs(part, copy) if part else ():
+                    bits = self._panel(copy, row - place.row, rows, part.col - place.col, part.cols)
+                    at = row * step + number - first
+                    strip[part.col - col:part.col - col + part.cols, at:at + rows * step:step] = bits.T
+        return strip.reshape(-1)
+
     def _panel(self, panel: Copy, row: int, rows: int, col: int, cols: int) -> np.ndarray:
         """Rows [row, row + rows) × columns [col, col + cols) of a panel, its own first ones being 0; shape [rows, cols]."""
         (tensor, whole), = panel.blocks
-        at = row * (panel.pitch or panel.cols) + col
-        bits = self._rows(Twin(panel.file, panel.offset, panel.dtype).after(at), panel, rows, cols, self.buffer)
         box = Box(whole.row + row, rows, whole.col + col, cols)
-        self._observe(panel, tensor, box, at, bits)
+        bits = self._bits(Twin(panel.file, panel.offset, panel.dtype, panel.pitch), tensor, whole, box, self.buffer)
+        self._observe(panel, tensor, whole, 0, box, bits)
         return bits.reshape(rows, cols)
 
-    def _rows(self, start: Twin, copy: Copy, rows: int, cols: int, buffer: memoryview) -> np.ndarray:
-        """The bits of rows that begin `copy.pitch` elements apart, from `start` on; shape [rows · cols]."""
-        itemsize, name = ITEMSIZE[start.dtype], copy.blocks[0][0].name
-        pitch = copy.pitch or cols
+    def _bits(self, block: Twin, tensor: Tensor, whole: Box, box: Box, buffer: memoryview) -> np.ndarray:
+        """The bits of a box inside the block `whole`, which begins at `block`; shape [rows · cols]."""
+        pitch = block.pitch or whole.cols
+        start = block.after((box.row - whole.row) * pitch + box.col - whole.col)
+        return self._rows(start, pitch, box.rows, box.cols, buffer, tensor.name)
+
+    def _rows(self, start: Twin, pitch: int, rows: int, cols: int, buffer: memoryview, name: str) -> np.ndarray:
+        """The bits of rows that begin `pitch` elements apart, from `start` on; shape [rows · cols]."""
+        itemsize = ITEMSIZE[start.dtype]
         if rows == 1 or pitch == cols:
             return np.frombuffer(self._read(start.file, start.offset, rows * cols * itemsize, buffer, name),
                                  bits_dtype(start.dtype))
         bits = np.frombuffer(buffer[:rows * cols * itemsize], bits_dtype(start.dtype))
-        if (pitch - cols) * itemsize > _GAP_BYTES:
+        nbytes = ((rows - 1) * pitch + cols) * itemsize
+        if (pitch - cols) * itemsize > _GAP_BYTES or nbytes > len(self.span_buffer):
             for number in range(rows):
                 self._read(start.file, start.offset + number * pitch * itemsize, cols * itemsize,
                            buffer[number * cols * itemsize:], name)
             return bits
-        nbytes = ((rows - 1) * pitch + cols) * itemsize
         span = np.frombuffer(self._read(start.file, start.offset, nbytes, self.span_buffer, name), bits_dtype(start.dtype))
         np.copyto(bits.reshape(rows, cols), as_strided(span, (rows, cols), (pitch * itemsize, itemsize)))
         return bits
@@ -163,24 +197,24 @@ class Writer:
 
     # --------------------------------------------------------------------------------------------------- what is checked
 
-    def _observe(self, copy: Copy, tensor: Tensor, box: Box, at: int, bits: np.ndarray) -> None:
-        """Compare and digest the elements of `box`; `bits` holds them, row-major, and they begin `at` elements after the
-        copy does."""
+    def _observe(self, copy: Copy, tensor: Tensor, whole: Box, start: int, box: Box, bits: np.ndarray) -> None:
+        """Compare and digest the elements of `box`, which `bits` holds, row-major; it is inside `whole`, a block that begins
+        `start` elements after the copy does."""
         if copy.twin is not None:
-            model = self._rows(copy.twin.after(at), copy, box.rows, box.cols, self.twin_buffer)
+            model = self._bits(copy.twin.after(start), tensor, whole, box, self.twin_buffer)
             _merge(self.outcome.misfits, compare(tensor, bits, box, model, copy.twin.dtype))
         if copy.others:
-            self._compare_others(copy, tensor, box, at, bits)
+            self._compare_others(copy, tensor, whole, start, box, bits)
         if copy.counted:
             key = tensor, copy.replica
             digest, count = self.outcome.digests.get(key, (0, 0))
             self.outcome.digests[key] = (digest + box_digest(bits, box)) & MASK, count + box.numel
 
-    def _compare_others(self, copy: Copy, tensor: Tensor, box: Box, at: int, bits: np.ndarray) -> None:
+    def _compare_others(self, copy: Copy, tensor: Tensor, whole: Box, start: int, box: Box, bits: np.ndarray) -> None:
         """Compare the copies of one box; where they differ and their mean is wanted, put it into `bits`."""
         first, others = bits.copy() if copy.mean else bits, []
         for other in copy.others:
-            there = self._rows(other.after(at), copy, box.rows, box.cols, self.twin_buffer)
+            there = self._bits(other.after(start), tensor, whole, box, self.twin_buffer)
             _merge(self.outcome.unequal, unequal(tensor, box, first, there, other.file))
             if copy.mean:
                 others.append(there.copy())
@@ -193,10 +227,16 @@ def _merge(known: dict[Tensor, Misfit] | dict[Tensor, Unequal], found: Misfit | 
         known[found.tensor].merge(found)
 
 
-def _reach(panel: Copy) -> int:
-    """The elements that a row of a panel takes in a buffer."""
-    gap = (panel.pitch - panel.cols) * ITEMSIZE[panel.dtype]
-    return panel.pitch if panel.pitch and gap <= _GAP_BYTES else panel.cols
+def _reach(panel: Copy, cols: int) -> int:
+    """The elements that `cols` of a row of a panel take in a buffer."""
+    gap = (panel.pitch - cols) * ITEMSIZE[panel.dtype]
+    return panel.pitch if panel.pitch and gap <= _GAP_BYTES else cols
+
+
+def _row_runs(part: Box, copy: Copy) -> Iterator[tuple[int, int]]:
+    """The rows of a part of a copy's box, as many at a time as fit a buffer: (row, rows)."""
+    rows = max(BUFFER_BYTES // ITEMSIZE[copy.dtype] // _reach(copy, part.cols), 1)
+    return ((row, min(rows, part.row + part.rows - row)) for row in range(part.row, part.row + part.rows, rows))
 
 
 def _chunks(start: int, stop: int, step: int, cols: int) -> Iterator[tuple[int, int]]:

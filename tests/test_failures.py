@@ -164,9 +164,9 @@ def test_wrong_iteration(source, capsys):
     assert_refused(capsys, source, "iter_0000007", flags=["--iteration", "7"])
 
 
-def test_other_layout_is_refused(source, capsys):
-    assert_refused(capsys, source, "tp 2", "tp 4", flags=["--tp", "4"])
-    assert_refused(capsys, source, "[2, 2]", flags=["--stage-layers", "1,3"])
+def test_a_layout_that_does_not_divide(source, capsys):
+    assert_refused(capsys, source, "attention heads", "tp 3", flags=["--tp", "3"])
+    assert_refused(capsys, source, "--stage-layers 1,4", "4 layers", flags=["--stage-layers", "1,4"])
 
 
 def test_target_with_other_content(source, capsys):

@@ -8,7 +8,7 @@ Sources: Megatron-LM core_r0.6.0 … 0.16 (legacy/model, core/models/gpt/gpt_lay
 (mindspeed_ms/legacy/model).
 """
 
-from ..fusion import COLS, GATE_UP, QKV, REPLICATED, VOCAB
+from ..fusion import COLS, EXPERTS_FC1, EXPERTS_FC2, GATE_UP, QKV, REPLICATED, VOCAB
 
 _LEGACY, _CORE, _MS = "language_model.encoder.layers.{i}.", "decoder.layers.{i}.", "language_model.encoder.layers.{i}."
 
@@ -92,6 +92,10 @@ ROWS_OF_TABLE = {
         [_LEGACY + "mlp.local_experts.{e}.dense_4h_to_h.bias"],
         [_CORE + "mlp.experts.local_experts.{e}.linear_fc2.bias", _CORE + "mlp.experts.linear_fc2.bias{e}"],
         _MS + "mlp.experts.local_experts.{e}.projection.bias"),
+    "layers.{i}.mlp.experts.grouped.fc1": (
+        EXPERTS_FC1, [], [_CORE + "mlp.experts.weight1"], None),
+    "layers.{i}.mlp.experts.grouped.fc2": (
+        EXPERTS_FC2, [], [_CORE + "mlp.experts.weight2"], None),
     "layers.{i}.mlp.shared_experts.fc1.weight": (
         GATE_UP, [], [_CORE + "mlp.shared_experts.linear_fc1.weight"], None),
     "layers.{i}.mlp.shared_experts.fc2.weight": (

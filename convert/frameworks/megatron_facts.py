@@ -52,13 +52,14 @@ class Facts:
         return self.recorded["model"] if self.recorded else self.args
 
     def sizes(self) -> Sizes:
-        """Heads and groups, unless the attention is of a kind whose rows are in another order, and the true vocabulary."""
+        """Heads and groups, unless the attention is of a kind whose rows are in another order; vocabulary; experts."""
         heads = self.model.get("num_attention_heads")
         if self.model.get("attention_output_gate") or self.model.get("multi_latent_attention"):
             heads = None
         grouped = self.recorded is not None or self.model.get("group_query_attention")
         groups = (grouped and self.model.get("num_query_groups")) or heads
-        return Sizes(heads, groups if heads else None, self._vocab())
+        gated = bool(self.model.get("swiglu") or self.model.get("gated_linear_unit"))
+        return Sizes(heads, groups if heads else None, self._vocab(), self.model.get("num_experts"), gated)
 
     def _vocab(self) -> int | None:
         """The tokenizer's vocabulary. Megatron-LM's argument is its size before the end-of-document token, and None where

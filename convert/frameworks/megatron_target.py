@@ -19,7 +19,7 @@ from ..errors import RefusedError
 from ..index import Found, Held, Naming
 from ..layout import Place
 from ..naming import brief
-from ..plan import Output, Wanted, WantedFile
+from ..plan import Output, Wanted, WantedFile, bands_of
 from ..sidecar import Bucket, Buffer, Sidecar, Slot
 from ..tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
 from . import megatron_before_core
@@ -97,8 +97,8 @@ class _Writer:
     def _chunk(self, rank: Coordinates, number: int, tree: object, wanted: dict[TensorSpec, Wanted]) -> object:
         if isinstance(tree, TensorSpec):
             spec = replace(tree, name=f"{number}.{tree.name}")
-            blocks = self._blocks(rank, number, tree.name, tree.shape, WEIGHT)
-            wanted[spec] = Wanted(spec, blocks)
+            blocks, abreast = self._blocks(rank, number, tree.name, tree.shape, WEIGHT)
+            wanted[spec] = Wanted(spec, blocks, bands=bands_of(blocks, abreast))
             return spec
         if isinstance(tree, dict):
             return {key: self._chunk(rank, number, value, wanted) for key, value in tree.items()}
@@ -132,10 +132,10 @@ class _Writer:
             for role, key in _STATES.items():
                 runs = [list(self._bucket(rank, buffer, bucket, role, coalesced)) for bucket in buckets]
                 if coalesced:
-                    runs = [[block for run in runs for block in run]]
-                specs = [_flat_spec(f"{link}.{gbuf}.{key}.{number}", run) for number, run in enumerate(runs)]
-                wanted.update((spec, Wanted(spec, tuple(run))) for spec, run in zip(specs, runs, strict=True))
-                states[key] = specs[0] if coalesced else specs
+                    runs = [[part for run in runs for part in run]]
+                flat = [_flat(f"{link}.{gbuf}.{key}.{number}", run) for number, run in enumerate(runs)]
+                wanted.update((one.spec, one) for one in flat)
+                states[key] = flat[0].spec if coalesced else [one.spec for one in flat]
             if coalesced:
                 states["numel_unpadded"] = sum(bucket.numel_unpadded for bucket in buckets)
             saved[gbuf] = {dtypes: states}
@@ -146,13 +146,13 @@ class _Writer:
         return {"per_bucket_numel": per_bucket, "per_bucket_numel_unpadded": per_bucket_unpadded, **saved}
 
     def _bucket(self, rank: Coordinates, buffer: Buffer, bucket: Bucket, role: str, coalesced: bool) -> Iterator:
-        """The boxes of one bucket in order, with gaps (no tensor) where no parameter lies."""
+        """The boxes of one bucket in order, with how many lie abreast, and gaps (no tensor) where no parameter lies."""
         position = bucket.start
         end = bucket.start + bucket.numel_unpadded if coalesced else bucket.end
         for slot in sorted(buffer.slots, key=lambda slot: slot.start):
             if bucket.start <= slot.start < bucket.end:
                 yield from _gap(slot.start - position)
-                yield from self._blocks(rank, buffer.chunk, slot.name, slot.shape, role, slot)
+                yield self._blocks(rank, buffer.chunk, slot.name, slot.shape, role, slot)
                 position = slot.end
         yield from _gap(end - position)
 
@@ -164,14 +164,16 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------------ names
 
     def _blocks(self, rank: Coordinates, chunk: int, name: str, shape: tuple[int, ...], role: str,
-                slot: Slot | None = None) -> tuple[tuple[Tensor, Box], ...]:
+                slot: Slot | None = None) -> tuple[tuple[tuple[Tensor, Box], ...], int]:
+        """The blocks of a rank's tensor, and how many of them at a time lie side by side."""
         tp, pp, ep = rank
         place = Place(tp, pp, ep, chunk)
         if own := self._held.get((place, name, role)):
-            return own.blocks
+            return own.blocks, own.abreast
         found = Found(name, place, role, Stored("float32", shape, ()),
                       *((slot.partition_dim, slot.partition_stride, slot.expert) if slot else ()))
-        return tuple((self._known(tensor), box) for tensor, box in self._naming.hold(found).blocks)
+        held = self._naming.hold(found)
+        return tuple((self._known(tensor), box) for tensor, box in held.blocks), held.abreast
 
     def _known(self, wanted: Tensor) -> Tensor:
         """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
@@ -184,13 +186,18 @@ class _Writer:
         return there or wanted
 
 
-def _gap(numel: int) -> Iterator[tuple[None, Box]]:
+def _gap(numel: int) -> Iterator[tuple[tuple[tuple[None, Box]], int]]:
     if numel:
-        yield None, Box(0, 1, 0, numel)
+        yield ((None, Box(0, 1, 0, numel)),), 1
 
 
-def _flat_spec(name: str, blocks: list[tuple[Tensor | None, Box]]) -> TensorSpec:
-    return TensorSpec(name, "float32", (sum(box.numel for _, box in blocks),))
+def _flat(name: str, parts: list[tuple[tuple, int]]) -> Wanted:
+    """A flat tensor of blocks, part by part, each with how many of its blocks lie abreast."""
+    blocks = tuple(block for own, _ in parts for block in own)
+    spec = TensorSpec(name, "float32", (sum(box.numel for _, box in blocks),))
+    if all(abreast == 1 for _, abreast in parts):
+        return Wanted(spec, blocks)
+    return Wanted(spec, blocks, bands=tuple(abreast for own, abreast in parts for _ in range(len(own) // abreast)))
 
 
 def _is_coalesced(sidecar: Sidecar) -> bool:

@@ -9,7 +9,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,12 +18,12 @@ import numpy as np
 from ..checkpoint import Checkpoint
 from ..digest import bits_dtype
 from ..errors import RefusedError
-from ..index import Held
+from ..index import Held, batched
 from ..layout import Place
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
 from .compare import values
 from .contents import entries_of, structure_at
-from .stream import Files, offset_in
+from .stream import Files, runs
 
 _QUERY = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
 
@@ -153,18 +153,11 @@ def _runs_of_atom(held: Held, tensor: Tensor, ranges: Ranges) -> Iterator[Run]:
         for piece in pieces:
             part = piece.box.intersect(Box(row, stop - row, low, high - low))
             if part:
-                yield from (_run(held, piece, box) for box in _contiguous(piece, part))
-
-
-def _contiguous(piece: Piece, part: Box) -> Iterator[Box]:
-    if part.cols == piece.box.cols:
-        yield part
-    else:
-        yield from (Box(row, 1, part.col, part.cols) for row in range(part.row, part.row + part.rows))
+                yield from (_run(held, piece, box) for box, _ in runs(piece, part))
 
 
 def _runs_of_stored(held: Held, ranges: Ranges) -> Iterator[Run]:
-    pieces = held.pieces(0)
+    pieces = held.pieces(0) if held.abreast == 1 else _rows_of(held.pieces(0), held.abreast)
     for start, stop in _flat_runs(ranges, held.found.stored.shape):
         position = 0
         for piece in pieces:
@@ -174,9 +167,16 @@ def _runs_of_stored(held: Held, ranges: Ranges) -> Iterator[Run]:
             position += piece.box.numel
 
 
+def _rows_of(pieces: list[Piece], abreast: int) -> list[Piece]:
+    """The pieces row by row, in the order on disk, where so many at a time lie side by side."""
+    return [replace(piece, box=Box(piece.box.row + row, 1, piece.box.col, piece.box.cols),
+                    offset=piece.offset_of(piece.box.row + row, piece.box.col))
+            for band in batched(pieces, abreast) for row in range(band[0].box.rows) for piece in band]
+
+
 def _run(held: Held, piece: Piece, box: Box) -> Run:
     itemsize = ITEMSIZE[piece.tensor.dtype]
-    offset = offset_in(piece, box.row, box.col)
+    offset = piece.offset_of(box.row, box.col)
     key, element, _ = _entry_at(piece.file, offset) or ("", 0, None)
     return Run(piece.tensor, box, held.found.place, piece.file, key, element, offset, box.numel * itemsize)
 
@@ -225,18 +225,19 @@ def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
     known = sorted({extent.file for held in checkpoint.index.held for extent in held.found.stored.extents})
     name = next((name for name in known if os.path.samefile(name, path)), str(path))
     pieces = [(held, piece) for held in checkpoint.index.held for piece in held.pieces(0) if piece.file == name]
-    runs = [_run_at(held, piece, offset) for held, piece in pieces
-            if piece.offset <= offset < piece.offset + piece.box.numel * ITEMSIZE[piece.tensor.dtype]]
+    found = [run for held, piece in pieces if (run := _run_at(held, piece, offset))]
     entry = _entry_at(name, offset)
     if entry is None:
-        return Answer(name, offset, runs, None, None, structure_at(path, offset))
+        return Answer(name, offset, found, None, None, structure_at(path, offset))
     key, element, stored = entry
-    return Answer(name, offset, runs, key, element, "" if runs else _other(name, offset, stored, pieces))
+    return Answer(name, offset, found, key, element, "" if found else _other(name, offset, stored, pieces))
 
 
-def _run_at(held: Held, piece: Piece, offset: int) -> Run:
-    element = (offset - piece.offset) // ITEMSIZE[piece.tensor.dtype]
-    row, col = divmod(element, piece.box.cols)
+def _run_at(held: Held, piece: Piece, offset: int) -> Run | None:
+    """The element of a piece that lies at a byte; None if there is none."""
+    row, col = divmod((offset - piece.offset) // ITEMSIZE[piece.tensor.dtype], piece.pitch)
+    if not (0 <= row < piece.box.rows and col < piece.box.cols):
+        return None
     return _run(held, piece, Box(piece.box.row + row, 1, piece.box.col + col, 1))
 
 

@@ -14,7 +14,7 @@ from ..index import Index
 from ..publish import sync
 from ..tensors import Box
 from .compare import Pair, read_both
-from .stream import Files, View, copies_of, offset_in
+from .stream import Files, View, copies_of, runs
 from .verify import Manifest, Request, Verdict, read_output, read_source, verify, wrong_archives
 
 
@@ -88,7 +88,8 @@ def _write_band(view: View, band: Box, bits: np.ndarray) -> set[str]:
     for piece, part in view.parts(band):
         rows = matrix[part.row - band.row:part.row - band.row + part.rows,
                       part.col - band.col:part.col - band.col + part.cols]
-        _write_at(piece.file, offset_in(piece, part.row, part.col), np.ascontiguousarray(rows))
+        for run, start in runs(piece, part):
+            _write_at(piece.file, piece.offset_of(run.row, run.col), rows.reshape(-1)[start:start + run.numel])
         touched.add(piece.file)
     return touched
 

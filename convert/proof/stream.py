@@ -67,19 +67,26 @@ def bands(box: Box, itemsize: int) -> Iterator[Box]:
 
 def read_piece(piece: Piece, files: Files) -> Iterator[tuple[Box, np.ndarray]]:
     """The piece's bands in the order they lie on disk, each with its bits; the array holds until the next one."""
-    itemsize, offset = ITEMSIZE[piece.tensor.dtype], piece.offset
+    itemsize = ITEMSIZE[piece.tensor.dtype]
     buffer = np.empty(min(piece.box.numel, BAND_BYTES // itemsize), bits_dtype(piece.tensor.dtype))
     for band in bands(piece.box, itemsize):
         bits = buffer[:band.numel]
-        files.read(piece.file, offset, bits)
+        read_part(piece, band, files, bits)
         yield band, bits
-        offset += bits.nbytes
 
 
-def offset_in(piece: Piece, row: int, col: int) -> int:
-    """The byte of the piece's file where its tensor's element [row, col] begins."""
-    element = (row - piece.box.row) * piece.box.cols + col - piece.box.col
-    return piece.offset + element * ITEMSIZE[piece.tensor.dtype]
+def read_part(piece: Piece, part: Box, files: Files, into: np.ndarray) -> None:
+    """Fill `into`, which is contiguous, with the elements of a box inside the piece's, row-major."""
+    for run, start in runs(piece, part):
+        files.read(piece.file, piece.offset_of(run.row, run.col), into.reshape(-1)[start:start + run.numel])
+
+
+def runs(piece: Piece, part: Box) -> Iterator[tuple[Box, int]]:
+    """The runs that a box inside the piece's is on disk, each with its start in the box."""
+    if part.rows == 1 or piece.pitch == part.cols:
+        yield part, 0
+    else:
+        yield from ((Box(part.row + row, 1, part.col, part.cols), row * part.cols) for row in range(part.rows))
 
 
 class View:
@@ -107,20 +114,19 @@ class View:
         bits = self._buffer[:band.numel]
         matrix = bits.reshape(band.rows, band.cols)
         for piece, part in self.parts(band):
-            offset = offset_in(piece, part.row, part.col)
             rows = matrix[part.row - band.row:part.row - band.row + part.rows]
             if part.cols == band.cols:
-                files.read(piece.file, offset, rows)
+                read_part(piece, part, files, rows)
             else:
                 scratch = self._scratch[:part.numel]
-                files.read(piece.file, offset, scratch)
+                read_part(piece, part, files, scratch)
                 rows[:, part.col - band.col:part.col - band.col + part.cols] = scratch.reshape(part.rows, part.cols)
         return bits
 
     def place(self, row: int, col: int) -> tuple[str, int]:
         """The file and byte offset of an element."""
         piece, part = next(self.parts(Box(row, 1, col, 1)))
-        return piece.file, offset_in(piece, part.row, part.col)
+        return piece.file, piece.offset_of(part.row, part.col)
 
 
 def replica(pieces: Sequence[Piece], number: int) -> Piece:

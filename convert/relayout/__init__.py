@@ -16,7 +16,7 @@ from ..frameworks import megatron_before_core
 from ..frameworks.megatron_buckets import Rule
 from ..frameworks.megatron_facts import Facts
 from ..frameworks.megatron_structure import megatron_naming, nested, rank_folder, structures_of
-from ..fusion import PADDING, VOCAB, blocks, local_shape
+from ..fusion import PADDING, VOCAB, abreast, blocks, local_shape
 from ..index import Found, Held, Index, atom_name
 from ..layout import Layout, Place
 from ..tensors import MODEL_WEIGHT, Stored, Tensor, TensorSpec
@@ -95,7 +95,7 @@ class _Relayout:
         held = [one for rank, chunks in ranks.items() for number, chunk in enumerate(chunks)
                 for one in self._held(rank, number, chunk)]
         expert_dims = {len(parameter.shape) for entries in self.model.layers.values() for entry in entries
-                       if entry.expert is not None and isinstance(parameter := entry.content, Parameter)}
+                       if entry.is_of_experts and isinstance(parameter := entry.content, Parameter)}
         target = Target(self.layout, self._stage_layers(), self.vocab_rows, self._divisor())
         return Checkpoint(
             "megatron", self.source.folder, self.source.iteration, self.layout, Index(held, self.layout),
@@ -110,17 +110,21 @@ class _Relayout:
 
     def _chunk(self, tp: int, pp: int, vpp: int, ep: int) -> Chunk:
         layers = self.stages.get((pp, vpp), range(0))
-        per_rank = self.model.experts // self.layout.ep
         is_first, is_last = (pp, vpp) == (0, 0), (pp, vpp) == (self.layout.pp - 1, self.layout.vpp - 1)
-        entries = list(self.model.chunk(layers, range(ep * per_rank, (ep + 1) * per_rank), is_first, is_last))
+        entries = list(self.model.chunk(layers, self._experts(ep), is_first, is_last))
         shapes = {entry.name: self._local_shape(entry, entry.content) for entry in entries
                   if isinstance(entry.content, Parameter)}
         return Chunk(entries, shapes, layers, is_first, is_last)
 
+    def _experts(self, ep: int) -> range:
+        """The global numbers of an expert rank's experts."""
+        count = self.model.experts // self.layout.ep
+        return range(ep * count, (ep + 1) * count)
+
     def _local_shape(self, entry: Entry, parameter: Parameter) -> tuple[int, ...]:
         shape = (self.vocab_rows, *parameter.shape[1:]) if parameter.kind == VOCAB else parameter.shape
         try:
-            return local_shape(parameter.kind, shape, self.layout.tp, self.naming.sizes)
+            return local_shape(parameter.kind, shape, self.layout.tp, self.naming.sizes, self.layout.ep)
         except RefusedError as error:
             raise RefusedError(f"{self.source.folder}: {entry.name} {list(shape)}: {error}") from error
 
@@ -128,16 +132,17 @@ class _Relayout:
 
     def _held(self, rank: Coordinates, number: int, chunk: Chunk) -> Iterator[Held]:
         tp, pp, ep = rank
-        place = Place(tp, pp, ep, number)
+        place, sizes = Place(tp, pp, ep, number), self.naming.sizes
         for entry in chunk.entries:
             parameter = entry.content
             if isinstance(parameter, Parameter):
                 shape = chunk.shapes[entry.name]
-                arranged = blocks(parameter.kind, shape, self.layout.tp, tp, self.naming.sizes)
+                arranged = blocks(parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep))
                 for role in self.roles.get(parameter.canonical, ()):
                     pieces = tuple((self._tensor(role, parameter, one.part, one.shape), one.box) for one in arranged)
                     found = Found(entry.name, place, role, Stored(pieces[0][0].dtype, shape, ()))
-                    yield Held(found, parameter.canonical, parameter.row, parameter.kind, pieces)
+                    yield Held(found, parameter.canonical, parameter.row, parameter.kind, pieces,
+                               abreast(parameter.kind, sizes))
 
     def _tensor(self, role: str, parameter: Parameter, part: str, shape: tuple[int, ...]) -> Tensor:
         """The source's logical tensor of a part; a vocabulary's padding has as many rows as this layout has."""
@@ -169,7 +174,7 @@ class _Relayout:
             return []
         has_own_rate = bool(self.facts.args.get("decoupled_lr"))
         dense = [entry for chunk in chunks for entry in chunk.entries if isinstance(entry.content, Parameter)
-                 and (entry.expert is None or self.layout.ep == 1)]
+                 and (not entry.is_of_experts or self.layout.ep == 1)]
         return list(dict.fromkeys((not entry.name.endswith(".bias") and len(entry.content.shape) > 1,
                                    has_own_rate and entry.content.kind == VOCAB) for entry in dense))
 

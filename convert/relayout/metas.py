@@ -94,7 +94,7 @@ def relaid_meta(source: Checkpoint, target: Target, rank: Coordinates, expert_di
         meta["args"] = _relaid_args(meta["args"], target)
     if meta.get("optimizer") is not None:
         optimizer = _in_order(meta["optimizer"], needed, [one.get("optimizer") for one in source.metas.values()])
-        meta["optimizer"] = _relaid_groups(optimizer, source.layout.ep > 1, target.layout.ep > 1, expert_dims)
+        meta["optimizer"] = _relaid_groups(optimizer, target.layout.ep > 1, expert_dims)
     return meta
 
 

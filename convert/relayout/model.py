@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from .. import families
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
-from ..fusion import whole_shape
+from ..fusion import GROUPED, whole_shape
 from ..index import Found, Held, Naming
 from ..layout import Place
 from ..naming import brief
@@ -52,6 +52,10 @@ class Entry:
     @property
     def name(self) -> str:
         return ".".join(self.keys)
+
+    @property
+    def is_of_experts(self) -> bool:
+        return self.expert is not None or (isinstance(self.content, Parameter) and self.content.kind in GROUPED)
 
     @property
     def path(self) -> str:
@@ -112,7 +116,8 @@ def model_of(source: Checkpoint, structures: dict, naming: Naming) -> Model:
 
     Raises RefusedError for tensors of which nobody knows how they are cut, and for several stacks of layers.
     """
-    model = Model(naming.dialect, (naming.experts_per_rank or 0) * source.layout.ep, naming.tied)
+    experts = (naming.experts_per_rank or 0) * source.layout.ep or naming.sizes.experts or 0
+    model = Model(naming.dialect, experts, naming.tied)
     seen: dict[tuple, Entry] = {}
     facts = _partition_facts(source.sidecar)
     for (tp, pp, ep), chunks in sorted(structures.items(), key=lambda item: (item[0][1], item[0][2])):
@@ -164,7 +169,7 @@ def _entry(keys: tuple[str, ...], leaf: object, place: Place, naming: Naming, fa
 
 def _parameter(held: Held, naming: Naming) -> Parameter:
     stored = held.found.stored
-    shape = whole_shape(held.kind, stored.shape, naming.layout.tp) if held.kind else stored.shape
+    shape = whole_shape(held.kind, stored.shape, naming.layout.tp, naming.layout.ep) if held.kind else stored.shape
     return Parameter(held.canonical, held.kind, held.row, stored.dtype, shape, held.is_tied_head)
 
 

@@ -13,7 +13,7 @@ from ..families import WORD_EMBEDDING
 from ..frameworks import megatron_before_core
 from ..frameworks.megatron_buckets import Rule
 from ..frameworks.megatron_facts import Facts, grad_dtype
-from ..fusion import COLS, REPLICATED
+from ..fusion import COLS, EXPERTS_FC1, REPLICATED
 from ..index import Found, Naming
 from ..layout import Layout, Place
 from ..sidecar import Buffer, RankSidecar, Sidecar, Slot
@@ -21,7 +21,7 @@ from ..tensors import WEIGHT, Stored
 from .model import Entry, Parameter
 
 #: the dimension that tensor parallel cuts, by arrangement; 0 for the others
-_PARTITION_DIM = {REPLICATED: -1, COLS: 1}
+_PARTITION_DIM = {REPLICATED: -1, COLS: 1, EXPERTS_FC1: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _slot(entry: Entry, parameter: Parameter, known: Slot, shape: tuple[int, ...
                            "table; the model is of another kind: leave the sizes out")
     return replace(known, name=entry.name, shape=shape, dtype=parameter.dtype, start=0, end=math.prod(shape), bucket=0,
                    partition_dim=dim, tied=parameter.canonical == tied,
-                   expert=entry.expert is not None and rule.experts_apart)
+                   expert=entry.is_of_experts and rule.experts_apart)
 
 
 def _parallel(layout: Layout) -> dict:

@@ -1,11 +1,12 @@
-"""The live state of a run as another layout would hold it: cut by hand with numpy, with none of the converter's code.
+"""The live state of a run as another layout holds it: put together over its ranks and cut anew, with numpy alone.
 
-`cut_for` reads the truth of a run (examples/tiny/live_state.py), puts each parameter together over its ranks, cuts it
-again by the rule of megatron-core's parallel layers, and writes a truth folder of the same form. Rules, from
-megatron-core's tensor_parallel/layers.py, transformer/mlp.py and transformer/moe/experts.py: a column-parallel layer is
-cut by rows, a row-parallel one by columns; q, k and v lie group after group, so that their rows are cut like any
-others; of a gated MLP the two halves are cut, each for itself; GroupedMLP keeps [expert, in, out] in a tensor that
-claims another shape. Where the padded vocabulary grows, its last row is repeated; where it shrinks, padding is cut off.
+`cut_for` reads the truth of a run (tiny/live_state.py), puts each parameter together, cuts it again by the rule of
+megatron-core's parallel layers, and writes a truth folder of the same form. Nothing of the converter is used: the rules
+are written down here once more, from megatron-core's tensor_parallel/layers.py, transformer/mlp.py and
+transformer/moe/experts.py. A column-parallel layer is cut by rows, a row-parallel one by columns; q, k and v lie group
+after group, so that their rows are cut like any others; of a gated MLP the two halves are cut, each for itself;
+GroupedMLP keeps [expert, in, out] in a tensor that claims another shape. Where the padded vocabulary grows, its last row
+is repeated; where it shrinks, padding is cut off.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ State = dict[tuple[str, str], np.ndarray]  # (role, name with global layer and e
 
 
 class Sizes(NamedTuple):
-    """A parallel layout; `stage_layers` counts the layers of each stage where they are not the same."""
+    """A parallel layout; `stage_layers` counts the layers of each stage, or of each chunk in the order in which data passes
+    them, where they are not the same."""
 
     tp: int = 1
     pp: int = 1
@@ -45,12 +47,12 @@ class Sizes(NamedTuple):
 
     def layers(self, stage: int, chunk: int, total: int) -> list[int]:
         """The global numbers of a chunk's layers: chunks go round the stages."""
-        if self.stage_layers:
-            first = sum(self.stage_layers[:stage])
-            return list(range(first, first + self.stage_layers[stage]))
-        each = total // (self.pp * self.vpp)
-        first = (chunk * self.pp + stage) * each
-        return list(range(first, first + each))
+        chunks = self.pp * self.vpp
+        counts = self.stage_layers or (total // self.pp,) * self.pp
+        if len(counts) != chunks:
+            counts = tuple(count // self.vpp for count in counts) * self.vpp
+        number = chunk * self.pp + stage
+        return list(range(sum(counts[:number]), sum(counts[:number + 1])))
 
 
 class Shape(NamedTuple):
@@ -119,24 +121,25 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and one.tobytes() == other.tobytes()
 
 
-def cut_for(run: Trained, sizes: Sizes, out: Path) -> Trained:
-    """Write OUT/truth/tp*_pp*_ep*.npz: what each rank of the layout has to hold of the run's state."""
+def cut_for(run: Trained, sizes: Sizes, out: Path, divisor: int = VOCAB_DIVISOR) -> Trained:
+    """Write OUT/truth/tp*_pp*_ep*.npz: what each rank of the layout has to hold of the run's state. The vocabulary is padded
+    to a multiple of `divisor` · tp rows."""
     state, source = whole(run), run.truths()
     (out / "truth").mkdir(parents=True)
     for tp in range(sizes.tp):
         for pp in range(sizes.pp):
             for ep in range(sizes.ep):
-                arrays, meta = rank_truth(state, source, sizes, (tp, pp, ep))
+                arrays, meta = rank_truth(state, source, sizes, (tp, pp, ep), divisor)
                 np.savez(out / "truth" / f"tp{tp:02}_pp{pp:03}_ep{ep:03}.npz", meta=np.array(json.dumps(meta)), **arrays)
     return Trained(out)
 
 
-def rank_truth(state: State, source: list[Truth], sizes: Sizes,
-               place: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def rank_truth(state: State, source: list[Truth], sizes: Sizes, place: tuple[int, int, int],
+               divisor: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the meta of one rank; what the layout does not change is taken from the source's rank 0. Experts have
     parameter groups of their own with ep > 1 only; of a source that has none, the layout has to have none."""
     meta, (tp, pp, ep) = source[0].meta, place
-    args = relaid_args(meta["args"], sizes)
+    args = relaid_args(meta["args"], sizes, divisor)
     layers = [sizes.layers(pp, chunk, args["num_layers"]) for chunk in range(sizes.vpp)]
     arrays, params = {}, {}
     for chunk, local_name, name in names_of_rank(state, args, layers, sizes, place):
@@ -148,8 +151,8 @@ def rank_truth(state: State, source: list[Truth], sizes: Sizes,
                     "param_groups": groups}
 
 
-def relaid_args(args: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    multiple = VOCAB_DIVISOR * sizes.tp
+def relaid_args(args: dict[str, Any], sizes: Sizes, divisor: int) -> dict[str, Any]:
+    multiple = divisor * sizes.tp
     return {**args, "tensor_model_parallel_size": sizes.tp, "pipeline_model_parallel_size": sizes.pp,
             "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
             "expert_model_parallel_size": sizes.ep, "data_parallel_size": sizes.dp,
