@@ -11,7 +11,7 @@ WORKERS ?= 2
 SIZES   := $(foreach size,TP PP VPP EP ETP DP CP,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) $($(size))))
 SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 
-.PHONY: help setup convert demo test test-full bench patches lint clean
+.PHONY: help setup convert demo test test-full bench plan-scale patches lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,9 @@ test-full: $(READY)  ## all tests, with the matrix of Megatron releases
 
 bench: $(READY)  ## speed and memory beside cp and the way it is done today
 	$(RUN) -m bench.run
+
+plan-scale: $(READY)  ## time and memory of planning a 175B and a 1T model, from metadata alone
+	$(RUN) bench/plan_scale.py
 
 patches: $(READY)  ## write patches/ anew from hooks/
 	$(RUN) patches/make_patches.py
