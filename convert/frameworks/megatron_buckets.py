@@ -62,7 +62,7 @@ class Rule:
         """
         recorded = recorded or {}
         ddp = recorded.get("ddp") or {}
-        core = _release(recorded)
+        core = release_of(recorded)
         counts_cp = core >= (0, 12) and bool(args)  # the training script counts context parallel ranks, the core does not
         default = _default_bucket_size(core, layout.dp * (layout.cp if counts_cp else 1))
         size = args.get("ddp_bucket_size")
@@ -188,7 +188,8 @@ class Rule:
         return place.tp in {rank % self.layout.tp for rank in range(place.ep * etp, (place.ep + 1) * etp)}
 
 
-def _release(recorded: dict) -> tuple[int, int]:
+def release_of(recorded: dict) -> tuple[int, int]:
+    """Major and minor of the megatron-core that a layout file names; without one, that of bare maps."""
     if not recorded:
         return _CORE_OF_MAPS
     major, minor = recorded["framework"]["core_version"].split(".")[:2]

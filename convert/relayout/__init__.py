@@ -13,14 +13,14 @@ from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
 from ..frameworks import megatron_before_core
-from ..frameworks.megatron_buckets import Rule
+from ..frameworks.megatron_buckets import Rule, release_of
 from ..frameworks.megatron_facts import Facts
 from ..frameworks.megatron_structure import megatron_naming, nested, rank_folder, structures_of
 from ..fusion import PADDING, VOCAB, abreast, blocks, local_shape
 from ..index import Found, Held, Index, atom_name
 from ..layout import Layout, Place
 from ..tensors import MODEL_WEIGHT, Stored, Tensor, TensorSpec
-from .metas import GroupKind, Target, relaid_meta
+from .metas import GroupKind, Target, check_stages, relaid_meta
 from .model import Entry, Model, Parameter, model_of
 from .optimizer import Chunk, relaid_sidecar
 from .stages import Stages, stages_of
@@ -50,11 +50,17 @@ class _Relayout:
         structures = structures_of(source)
         self.naming = megatron_naming(source, structures)
         self.model: Model = model_of(source, structures, self.naming)
-        self.stages: Stages = stages_of(source.num_layers, self.layout, wish.stage_layers, self._recorded_layers())
+        self.stages: Stages = stages_of(source.num_layers, self.layout, wish.stage_layers, self._recorded_layers(),
+                                        self._knows_stages())
         self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.boxes}
         self.roles = _roles(source)
         self._check()
         self.vocab_rows = self._padded_vocab()
+
+    def _knows_stages(self) -> bool:
+        """Whether the release can be told any stages, also the embedding or the output alone in one
+        (--pipeline-model-parallel-layout, core 0.13 and later)."""
+        return "pipeline_model_parallel_layout" in self.facts.args or release_of(self.facts.recorded or {}) >= (0, 13)
 
     def _recorded_layers(self) -> dict[tuple[int, int], int]:
         """How many layers each chunk of the source holds, by (pp, vpp)."""
@@ -96,7 +102,8 @@ class _Relayout:
                 for one in self._held(rank, number, chunk)]
         expert_dims = {len(parameter.shape) for entries in self.model.layers.values() for entry in entries
                        if entry.is_of_experts and isinstance(parameter := entry.content, Parameter)}
-        target = Target(self.layout, self._stage_layers(), self.vocab_rows, self._divisor())
+        target = Target(self.layout, self._chunk_layers(), self.vocab_rows, self._divisor())
+        check_stages(self.facts.args, self._knows_stages(), target)
         return Checkpoint(
             "megatron", self.source.folder, self.source.iteration, self.layout, Index(held, self.layout),
             self.source.with_optimizer, self.source.num_layers,
@@ -157,9 +164,8 @@ class _Relayout:
 
     # -------------------------------------------------------------------------------------------------- what it says
 
-    def _stage_layers(self) -> tuple[int, ...]:
-        return tuple(sum(len(self.stages.get((pp, vpp), ())) for vpp in range(self.layout.vpp))
-                     for pp in range(self.layout.pp))
+    def _chunk_layers(self) -> tuple[int, ...]:
+        return tuple(len(self.stages.get((pp, vpp), ())) for vpp in range(self.layout.vpp) for pp in range(self.layout.pp))
 
     def _divisor(self) -> int | None:
         return self.wish.divisible_by or self.facts.model.get("make_vocab_size_divisible_by")

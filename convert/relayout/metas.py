@@ -18,24 +18,42 @@ _OF_EXPERTS = "is_expert_parallel"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What arguments can say of the new layout: sizes, layers per stage (summed over its chunks), rows of the vocabulary."""
+    """What arguments can say of the new layout: sizes, layers per chunk in the order in which data passes them, rows of the
+    vocabulary."""
 
     layout: Layout
-    stage_layers: tuple[int, ...]
+    chunk_layers: tuple[int, ...]
     padded_vocab: int | None
     divisible_by: int | None
 
     @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers per stage, summed over its chunks."""
+        return tuple(sum(self.chunk_layers[pp::self.layout.pp]) for pp in range(self.layout.pp))
+
+    @property
     def is_even(self) -> bool:
-        return len(set(self.stage_layers)) == 1
+        return len(set(self.chunk_layers)) == 1
+
+    @property
+    def is_even_inside(self) -> bool:
+        """Whether only the first and the last stage differ from the others, and each stage's chunks are alike."""
+        alike = all(len(set(self.chunk_layers[pp::self.layout.pp])) == 1 for pp in range(self.layout.pp))
+        return alike and all(self.stage_layers) and len(set(self.stage_layers[1:-1])) <= 1
 
 
 def _first(target: Target) -> int | None:
-    return None if target.is_even else target.stage_layers[0]
+    return None if target.is_even or not target.is_even_inside else target.stage_layers[0]
 
 
 def _last(target: Target) -> int | None:
-    return None if target.is_even else target.stage_layers[-1]
+    return None if target.is_even or not target.is_even_inside else target.stage_layers[-1]
+
+
+def _stages(target: Target) -> str | None:
+    """Stage by stage, as --pipeline-model-parallel-layout takes it, where nothing less says it."""
+    chunks = ["t" * layers for layers in target.chunk_layers]
+    return None if target.is_even_inside else "|".join(["E" + chunks[0], *chunks[1:-1], chunks[-1] + "L"])
 
 
 def _vpp(target: Target) -> int | None:
@@ -65,7 +83,7 @@ ARGUMENTS: dict[str, Callable[[Target], object]] = {
     "world_size": _world,
     "decoder_first_pipeline_num_layers": _first,
     "decoder_last_pipeline_num_layers": _last,
-    "pipeline_model_parallel_layout": lambda target: None,
+    "pipeline_model_parallel_layout": _stages,
     "account_for_embedding_in_pipeline_split": lambda target: False,
     "account_for_loss_in_pipeline_split": lambda target: False,
     "standalone_embedding_stage": lambda target: False,
@@ -83,6 +101,17 @@ def nearest(source: Checkpoint, layout: Layout, rank: Coordinates) -> Coordinate
     there = source.layout
     stage = there.pp - 1 if pp == layout.pp - 1 else min(pp, max(there.pp - 2, 0))
     return tp % there.tp, stage, ep % there.ep
+
+
+def check_stages(args: dict, any_stages: bool, target: Target) -> None:
+    """Refuse stages that the release which saved could not be told: any, only other ends, or none at all. Bare
+    megatron-core, without `args`, is told by hand."""
+    says_all = any_stages or "pipeline_model_parallel_blocks" in args
+    if args and not target.is_even and not says_all and not (
+            target.is_even_inside and "decoder_first_pipeline_num_layers" in args):
+        ends = "only the first and the last stage" if "decoder_first_pipeline_num_layers" in args else "no stage"
+        raise RefusedError(f"stages of {list(target.stage_layers)} layers: in the release that saved, {ends} may differ "
+                           "from the others; choose --stage-layers anew")
 
 
 def relaid_meta(source: Checkpoint, target: Target, rank: Coordinates, expert_dims: set[int],

@@ -9,15 +9,20 @@ from ..layout import Layout, number_layers
 Stages = dict[tuple[int, int], range]
 
 
-def stages_of(num_layers: int, layout: Layout, given: tuple[int, ...], recorded: dict[tuple[int, int], int]) -> Stages:
+def stages_of(num_layers: int, layout: Layout, given: tuple[int, ...], recorded: dict[tuple[int, int], int],
+              empty_ends: bool) -> Stages:
     """The layers of each stage's chunks: as `given`, layers per stage or per chunk in the order in which a micro-batch
     passes them; else as many as the source's stages hold (`recorded`), if it has the same stages; else equally many.
+
+    `empty_ends`: the release can have the embedding, or the output, alone in a stage.
 
     Raises RefusedError, with the numbers, if the layers do not divide or add up.
     """
     chunks = [(pp, vpp) for vpp in range(layout.vpp) for pp in range(layout.pp)]
-    if given and min(given) < 1:
-        raise RefusedError(f"--stage-layers {','.join(map(str, given))}: {min(given)} is no number of layers of a stage")
+    least = min((*given[1:-1], *(layers for layers in (*given[:1], *given[-1:]) if layers or not empty_ends)), default=1)
+    if least < 1:
+        raise RefusedError(f"--stage-layers {','.join(map(str, given))}: {least} is no number of layers of a stage" + (
+            "" if least or empty_ends else " in this release: only core 0.13 and later can have a stage without any"))
     if given:
         counts = dict(zip(chunks, _per_chunk(given, layout), strict=True))
     elif recorded.keys() == set(chunks):
