@@ -70,6 +70,33 @@ class Unequal:
         self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
 
 
+@dataclass(slots=True)
+class NonFinite:
+    """The elements of one tensor that are infinite or not a number; `positions` are (row, column, file)."""
+
+    tensor: Tensor
+    count: int = 0
+    positions: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def merge(self, other: NonFinite) -> None:
+        self.count += other.count
+        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+
+
+#: the bits of the exponent, which are all set in what is not finite
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+
+
+def non_finite(tensor: Tensor, box: Box, bits: np.ndarray, file: str) -> NonFinite | None:
+    """What of `box` is not finite; None if all is."""
+    mask = _EXPONENT.get(tensor.dtype)
+    if mask is None or (bits & bits.dtype.type(mask)).max(initial=0) != mask:
+        return None
+    found = np.flatnonzero((bits & bits.dtype.type(mask)) == mask)
+    return NonFinite(tensor, len(found), [(box.row + int(i) // box.cols, box.col + int(i) % box.cols, file)
+                                          for i in found[:SHOWN_POSITIONS]])
+
+
 def unequal(tensor: Tensor, box: Box, first: np.ndarray, other: np.ndarray, file: str) -> Unequal | None:
     """Compare the bits of two copies of `box`; None if they are equal."""
     if np.array_equal(first, other):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checks import STALE, Misfit, Unequal, tell_permuted
+from .checks import STALE, Misfit, NonFinite, Unequal, tell_permuted
 from .errors import RefusedError
 from .index import Index
 from .naming import brief
@@ -18,17 +18,19 @@ from .writer import Outcome
 class Findings:
     """The outcomes of all files, put together, with what the manifest of earlier parts of the conversion says (`before`).
 
-    `misfits` and `unequal` are by tensor; `digests` are the manifest's entries, and `partial` those of which elements are
-    still to come; `differing` names the tensors of which ranks kept copies of their own that differ.
+    `misfits`, `unequal` and `non_finite` are by tensor; `digests` are the manifest's entries, and `partial` those of which
+    elements are still to come; `differing` names the tensors of which ranks kept copies of their own that differ.
     """
 
     def __init__(self, index: Index, outcomes: Iterable[Outcome], before: dict | None = None) -> None:
         self.misfits: dict[Tensor, Misfit] = {}
         self.unequal: dict[Tensor, Unequal] = {}
+        self.non_finite: dict[Tensor, NonFinite] = {}
         self.before = before or {}
         sums = _sums(self.before)
         for outcome in outcomes:
-            for known, found in ((self.misfits, outcome.misfits), (self.unequal, outcome.unequal)):
+            for known, found in ((self.misfits, outcome.misfits), (self.unequal, outcome.unequal),
+                                 (self.non_finite, outcome.non_finite)):
                 for tensor, one in found.items():
                     if known.setdefault(tensor, one) is not one:
                         known[tensor].merge(one)
@@ -67,6 +69,9 @@ class Findings:
                  for m in self.misfits.values()]
         lines += [f"{_position(one)}: took {'the mean' if request.replicas == 'mean' else 'the first rank’s'}"
                   for one in self.unequal.values()]
+        lines += [f"{one.tensor.name} ({one.tensor.role}): {one.count} elements are not finite, first at row "
+                  f"{one.positions[0][0]}, column {one.positions[0][1]} in {one.positions[0][2]}"
+                  for one in self.non_finite.values()]
         if self.differing:
             lines.append(f"{brief(self.differing)}: the ranks' copies differ; each rank kept its own")
         return lines
@@ -82,6 +87,9 @@ class Findings:
                                  "first": [{"row": r, "column": c, "taken": a, "other": b, "file": file}
                                            for r, c, a, b, file in one.positions]} for one in self.unequal.values()]
             + self.before.get("replicas_merged", []),
+            "not_finite": [{"tensor": one.tensor.name, "role": one.tensor.role, "elements": one.count,
+                            "first": [{"row": r, "column": c, "file": file} for r, c, file in one.positions]}
+                           for one in self.non_finite.values()] + self.before.get("not_finite", []),
             "replicas_that_differ": self.differing, "digests": self.digests, "digests_of_parts": self.partial}
 
 

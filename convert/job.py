@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,8 +18,17 @@ from .cluster import run_tasks_on_ray
 from .errors import RefusedError
 from .execute import run_tasks
 from .findings import Findings
-from .frameworks import megatron_dist_target, megatron_target, mindspore
+from .frameworks import (
+    alpa,
+    alpa_training,
+    megatron_dist_target,
+    megatron_target,
+    metaseq_relayout,
+    metaseq_target,
+    mindspore,
+)
 from .fusion import PADDING
+from .garbage import no_collection
 from .naming import brief
 from .parts import Part, part_of
 from .plan import FileTask, Output, Plan
@@ -39,9 +46,9 @@ _WORKER_BYTES = 12 << 20
 
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing published)."""
-    with _no_garbage():
+    with no_collection():
         source, target, planned, part, plan = _planned(request)
-    dropped = _dropped(source, plan, request)
+    dropped = _dropped(source, plan, planned, request)
     if request.verbose:
         print("\n".join(f"{task.path}: {spec.name} {list(spec.shape)} {spec.dtype}"
                         for task in plan.tasks for spec in task.specs))
@@ -81,26 +88,17 @@ def convert(request: Request) -> Report:
     return Report(status, lines, planned.converted)
 
 
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Without the garbage collector, which finds nothing in plans and searches long."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, Part, Plan]:
     """The source, the same in the layout wanted, its files, those of this run, and how to write them."""
     source = frameworks.read(request.source, iteration=request.iteration, sidecar=request.sidecar,
                              weights_only=request.weights_only, drop=request.drop, sizes=request.source_sizes,
-                             noop=request.noop, suffix=request.source_suffix)
+                             noop=request.noop, suffix=request.source_suffix, metadata_from=request.metadata_from,
+                             ema=request.ema)
     _check(source, request)
     target = wanted(source, request)
     planned = TARGETS[request.to](target, request)
     part = part_of(planned, request)
-    replicas = OWN if target is source else request.replicas
+    replicas = OWN if target is source and request.to not in _WITHOUT_LAYOUT else request.replicas
     return source, target, planned, part, Planner(source.index, {WEIGHT: MODEL_WEIGHT}, replicas).plan(part.files)
 
 
@@ -116,11 +114,24 @@ def _to_megatron_dist(target: Checkpoint, request: Request) -> Output:
     return megatron_dist_target.output(target)
 
 
-TARGETS = {"mindspore": _to_mindspore, "megatron": _to_megatron, "megatron-dist": _to_megatron_dist}
+def _to_metaseq(target: Checkpoint, request: Request) -> Output:
+    return metaseq_target.output(target, replace(request.metaseq, shards=request.sizes.get("dp")))
+
+
+def _to_alpa(target: Checkpoint, request: Request) -> Output:
+    return replace(alpa.output(target, request.alpa), roles=(WEIGHT,), needless=alpa.BUFFERS)
+
+
+def _to_alpa_training(target: Checkpoint, request: Request) -> Output:
+    return replace(alpa_training.output(target, request.alpa_training), needless=alpa.BUFFERS)
+
+
+TARGETS = {"mindspore": _to_mindspore, "megatron": _to_megatron, "megatron-dist": _to_megatron_dist,
+           "metaseq": _to_metaseq, "alpa": _to_alpa, "alpa-training": _to_alpa_training}
 #: targets whose files are the same for every layout
-_WITHOUT_LAYOUT = ("megatron-dist",)
-#: sizes that only number MindSpore's rank folders
-_NUMBERING = {"mindspore": ("dp", "cp")}
+_WITHOUT_LAYOUT = ("megatron-dist", "alpa", "alpa-training")
+#: sizes that change no tensor of a rank: they number MindSpore's rank folders, and metaseq's shards
+_NUMBERING = {"mindspore": ("dp", "cp"), "metaseq": ("dp",)}
 
 
 def wanted(source: Checkpoint, request: Request) -> Checkpoint:
@@ -138,6 +149,8 @@ def wanted(source: Checkpoint, request: Request) -> Checkpoint:
     if source.trained is None and changed <= set(_NUMBERING.get(request.to, ())) and unchanged_stages and (
             request.vocab_divisible_by is None):
         return source
+    if source.framework == "metaseq":
+        return metaseq_relayout.relaid(source, layout)
     return relaid(source, Wish(layout=layout, stage_layers=request.stage_layers, divisible_by=request.vocab_divisible_by))
 
 
@@ -149,17 +162,18 @@ def _check(source: Checkpoint, request: Request) -> None:
         raise RefusedError(f"{source.folder}: its stages hold {source.stage_layers()} layers and not "
                            f"{list(request.source_stage_layers)}; leave the list out")
     unknown = set(request.output.roles) - source.index.roles()
-    if unknown and not request.weights_only:
+    if unknown and not request.weights_only and request.to == "mindspore":
         raise RefusedError(f"{source.folder}: holds no optimizer state called {', '.join(sorted(unknown))}, only "
                            f"{', '.join(sorted(source.index.roles()))}")
 
 
-def _dropped(source: Checkpoint, plan: Plan, request: Request) -> list[str]:
+def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) -> list[str]:
     """What of the source is not in the output, all of it by the user's own word."""
     if request.only_tp or request.only_pp:
         return source.dropped
-    unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in request.output.roles
-               and not name.split(" ")[0].endswith(f".{PADDING}")]
+    roles = request.output.roles if planned.roles is None else planned.roles
+    unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in roles
+               and not name.split(" ")[0].endswith(f".{PADDING}") and name.split(" ")[0] not in planned.needless]
     if unasked:
         raise RefusedError(f"{source.folder}: {len(unasked)} tensors would go nowhere: {brief(unasked)}")
     return source.dropped + plan.unused
@@ -218,7 +232,8 @@ def _fingerprint(plan: Plan, request: Request) -> str:
     files = sorted(set().union(*(task.files() for task in plan.tasks)))
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
     layout = [(task.path, task.nbytes, len(task.specs)) for task in plan.tasks]
-    options = [str(request.output), request.to, request.weights_only, sorted(request.drop), request.replicas]
+    formats = request.output, request.metaseq, request.alpa, request.alpa_training
+    options = [*map(str, formats), request.to, request.weights_only, sorted(request.drop), request.replicas]
     literals = hashlib.sha256(b"".join(s.data for t in plan.tasks for s in t.segments if hasattr(s, "data")))
     return hashlib.sha256(json.dumps([__version__, stats, layout, options, literals.hexdigest()]).encode()).hexdigest()
 

@@ -48,12 +48,15 @@ class WantedFile:
 @dataclass(frozen=True, slots=True)
 class Output:
     """What a framework's writer asks for: the files, each rank's source folder with its file or folder in the output, the
-    links to make (link, existing file), and what is worth saying in the manifest."""
+    links to make (link, existing file), and what is worth saying in the manifest. `roles` are the states that it has room
+    for (None: those asked for), and `needless` the names of tensors that no model computes with."""
 
     files: list[WantedFile]
     converted: list[tuple[Path, str]]
     links: list[tuple[str, str]]
     notes: dict[str, object]
+    roles: tuple[str, ...] | None = None
+    needless: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from .errors import RefusedError
@@ -124,17 +123,10 @@ class Planner:
         if len(blocks) == 1 and all(part.cols == blocks[0][1].cols for part, _ in columns[0]):
             panels = [(self._copy(part, pieces, place),) for part, pieces in columns[0]]
         else:
-            edges = sorted({edge for parts in columns for part, _ in parts for edge in (part.row, part.row + part.rows)})
-            panels = [self._panels(columns, low, high, place) for low, high in pairwise(edges)]
+            panels = [[self._copy(part, pieces, place) for part, pieces in beside] for beside in _beside(columns)]
         for beside in panels:
             woven = any(copy.pitch for copy in beside) or (len(beside) > 1 and beside[0].numel > beside[0].cols)
             yield from [Weave(tuple(beside))] if woven else beside
-
-    def _panels(self, columns: list[list[tuple[Box, list[Piece]]]], low: int, high: int, place: Place) -> list[Copy]:
-        """Of the rows [low, high), what lies side by side."""
-        return [self._copy(part, pieces, place) for parts in columns
-                for box, pieces in sorted(parts, key=lambda part: part[0].col)
-                if (part := box.intersect(Box(low, high - low, box.col, box.cols)))]
 
     def _transpose(self, wanted: Wanted, place: Place) -> Transpose:
         """The blocks in bands of equally many, the bands one below the other, each of a band's blocks in its own panel."""
@@ -223,6 +215,20 @@ class Planner:
         repeated = set(self.twins.values())
         return sorted(f"{tensor.name} ({tensor.role})" for tensor in self.index.boxes if tensor.role not in repeated
                       and not covers(list(self._used.get(tensor, ())), tensor.rows, tensor.cols))
+
+
+def _beside(columns: list[list[tuple[Box, list[Piece]]]]) -> Iterator[list[tuple[Box, list[Piece]]]]:
+    """The parts of columns, cut wherever one of them begins or ends, by runs of rows: what lies side by side in each."""
+    edges = sorted({edge for parts in columns for part, _ in parts for edge in (part.row, part.row + part.rows)})
+    number = {edge: place for place, edge in enumerate(edges)}
+    runs: list[list] = [[] for _ in edges[1:]]
+    for column, parts in enumerate(columns):
+        for part, pieces in parts:
+            for place in range(number[part.row], number[part.row + part.rows]):
+                low, high = edges[place], edges[place + 1]
+                runs[place].append((column, part.col, Box(low, high - low, part.col, part.cols), pieces))
+    for run in runs:
+        yield [(part, pieces) for _, _, part, pieces in sorted(run, key=lambda one: one[:2])]
 
 
 def _replica_of_piece(piece: Piece) -> int:

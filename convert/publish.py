@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checks import Misfit, Unequal
+from .checks import Misfit, NonFinite, Unequal
 from .errors import RefusedError
 from .tensors import Tensor
 from .writer import Outcome
@@ -154,6 +154,7 @@ def _entry(outcome: Outcome) -> dict:
                     for (tensor, replica), (digest, count) in outcome.digests.items()],
         "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex(), m.sums] for tensor, m in outcome.misfits.items()],
         "unequal": [[*_key(tensor), one.count, one.positions] for tensor, one in outcome.unequal.items()],
+        "non_finite": [[*_key(tensor), one.count, one.positions] for tensor, one in outcome.non_finite.items()],
     }
 
 
@@ -173,6 +174,7 @@ def _outcome(entry: dict) -> Outcome:
     for *key, count, positions, window, sums in entry["misfits"]:
         tensor = _tensor(key)
         outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window), tuple(sums))
-    for *key, count, positions in entry["unequal"]:
-        outcome.unequal[_tensor(key)] = Unequal(_tensor(key), count, [tuple(p) for p in positions])
+    for known, kind in ((outcome.unequal, Unequal), (outcome.non_finite, NonFinite)):
+        for *key, count, positions in entry["unequal" if kind is Unequal else "non_finite"]:
+            known[_tensor(key)] = kind(_tensor(key), count, [tuple(p) for p in positions])
     return outcome

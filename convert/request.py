@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .frameworks import mindspore
+from .frameworks import alpa, alpa_training, metaseq_target, mindspore
 from .planner import REFUSE
 
 
@@ -29,8 +29,13 @@ class Request:
     only_tp: frozenset[int] = frozenset()
     only_pp: frozenset[int] = frozenset()
     output: mindspore.Options = mindspore.Options()
+    metaseq: metaseq_target.Options = metaseq_target.Options()
+    alpa: alpa.Options = alpa.Options()
+    alpa_training: alpa_training.Options = alpa_training.Options()
     iteration: int | None = None
     sidecar: Path | None = None
+    metadata_from: Path | None = None
+    ema: bool = False
     weights_only: bool = False
     drop: frozenset[str] = frozenset()
     replicas: str = REFUSE

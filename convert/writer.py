@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .checks import Misfit, Unequal, cast, compare, mean_bits, unequal
+from .checks import Misfit, NonFinite, Unequal, cast, compare, mean_bits, non_finite, unequal
 from .containers import frames
 from .digest import MASK, bits_dtype, box_digest
 from .errors import TaskError
@@ -28,13 +28,14 @@ _GAP_BYTES = 16 << 10
 @dataclass(slots=True)
 class Outcome:
     """What a task found out: per (tensor, replica) the digest and the number of its elements; misfits; replicas that
-    differ; bytes written."""
+    differ; what is not finite; bytes written."""
 
     path: str
     nbytes: int
     digests: dict[tuple[Tensor, int], tuple[int, int]] = field(default_factory=dict)
     misfits: dict[Tensor, Misfit] = field(default_factory=dict)
     unequal: dict[Tensor, Unequal] = field(default_factory=dict)
+    non_finite: dict[Tensor, NonFinite] = field(default_factory=dict)
 
 
 class Writer:
@@ -206,6 +207,7 @@ class Writer:
         if copy.others:
             self._compare_others(copy, tensor, whole, start, box, bits)
         if copy.counted:
+            _merge(self.outcome.non_finite, non_finite(tensor, box, bits, copy.file))
             key = tensor, copy.replica
             digest, count = self.outcome.digests.get(key, (0, 0))
             self.outcome.digests[key] = (digest + box_digest(bits, box)) & MASK, count + box.numel
@@ -222,7 +224,7 @@ class Writer:
             np.copyto(bits, mean_bits([first, *others], copy.dtype))
 
 
-def _merge(known: dict[Tensor, Misfit] | dict[Tensor, Unequal], found: Misfit | Unequal | None) -> None:
+def _merge(known: dict, found: Misfit | Unequal | NonFinite | None) -> None:
     if found is not None and known.setdefault(found.tensor, found) is not found:
         known[found.tensor].merge(found)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..frameworks import mindspore
+from ..frameworks import alpa, alpa_training, metaseq_target, mindspore
 from ..job import TARGETS, convert
 from ..planner import FIRST, MEAN, REFUSE
 from ..request import Request
@@ -24,8 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=sorted(TARGETS), help="the framework to write for")
     add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
     add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
+    add("--metadata-from", type=Path, metavar="DIR", help="shards whose metadata describes metaseq files that lost it")
     add("--weights-only", action="store_true", help="take the weights of model_optim_rng.pt, no optimizer state")
-    add("--dtype", choices=["float32"], help="cast the weights (with --weights-only; default: as on disk)")
+    add("--dtype", choices=["float32", "float16", "bfloat16"],
+        help="cast the weights (default: as on disk; float16 for alpa; MindSpore: float32, with --weights-only)")
+    add("--form", choices=sorted(metaseq_target.NAMES), default=metaseq_target.FLAT,
+        help="of metaseq's files: flat parameters, whole tensors, or one file for all (default: %(default)s)")
+    add("--vocab-size", type=positive, metavar="N", help="rows of the word embedding for Alpa (default: the source's)")
+    add("--activation", choices=["relu", "gelu"], help="of a source that does not record it, for Alpa")
     add("--format", choices=sorted(mindspore.FRAMES), default="ckpt", help="file format (default: %(default)s)")
     add("--names", choices=mindspore.NAMES, default="mindspore", help="whose tensor names (default: %(default)s)")
     add("--file-prefix", default="network", metavar="NAME", help="file name without ending (default: %(default)s)")
@@ -57,15 +63,22 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.dtype and not args.weights_only:
-        raise RefusedError("--dtype: an optimizer's states keep their dtype; it goes with --weights-only")
+    if args.dtype and args.to in ("mindspore", "megatron", "megatron-dist") and not (
+            args.to == "mindspore" and args.weights_only and args.dtype == "float32"):
+        raise RefusedError(f"--dtype {args.dtype}: an optimizer's states keep their dtype; float32 goes with --to mindspore "
+                           "--weights-only, others with metaseq and alpa")
     sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     report = convert(Request(
         source=args.source, target=args.target, to=args.to, sizes=sizes, stage_layers=args.stage_layers,
         vocab_divisible_by=args.make_vocab_size_divisible_by, replicas=args.replicas,
-        output=mindspore.Options(args.format, args.names, args.file_prefix, cast=args.dtype,
-                                 all_dp_cp=args.generate_all_dp_cp),
-        iteration=args.iteration, sidecar=args.sidecar, weights_only=args.weights_only, drop=frozenset(args.drop),
+        output=mindspore.Options(args.format, args.names, args.file_prefix, all_dp_cp=args.generate_all_dp_cp,
+                                 cast=args.dtype if args.to == "mindspore" else None),
+        metaseq=metaseq_target.Options(args.form, cast=args.dtype),
+        alpa=alpa.Options(args.dtype or "float16", args.vocab_size, args.activation),
+        alpa_training=alpa_training.Options(args.dtype or "float32", vocab_size=args.vocab_size,
+                                            activation=args.activation),
+        iteration=args.iteration, sidecar=args.sidecar, metadata_from=args.metadata_from,
+        weights_only=args.weights_only, drop=frozenset(args.drop),
         accept_stale=args.accept_stale, accept_permuted=args.accept_permuted, overwrite=args.overwrite,
         dry_run=args.dry_run, workers=args.workers, ray=args.ray))
     print("\n".join(report.lines))

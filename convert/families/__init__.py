@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from . import gpt, yuan
+from . import gpt, opt, yuan
 
-FAMILIES = (gpt, yuan)
-#: all rows; what families share stands in gpt's table
+FAMILIES = (gpt, yuan, opt)
+#: all rows; what families share stands in gpt's table, and metaseq's dialect has one of its own
 ROWS = gpt.ROWS_OF_TABLE | yuan.ROWS_OF_TABLE
 
-LEGACY, CORE, MINDSPORE = "legacy", "core", "mindspore"
+LEGACY, CORE, MINDSPORE, METASEQ = "legacy", "core", "mindspore", "metaseq"
 #: the table that a model may hold twice, as its input and as its output
 WORD_EMBEDDING, HEAD = "embedding.word.weight", "output.weight"
 #: names of a head that by themselves say that it is the word embedding
@@ -85,6 +85,9 @@ def dialect_of(names: list[str]) -> str:
 
 @cache
 def _by_name(dialect: str) -> dict[str, Row]:
+    if dialect == METASEQ:
+        return {name.replace("{w}", w): Row(canonical.replace("{w}", w), arrangement, None)
+                for canonical, (arrangement, name) in opt.METASEQ.items() for w in ("weight", "bias")}
     rows = {}
     for canonical, (arrangement, legacy, core, mindspore) in ROWS.items():
         for w in ("weight", "bias") if "{w}" in canonical else ("weight",):

@@ -31,7 +31,8 @@ def stand_in(module: str, name: str) -> type:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        return stand_in(module, name) if module.startswith("megatron") else super().find_class(module, name)
+        is_framework = module.partition(".")[0] in ("megatron", "metaseq")
+        return stand_in(module, name) if is_framework else super().find_class(module, name)
 
 
 def torch_load(path: Path) -> dict:

@@ -1,0 +1,46 @@
+"""metaseq's consolidate_fsdp_shards: the shards that begin with PREFIX to whole tensors, glued to one part or by part."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "convert"
+
+from .cli import run
+from .frameworks.metaseq_target import SINGLETON, WHOLE, Options
+from .metaseq_scripts import add_common, add_switch, files_of, write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("prefix", help="how the shards' paths begin, as in raw/checkpoint_last")
+    add("--save-prefix", help="how the output's path begins (default: PREFIX_consolidated)")
+    add("--new-arch-name", metavar="NAME", help="the architecture that the output's configuration names")
+    add("--megatron-part", type=int, metavar="N", help="this part alone")
+    add_switch(add, "--no-stitch-megatron", False, "a file for each part")
+    add_switch(add, "--is-ema", False, "the moving average of the weights that training kept")
+    add_switch(add, "--strict", True, "does nothing here: what is missing is always an error")
+    add_common(add)
+    return run(lambda: _convert(parser.parse_args(argv)))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    prefix = args.prefix.removesuffix(".pt")
+    files = files_of(f"{prefix}*shard*.pt")
+    save = args.save_prefix or f"{prefix}_consolidated"
+    apart = args.no_stitch_megatron or args.megatron_part is not None
+    only = frozenset() if args.megatron_part is None else frozenset([args.megatron_part])
+    name = f"{save}-model_part-{{part}}.pt" if apart else f"{save}.pt"
+    form = SINGLETON if files.parts and not apart else WHOLE
+    return write(args, files, Path(name), Options(form, arch=args.new_arch_name), only=only,
+                 parts=None if apart else 1, weights_only=True, ema=args.is_ema)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""metaseq's convert_to_singleton: the parts in LOCATION, with or without shards, to one restored.pt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "convert"
+
+from .cli import run
+from .frameworks.metaseq_target import NAMES, SINGLETON, Options
+from .metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
+
+#: what metaseq calls the architecture of what it restores
+_ARCH = "transformer_lm_megatron"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("location", type=Path, help="the folder with reshard*.pt")
+    add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
+    add_switch(add, "--drop-metaseq-req", False, "leave out the data loader's state, which needs metaseq to load")
+    add_common(add)
+    return run(lambda: _convert(parser.parse_args(argv)))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    options = Options(SINGLETON, cast=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req)
+    return write(args, files_of(f"{args.location}/reshard*.pt"), args.location / NAMES[SINGLETON], options, parts=1,
+                 weights_only=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

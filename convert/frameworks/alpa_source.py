@@ -1,0 +1,76 @@
+"""Reading weights as Alpa's llm_serving has them (see alpa.py), so that an output of ours can be proved.
+
+The names are metaseq's, every tensor is whole, and nothing is kept beside the weights. A folder that ParamMap made has a
+manifest, which tells the rows that the conversion added: before the positions, and behind the words.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from .. import families
+from ..checkpoint import Checkpoint
+from ..containers import npy
+from ..errors import RefusedError
+from ..families import METASEQ, WORD_EMBEDDING
+from ..fusion import PADDING, Sizes
+from ..index import Found, Held, Index, Naming
+from ..layout import AS_RECORDED, Layout, Numbering, Place
+from ..naming import brief
+from ..publish import MANIFEST, read_manifest
+from ..tensors import WEIGHT, Box, Tensor
+from . import alpa
+
+
+def recognizes(source: Path) -> bool:
+    return source.is_dir() and any(families.find(name, METASEQ) for name in os.listdir(source))
+
+
+def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
+         drop: frozenset[str] = frozenset(), numbering: Numbering = AS_RECORDED) -> Checkpoint:
+    """Read a folder's headers. It has weights only, of one rank, no experts, and no iteration, which counts as 0.
+
+    Raises RefusedError for an iteration asked for, a parameter that is missing, a file that is none, and a damaged one.
+    """
+    if iteration is not None or sidecar_folder is not None:
+        raise RefusedError(f"{source}: holds Alpa's weights, which have no iteration and no sidecar; leave these flags out")
+    names = sorted(set(os.listdir(source)) - {MANIFEST})
+    layers = [layer[1] for name in names if (layer := families.layer_of(name))]
+    num_layers = 1 + max(layers, default=-1)
+    _check_names(source, set(names), num_layers)
+    rows = _rows_converted(source)
+    naming = Naming(METASEQ, Layout(), None, None, Sizes(vocab=rows.get(WORD_EMBEDDING)), gated=False, tied=True)
+    held = [naming.hold(Found(name, Place(), WEIGHT, npy.read(source / name))) for name in names]
+    index = Index([_without_added(one, rows) if one.canonical == alpa.POSITIONS else one for one in held], Layout())
+    index.check_complete()
+    return Checkpoint("alpa", source, 0, Layout(), index, False, num_layers, rank_folders={(0, 0, 0): source}, metas={})
+
+
+def _check_names(source: Path, names: set[str], num_layers: int) -> None:
+    expected = {path for path, _ in alpa._files(num_layers)}
+    foreign = sorted(names - expected - {f"decoder.{name}" for name in alpa.BUFFERS})
+    if foreign:
+        raise RefusedError(f"{source / foreign[0]}: is no parameter of Alpa's OPT; move it to another folder")
+    if missing := sorted(expected - names):
+        raise RefusedError(f"{source}: lacks {len(missing)} parameters of Alpa's OPT of {num_layers} layers: "
+                           f"{brief(missing)}; copy the whole folder")
+
+
+def _rows_converted(source: Path) -> dict[str, int]:
+    """The rows that each weight had in the source of the conversion, by canonical name; {} without a manifest."""
+    manifest = read_manifest(source) or {"digests": []}
+    return {entry["name"]: entry["shape"][0] for entry in manifest["digests"] if entry["role"] == WEIGHT and entry["shape"]}
+
+
+def _without_added(positions: Held, rows: dict[str, int]) -> Held:
+    """The table of positions, with the rows before those of the source as its padding."""
+    (tensor, box), = positions.blocks
+    kept = rows.get(alpa.POSITIONS, tensor.rows)
+    added = tensor.rows - kept
+    if added <= 0:
+        return positions
+    padding = Tensor(WEIGHT, f"{tensor.name}.{PADDING}", tensor.dtype, (added, *tensor.shape[1:]))
+    return replace(positions, blocks=((padding, Box(0, added, 0, box.cols)),
+                                      (replace(tensor, shape=(kept, *tensor.shape[1:])), Box(0, kept, 0, box.cols))))

@@ -1,0 +1,198 @@
+"""Alpa's serving weights: the very files that metaseq's and Alpa's own tools make, and a model that computes the same."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert import frameworks
+from convert.errors import RefusedError
+from convert.execute import run_tasks
+from convert.frameworks import alpa
+from convert.planner import Planner
+from convert.progress import Progress
+from convert.tensors import MODEL_WEIGHT, WEIGHT
+from tests.lab import alpa_opt
+
+DATA = Path(__file__).parent / "data"
+SERVED = alpa.Options()
+LAYERS, HEADS, HIDDEN, FFN, VOCAB, POSITIONS = 3, 4, 24, 40, 64, 34
+
+
+def convert(source: Path, out: Path, options: alpa.Options = SERVED, **reading) -> dict:
+    """Write the folder; the notes of the output."""
+    checkpoint = frameworks.read(source, **reading)
+    output = alpa.output(checkpoint, options)
+    plan = Planner(checkpoint.index, {WEIGHT: MODEL_WEIGHT}).plan(output.files)
+    out.mkdir(parents=True)
+    assert not [name for name in plan.unused if name.endswith(f"({WEIGHT})") and ".padding" not in name]
+    assert len(list(run_tasks(plan.tasks, out, 1, Progress(1)))) == len(output.files)
+    return output.notes["alpa"]
+
+
+def opt_weights(dtype: torch.dtype = torch.float32, **sizes: int) -> dict[str, torch.Tensor]:
+    """A singleton's weights, under metaseq's names."""
+    layers, hidden, ffn, vocab = (sizes.get(name, value) for name, value in (
+        ("layers", LAYERS), ("hidden", HIDDEN), ("ffn", FFN), ("vocab", VOCAB)))
+    shapes = {"embed_tokens.weight": (vocab, hidden), "embed_positions.weight": (POSITIONS, hidden),
+              "layer_norm.weight": (hidden,), "layer_norm.bias": (hidden,)}
+    for i in range(layers):
+        own = {f"self_attn.{atom}_proj": (hidden, hidden) for atom in ("k", "v", "q", "out")}
+        own |= {"self_attn_layer_norm": (hidden,), "fc1": (ffn, hidden), "fc2": (hidden, ffn), "final_layer_norm": (hidden,)}
+        for name, shape in own.items():
+            shapes |= {f"layers.{i}.{name}.weight": shape, f"layers.{i}.{name}.bias": shape[:1]}
+    generator = torch.Generator().manual_seed(5)
+    return {f"decoder.{name}": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def singleton(folder: Path, weights: dict[str, torch.Tensor], **model: object) -> Path:
+    """restored.pt, with these settings of the model."""
+    folder.mkdir(exist_ok=True)
+    config = {"decoder_attention_heads": HEADS, "share_decoder_input_output_embed": True, **model}
+    torch.save({"cfg": {"model": config}, "model": weights}, folder / "restored.pt")
+    return folder / "restored.pt"
+
+
+@pytest.mark.parametrize("golden", ["mp2dp2_fp16", "mp1dp3_fp32"])
+def test_shards_become_the_files_that_the_existing_tools_make(golden, tmp_path):
+    """metaseq's shards, reshard_fsdp and reshard_mp's singleton, and what Alpa's step_3 made of it; and the logits that
+    metaseq, HF's OPT and Alpa's own flax model computed of them."""
+    shards, folder = DATA / "metaseq" / golden, DATA / "alpa" / golden
+    if not list(shards.glob("checkpoint_3-*.pt")):
+        pytest.skip(f"tests/data/metaseq/{golden} is not there: it is written by metaseq itself, which is no package")
+    convert(shards / "checkpoint_3", tmp_path / "np", alpa.Options(dtype="float16" if "fp16" in golden else "float32"))
+    with zipfile.ZipFile(folder / "alpa_np.zip") as archive:
+        theirs = {name: archive.read(name) for name in archive.namelist()}
+    assert theirs == {path.name: path.read_bytes() for path in (tmp_path / "np").iterdir()} and len(theirs) == 53
+    truth, sizes = np.load(folder / "oracle_logits.npz"), json.loads((folder / "golden.json").read_text())
+    params = alpa_opt.fused(tmp_path / "np", sizes["layers"])
+    logits = alpa_opt.logits(params, truth["tokens"], sizes["layers"], sizes["heads"])
+    assert np.abs(logits - truth["alpa"]).max() < 1e-5 and np.abs(logits - truth["hf"]).max() < 1e-5
+    assert truth["alpa"].std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_file_is_what_numpy_saves(dtype, saved, tmp_path):
+    weights = opt_weights(saved)
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype=dtype))
+    assert {path.name for path in (tmp_path / "np").iterdir()} == set(weights)
+    for name, value in weights.items():
+        np.save(tmp_path / "expected.npy", value.float().numpy().astype(dtype))
+        assert (tmp_path / "np" / name).read_bytes() == (tmp_path / "expected.npy").read_bytes(), name
+
+
+def test_the_model_computes_hfs_logits(tmp_path):
+    """Weights of HF's OPT as metaseq names them, converted, fused as Alpa's loader does, and computed."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (pip install 'parammap[dev]')")
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB, hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=FFN, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, max_position_embeddings=POSITIONS - 2, init_std=0.2, bos_token_id=2)
+    torch.manual_seed(3)
+    model = transformers.OPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # fresh biases are 0 and norms are 1
+    weights = {name.removeprefix("model.").replace("decoder.final_layer_norm", "decoder.layer_norm"): value
+               for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype="float32"))
+    tokens = torch.randint(2, VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens).logits.numpy()
+    params = alpa_opt.fused(tmp_path / "np", LAYERS)
+    assert np.abs(alpa_opt.logits(params, tokens.numpy(), LAYERS, HEADS) - expected).max() < 1e-5 < expected.std()
+    kernel = "params.transformers.encoder.1.attention.self.qkv_combined.kernel"
+    params[kernel] = params[kernel].reshape(HIDDEN, HIDDEN, 3)[..., [0, 2, 1]].reshape(HIDDEN, -1)  # k for v
+    assert np.abs(alpa_opt.logits(params, tokens.numpy(), LAYERS, HEADS) - expected).max() > 0.1
+
+
+def test_a_longer_vocabulary_repeats_the_last_row(tmp_path):
+    weights = opt_weights()
+    notes = convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype="float32", vocab_size=VOCAB + 8))
+    words = np.load(tmp_path / "np/decoder.embed_tokens.weight")
+    given = weights["decoder.embed_tokens.weight"].numpy()
+    assert np.array_equal(words[:VOCAB], given) and np.array_equal(words[VOCAB:], np.repeat(given[-1:], 8, 0))
+    assert (notes["vocab_size"], notes["vocab_rows_added"]) == (VOCAB + 8, 8)
+
+
+def test_a_vocabulary_is_never_cut(tmp_path):
+    with pytest.raises(RefusedError, match="has a vocabulary of 64, of which --vocab-size 63 would cut off a part"):
+        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(vocab_size=63))
+
+
+def test_a_public_model_has_the_servers_vocabulary(tmp_path):
+    source = singleton(tmp_path, opt_weights(torch.float16, layers=12, hidden=768, ffn=8, vocab=104))
+    with pytest.raises(RefusedError, match="has 104 rows of vocabulary, and llm_serving's opt-125m takes 50272"):
+        convert(source, tmp_path / "np")
+    convert(source, tmp_path / "np", alpa.Options(vocab_size=104))
+    assert np.load(tmp_path / "np/decoder.embed_tokens.weight").shape == (104, 768)
+
+
+REFUSED = {  # tensors replaced, added or (None) left out; settings; message
+    "no final norm": ({"layer_norm.weight": None, "layer_norm.bias": None}, {},
+                      "lacks 2 tensors of Alpa's OPT: final_norm.bias, final_norm.weight"),
+    "sinusoidal positions": ({"embed_positions.weight": None, "embed_positions._float_tensor": torch.zeros(1)}, {},
+                             "lacks 1 tensors of Alpa's OPT: embedding.position.weight"),
+    "an untied head": ({"output_projection.weight": torch.zeros(VOCAB, HIDDEN)},
+                       {"share_decoder_input_output_embed": False}, "has 1 tensors that have no place in Alpa's OPT"),
+    "a norm on the embedding": ({"layernorm_embedding.weight": torch.ones(HIDDEN)}, {},
+                                "has 1 tensors that have no place in Alpa's OPT: embedding.norm.weight"),
+    "a narrow embedding": ({"embed_tokens.weight": torch.zeros(VOCAB, 12)}, {},
+                           "cannot be Alpa's OPT: its embedding has 12 columns and its layers 24"),
+    "gelu": ({}, {"activation_fn": "gelu"}, "its activation is gelu and not relu"),
+    "a scaled embedding": ({}, {"no_scale_embedding": False}, "it was trained with no_scale_embedding False"),
+    "alibi": ({}, {"alibi": True}, "it was trained with alibi True"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_architectures_are_refused(case, tmp_path):
+    changed, model, message = REFUSED[case]
+    weights = opt_weights() | {f"decoder.{name}": value for name, value in changed.items()}
+    source = singleton(tmp_path, {name: value for name, value in weights.items() if value is not None}, **model)
+    with pytest.raises(RefusedError, match=message):
+        convert(source, tmp_path / "np")
+    assert not (tmp_path / "np").exists()
+
+
+def test_numpy_has_no_bfloat16(tmp_path):
+    with pytest.raises(RefusedError, match="numpy has no bfloat16; choose another dtype with --dtype"):
+        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(dtype="bfloat16"))
+
+
+GPT = {"tp": 2, "pp": 2, "layers": 2, "hidden": 64, "heads": 4, "dtype": "bf16"}
+
+
+def test_a_megatron_gpt_has_another_activation(trained, tmp_path):
+    run = trained(**GPT)
+    with pytest.raises(RefusedError, match="cannot be Alpa's OPT: its activation is gelu and not relu"):
+        convert(run.path, tmp_path / "np")
+
+
+def test_a_llama_has_other_tensors(trained, tmp_path):
+    run = trained(**GPT, rmsnorm=True, swiglu=True, rope=True, no_bias=True)
+    with pytest.raises(RefusedError, match="tensors of Alpa's OPT.*; the two models are of different architectures"):
+        convert(run.path, tmp_path / "np")
+
+
+def test_a_megatron_gpt_of_the_same_architecture(trained, tmp_path):
+    """A script around bare megatron-core records no arguments, so that its user must say what its activation is."""
+    run = trained(**GPT, no_args=True)
+    with pytest.raises(RefusedError, match="it does not say what its activation is; tell with --activation"):
+        convert(run.path, tmp_path / "refused")
+    convert(run.path, tmp_path / "np", alpa.Options(dtype="float32", activation="relu"))
+    by_place = {truth.place[:2]: truth for truth in run.truths()}
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    pieces = [by_place[tp, 1].array(0, name, "main").reshape(2, 3, 16, 64) for tp in range(2)]
+    for number, atom in enumerate("qkv"):
+        there = np.load(tmp_path / f"np/decoder.layers.1.self_attn.{atom}_proj.weight")
+        assert np.array_equal(there, np.concatenate([piece[:, number].reshape(32, 64) for piece in pieces]))
+    positions = np.load(tmp_path / "np/decoder.embed_positions.weight")
+    assert not positions[:2].any()
+    assert np.array_equal(positions[2:], by_place[0, 0].array(0, "embedding.position_embeddings.weight", "main"))
+    words = np.load(tmp_path / "np/decoder.embed_tokens.weight")
+    assert np.array_equal(words, np.concatenate([
+        by_place[tp, 0].array(0, "embedding.word_embeddings.weight", "main") for tp in range(2)]))
