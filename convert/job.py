@@ -81,7 +81,7 @@ def convert(request: Request) -> Report:
         "files": [*({"path": o.path, "bytes": o.nbytes} for o in outcomes),
                   *(file for file in (part.before["files"] if part.before else []) if file["path"] in part.kept)],
         "links": linked, "dropped": dropped,
-        "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": request.output.cast,
+        "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": _cast(request),
                     "replicas": request.replicas},
         **findings.entries(), "scalars": _scalars(plan), **planned.notes})
     lines = [*target.notes, *findings.lines(request), *_replicas(plan), *_summary(plan, request, dropped, started)]
@@ -145,7 +145,8 @@ def wanted(source: Checkpoint, request: Request) -> Checkpoint:
     if "tp" in request.sizes and "etp" not in request.sizes:
         layout = replace(layout, etp=layout.tp)
     changed = {name for name, size in request.sizes.items() if size != getattr(there, name)}
-    unchanged_stages = request.stage_layers in ((), tuple(source.stage_layers()))
+    unchanged_stages = not request.stage_layers or (
+        there.vpp == 1 and request.stage_layers == tuple(source.stage_layers()))
     if source.trained is None and changed <= set(_NUMBERING.get(request.to, ())) and unchanged_stages and (
             request.vocab_divisible_by is None):
         return source
@@ -209,6 +210,12 @@ def _check_space(plan: Plan, needed: int, staging: Staging) -> None:
     if needed > free:
         raise RefusedError(f"{staging.folder.parent}: has {free / 1e9:.2f} GB free and the output needs "
                            f"{needed / 1e9:.2f} GB more; make room or choose another place")
+
+
+def _cast(request: Request) -> str | None:
+    """The dtype that the weights were cast to; None if they are as on disk."""
+    return {"mindspore": request.output.cast, "metaseq": request.metaseq.cast, "alpa": request.alpa.dtype,
+            "alpa-training": request.alpa_training.dtype}.get(request.to)
 
 
 def _status_before(manifest: dict, request: Request) -> int:

@@ -36,7 +36,6 @@ REFUSED = {
     "too few stages": ("tied", "--pp 3 --stage-layers 2,2", ["2 numbers", "pp 3"]),
     "wrong sum": ("tied", "--pp 3 --stage-layers 2,2,1", ["2,2,1", "add up to 5", "4 layers"]),
     "uneven chunks": ("tied", "--pp 2 --vpp 2 --stage-layers 3,1", ["3 layers", "vpp 2"]),
-    "no layer": ("tied", "--pp 2 --stage-layers 0,4", ["0,4", "0 is no number"]),
     "less than none": ("tied", "--pp 2 --stage-layers=-1,5", ["-1,5", "-1 is no number"]),
     "etp": ("moe", "--tp 4 --etp 2", ["expert tensor parallel 2", "tp 4"]),
 }

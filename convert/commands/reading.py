@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, what: str = "", prefix: str =
     add = parser.add_argument
     add(f"--{prefix}iteration", type=int, metavar="N", help=f"the iteration{of} to take (default: the latest)")
     add(f"--{prefix}sidecar", type=Path, metavar="DIR", help=f"where param_map*.json or layout_*.json{of} are")
+    add(f"--{prefix}metadata-from", type=Path, metavar="DIR", help=f"shards that describe flat metaseq files{of}")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -31,4 +32,5 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def read(source: Path, args: argparse.Namespace, prefix: str = "") -> Checkpoint:
     flags = vars(args)
     return frameworks.read(source, iteration=flags[f"{prefix}iteration"], sidecar=flags[f"{prefix}sidecar"],
+                           metadata_from=flags[f"{prefix}metadata_from".replace("-", "_")],
                            weights_only=args.weights_only, drop=frozenset(args.drop))

@@ -8,10 +8,10 @@ from ..checkpoint import Checkpoint
 from ..errors import RefusedError
 from ..garbage import no_collection
 from ..layout import Numbering
-from . import megatron, megatron_dist, metaseq, mindspore_source
+from . import alpa_source, megatron, megatron_dist, metaseq, mindspore_source
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
-READERS = (mindspore_source, megatron_dist, metaseq, megatron)
+READERS = (mindspore_source, megatron_dist, alpa_source, metaseq, megatron)
 
 
 @no_collection()

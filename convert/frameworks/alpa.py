@@ -112,6 +112,8 @@ class States:
 
 def output(target: Checkpoint, options: Options = Options()) -> Output:
     """Plan the folder. Raises RefusedError for a model of another architecture, and for a dtype that numpy lacks."""
+    if target.framework == "alpa":
+        raise RefusedError(f"{target.folder}: is Alpa's already; convert what it was made from")
     states, files = States(target, options.vocab_size), dict(_files(target.num_layers))
     check_names(states, set(files.values()), "Alpa's OPT")
     check_opt(states, options.activation, "Alpa's OPT")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
-from ..checks import SHOWN_POSITIONS, cast_bits, widen_bits
+from ..checks import SHOWN_POSITIONS, cast, widen_bits
 from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
 from ..frameworks.megatron_facts import Facts
@@ -16,12 +17,16 @@ from ..index import Index, is_padding
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
 from .stream import Files, View, bands, copies_of, in_processes
 
+#: a tensor that differs in so many elements at most has each of them listed, one that does in more the first few
+LISTED = 32
 #: what of a rank's metadata belongs to the training state
 STATE_KEYS = ("optimizer", "opt_param_scheduler")
 #: (role, name) of a logical tensor
 Key = tuple[str, str]
+#: gives the file and byte offset of the element at a row and column
+Place = Callable[[int, int], tuple[str, int]]
 _FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
-_CASTS = {("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32"), ("float16", "float32")}
+_CASTS = set(permutations(("float32", "float16", "bfloat16"), 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,33 @@ class Difference:
     largest: float = 0.0
     positions: list[Position] = field(default_factory=list)
     apart: str | None = None
+
+    def add(self, band: Box, at: np.ndarray, a: np.ndarray, b: np.ndarray, *, places: tuple[Place, Place]) -> None:
+        """Take down the elements numbered `at` of a band with the values `a`, `b`; `places` say where one lies on disk."""
+        self.elements += len(at)
+        self.largest = max(self.largest, _largest(a[at], b[at]))
+        for element in map(int, at[:max(LISTED - len(self.positions), 0)]):
+            row, col = band.row + element // band.cols, band.col + element % band.cols
+            self.positions.append(Position(row, col, a[element].item(), b[element].item(),
+                                           *(place(row, col) for place in places)))
+
+    def shorten(self) -> None:
+        """Keep but the first few positions, unless all are listed."""
+        if self.elements > LISTED:
+            del self.positions[SHOWN_POSITIONS:]
+
+    def stretches(self) -> list[list[Position]]:
+        """The positions, those together that follow each other in a row (or the only column), in the same files."""
+        down, right = (1, 0) if self.a.cols == 1 else (0, 1)
+        found: list[list[Position]] = []
+        for at in self.positions:
+            last = found[-1][-1] if found else None
+            if last and (last.row + down, last.column + right, last.place_a[0], last.place_b[0]) == (
+                    at.row, at.column, at.place_a[0], at.place_b[0]):
+                found[-1].append(at)
+            else:
+                found.append([at])
+        return found
 
     @property
     def name(self) -> str:
@@ -170,6 +202,7 @@ def _difference(a: Index, b: Index, pair: Pair, tolerance: Tolerance | None) -> 
         for number in range(max(map(copies_of, boxes))):
             views = View(pair.a, boxes[0], number), View(pair.b, boxes[1], number)
             _compare(pair, views, wrong, files, found)
+    found.shorten()
     return found if found.elements or found.apart else None
 
 
@@ -181,14 +214,8 @@ def _compare(pair: Pair, views: tuple[View, View], wrong, files: Files, found: D
             continue
         a, b = values(bits_a, pair.a.dtype), values(bits_b, dtype_b)
         at = np.flatnonzero(wrong(bits_a, bits_b, a, b, pair.cast))
-        if not len(at):
-            continue
-        found.elements += len(at)
-        found.largest = max(found.largest, _largest(a[at], b[at]))
-        for element in map(int, at[:SHOWN_POSITIONS - len(found.positions)]):
-            row, col = band.row + element // band.cols, band.col + element % band.cols
-            found.positions.append(Position(row, col, a[element].item(), b[element].item(),
-                                            view_a.place(row, col), view_b.place(row, col)))
+        if len(at):
+            found.add(band, at, a, b, places=(view_a.place, view_b.place))
 
 
 def read_both(pair: Pair, view_a: View, view_b: View, files: Files) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
@@ -201,9 +228,7 @@ def read_both(pair: Pair, view_a: View, view_b: View, files: Files) -> Iterator[
 
 def recast(bits: np.ndarray, dtype: str, to: str) -> np.ndarray:
     """The bits of `dtype` values as the bits of the same values in `to`, rounded to nearest even."""
-    if dtype == to:
-        return bits
-    return widen_bits(bits, dtype) if to == "float32" else cast_bits(bits, to)
+    return bits if dtype == to else cast(bits, dtype, to)
 
 
 def _wrong_bits(bits_a: np.ndarray, bits_b: np.ndarray, a: np.ndarray, b: np.ndarray, cast: bool) -> np.ndarray:
@@ -237,6 +262,25 @@ def _largest(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(distance, initial=0.0, where=~np.isnan(distance)))
 
 
+def told(found: Difference) -> str:
+    """A difference in words: how many elements, by how much, and where the first ones lie."""
+    if not found.elements:
+        return f"{found.apart} in output and source"
+    return ((f"{found.apart}; " if found.apart else "")
+            + f"{found.elements} of {found.a.rows * found.a.cols} elements differ, by at most {found.largest:.9g}; first: "
+            + "; ".join(map(_told_stretch, found.stretches())))
+
+
+def _told_stretch(positions: list[Position]) -> str:
+    at, last, more = positions[0], positions[-1], len(positions) > 1
+    return (f"[{_span(at.row, last.row)}, {_span(at.column, last.column)}] {at.a:.9g}{' …' * more} and "
+            f"{at.b:.9g}{' …' * more} ({at.place_a[0]} byte {at.place_a[1]}, {at.place_b[0]} byte {at.place_b[1]})")
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}:{last + 1}"
+
+
 def metadata_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     """What the ranks of both say differently of iteration, parameter groups and scheduler.
 
@@ -244,7 +288,7 @@ def metadata_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
     keep at all is not compared.
     """
     lines: dict[str, None] = {}
-    if a.iteration != b.iteration:
+    if a.metas and b.metas and a.iteration != b.iteration:
         lines[f"iteration: {a.iteration} and {b.iteration}"] = None
     for rank, meta in a.metas.items() if a.metas.keys() == b.metas.keys() else ():
         for key in STATE_KEYS:

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..containers import mindspore_ckpt, safetensors, torch_zip, zip_records
+from numpy.lib.format import MAGIC_PREFIX
+
+from ..containers import mindspore_ckpt, npy, safetensors, torch_zip, zip_records
 from ..errors import RefusedError
 from ..tensors import Stored
 
 
 def entries_of(file: Path) -> list[tuple[str, Stored]]:
-    """The tensors in a file, each with its key; in a file of torch.save that is the Python subscription, `['model'][…]`.
+    """The tensors in a file, each with its key; in a file of torch.save that is the Python subscription, `['model'][…]`, and
+    the one array of a numpy file has the file's name.
 
     Raises RefusedError if the file is of no format that can be read, or damaged.
     """
@@ -21,22 +24,31 @@ def entries_of(file: Path) -> list[tuple[str, Stored]]:
 
 def structure_at(file: Path, offset: int) -> str:
     """What lies at a byte that belongs to no tensor."""
-    if file.suffix != ".pt":
-        return _STRUCTURE.get(file.suffix, "no part of a tensor")
+    if _format(file) != ".pt":
+        return _STRUCTURE.get(_format(file), "no part of a tensor")
     for name, extent in zip_records.read(file).items():
         if extent.offset <= offset < extent.offset + extent.nbytes:
             return f"record {name} of the zip archive"
     return "structure of the zip archive: headers, padding or directory"
 
 
-_STRUCTURE = {".ckpt": "a record's header: name, dims and type", ".safetensors": "the header, in JSON"}
+_STRUCTURE = {".ckpt": "a record's header: name, dims and type", ".safetensors": "the header, in JSON",
+              ".npy": "the header: dtype, order and shape"}
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Stored]]:
-    reader = _READERS.get(file.suffix)
+    reader = _READERS.get(_format(file))
     if reader is None:
         raise RefusedError(f"{file}: is no {', '.join(_READERS)} file, so nobody knows what lies where in it")
     return reader(file)
+
+
+def _format(file: Path) -> str:
+    """The ending that says a file's format; numpy's files may have another or none, and begin with its magic bytes."""
+    if file.suffix in _READERS:
+        return file.suffix
+    with open(file, "rb") as stream:
+        return ".npy" if stream.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX else file.suffix
 
 
 def _flat(read: Callable) -> Callable[[Path], Iterator[tuple[str, Stored]]]:
@@ -64,4 +76,8 @@ def _key(key: object) -> str:
     return repr(key) if isinstance(key, (str, int)) else str(key)
 
 
-_READERS = {".ckpt": _flat(mindspore_ckpt.read), ".safetensors": _flat(safetensors.read), ".pt": _tree}
+def _array(file: Path) -> Iterator[tuple[str, Stored]]:
+    yield file.name, npy.read(file)
+
+
+_READERS = {".ckpt": _flat(mindspore_ckpt.read), ".safetensors": _flat(safetensors.read), ".pt": _tree, ".npy": _array}

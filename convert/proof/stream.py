@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -96,15 +97,15 @@ class View:
         self.tensor = tensor
         self.pieces = sorted((replica(pieces, number) for pieces in boxes.values()),
                              key=lambda piece: (piece.box.row, piece.box.col))
+        self._rows, self._tallest = [piece.box.row for piece in self.pieces], max(piece.box.rows for piece in self.pieces)
         self._buffer = np.empty(min(BAND_BYTES // ITEMSIZE[tensor.dtype], tensor.rows * tensor.cols),
                                 bits_dtype(tensor.dtype))
         self._scratch = np.empty_like(self._buffer)
 
     def parts(self, band: Box) -> Iterator[tuple[Piece, Box]]:
         """The pieces that hold elements of `band`, each with the box of them."""
-        for piece in self.pieces:
-            if piece.box.row >= band.row + band.rows:
-                break
+        first, end = (bisect_left(self._rows, row) for row in (band.row - self._tallest + 1, band.row + band.rows))
+        for piece in self.pieces[first:end]:
             part = piece.box.intersect(band)
             if part:
                 yield piece, part

@@ -20,8 +20,19 @@ from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
-from .compare import Difference, Pair, as_embedding, casts_of_weights, differences, is_tied, metadata_differences, pair
+from .compare import (
+    Difference,
+    Pair,
+    as_embedding,
+    casts_of_weights,
+    differences,
+    is_tied,
+    metadata_differences,
+    pair,
+    told,
+)
 from .contents import entries_of
+from .replicas import unequal
 from .stream import Files, copies_of, in_processes, read_piece
 
 #: bytes that a worker process is given at a time
@@ -41,17 +52,21 @@ class Problem:
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found wrong, what is worth knowing, the tensors compared, and those that differ from the source's."""
+    """What was found wrong, what is worth knowing, the tensors compared, those that differ from the source's, those that a
+    cast rounded, which no digest of the source can prove, and those of which ranks keep copies that are not equal."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compared: set[Tensor] = field(default_factory=set)
     wrong: list[tuple[Pair, Difference]] = field(default_factory=list)
+    rounded: set[Tensor] = field(default_factory=set)
+    unequal: list[Difference] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to verify, and against which source, read how; `cast` is a dtype that weights may have been cast to."""
+    """What to verify, and against which source, read how; `cast` is a dtype that weights may have been cast to. Without a
+    source, `iteration` and `sidecar` are the output's. `replicas` asks for the copies that ranks keep to be compared."""
 
     output: Path
     against: Path | None = None
@@ -60,6 +75,7 @@ class Request:
     weights_only: bool = False
     drop: frozenset[str] = frozenset()
     cast: str | None = None
+    replicas: bool = False
     workers: int = 1
 
 
@@ -86,7 +102,7 @@ class Manifest:
                 if content is None:
                     continue
                 files = {file["path"]: file["bytes"] for file in content["files"]}
-                if root == output or any(Path(file).parts[0] == output.name for file in files):
+                if root == output or output.is_dir() and any(Path(file).parts[0] == output.name for file in files):
                     return cls(root, files, {(entry["role"], entry["name"]): entry for entry in content["digests"]},
                                content.get("scalars", []), content.get("options", {}))
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,25 +125,31 @@ def verify(request: Request) -> Verdict:
     casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
     verdict.problems += _missing_names(output, verdict)
     if manifest is None:
-        verdict.notes.append(f"{request.output}: has no {MANIFEST}, so there are no digests to compare with: "
-                             "only its structure was checked")
+        verdict.notes.append(f"{request.output}: has no {MANIFEST}, so there are no digests to compare with"
+                             + ("" if request.against or request.replicas else ": only its structure was checked"))
     else:
         archives = [manifest.root / path for path in manifest.files if path.endswith(".pt")]
         verdict.problems += wrong_archives(archives, request.workers)
         verdict.problems += _wrong_scalars(manifest)
         verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
         _check_own_casts(output, request, verdict)
+    if request.replicas:
+        _compare_replicas(output, request, verdict)
     if request.against:
         _compare(output, request, manifest, casts, verdict)
-    if (manifest or request.against) and not verdict.compared and not verdict.problems:
+    elif verdict.rounded:
+        verdict.notes.append(f"{len(verdict.rounded)} tensors were rounded by a cast, so no digest of the source fits them: "
+                             "only their shapes were checked; compare with the source: --against SRC")
+    if (manifest or request.against) and not verdict.compared | verdict.rounded and not verdict.problems:
         raise RefusedError(f"{request.output}: no tensor could be compared; compare with the source: --against SRC")
     return verdict
 
 
 def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The output; one that was made of weights alone is read so, as it has no sidecar."""
+    own = {} if request.against else {"iteration": request.iteration, "sidecar": request.sidecar}
     return frameworks.read(request.output, drop=request.drop, weights_only=request.weights_only or bool(
-        manifest and manifest.options.get("weights_only")))
+        manifest and manifest.options.get("weights_only")), **own)
 
 
 def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
@@ -283,9 +305,11 @@ def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], work
              if tensor not in known and tensor.role != MODEL_WEIGHT and not is_padding(tensor)}
     for what, keys in (("is missing", manifest.digests.keys() - there.keys()), ("is not of the source", extra)):
         yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
-    narrow = {tensor: entry["dtype"] for tensor, entry in known.items()
-              if tensor.dtype in casts and ITEMSIZE[tensor.dtype] > ITEMSIZE[entry["dtype"]]}
-    chosen = Index([], output.layout, {tensor: output.index.boxes[tensor] for tensor in known})
+    cast = {tensor: entry["dtype"] for tensor, entry in known.items() if tensor.dtype in casts - {entry["dtype"]}}
+    narrow = {tensor: dtype for tensor, dtype in cast.items() if ITEMSIZE[tensor.dtype] > ITEMSIZE[dtype]}
+    verdict.rounded |= {tensor for tensor in cast.keys() - narrow.keys() if list(tensor.shape) == known[tensor]["shape"]}
+    chosen = Index([], output.layout, {tensor: output.index.boxes[tensor] for tensor in known
+                                        if tensor not in verdict.rounded})
     for tensor, found in digests(chosen, workers, narrow).items():
         yield from _wrong_digest(tensor, found, known[tensor], narrow, verdict)
 
@@ -312,6 +336,15 @@ def _check_own_casts(output: Checkpoint, request: Request, verdict: Verdict) -> 
     verdict.compared |= {one.a for one in pairs}
     for found in differences(output.index, output.index, pairs, workers=request.workers) if pairs else []:
         verdict.problems.append(Problem(found.name, f"is not the cast of the optimizer's weight: {told(found)}"))
+
+
+def _compare_replicas(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+    copied, verdict.unequal = unequal(output.index, request.workers)
+    verdict.compared |= set(copied)
+    verdict.problems += [Problem(found.name, f"copies that must be equal are not: {told(found)}")
+                         for found in verdict.unequal]
+    if not copied:
+        verdict.notes.append(f"{output.folder}: holds each element once, so there are no replicas to compare")
 
 
 # ------------------------------------------------------------------------------------------------------ with the source
@@ -347,15 +380,3 @@ def _expected_pairs(output: Checkpoint, source: Checkpoint, casts: set[str], ver
     pairs = [Pair(one.a, one.b, cast=one.a.dtype != one.b.dtype and one.a.dtype in casts) for one in pairing.pairs]
     kept = {tensor.name for tensor in source.index.tensors(MODEL_WEIGHT)}
     return pairs + [one for tensor, one in weights.items() if tensor.name not in kept]
-
-
-def told(found: Difference) -> str:
-    """A difference in words: how many elements, by how much, and where the first ones lie."""
-    if not found.elements:
-        return f"{found.apart} in output and source"
-    first = [f"[{at.row}, {at.column}] {at.a:.9g} and {at.b:.9g} ({at.place_a[0]} byte {at.place_a[1]}, "
-             f"{at.place_b[0]} byte {at.place_b[1]})" for at in found.positions]
-    return ((f"{found.apart}; " if found.apart else "")
-            + f"{found.elements} of {found.a.rows * found.a.cols} elements differ, by at most {found.largest:.9g}; first: "
-            + "; ".join(first))
-

@@ -60,6 +60,11 @@ def _vpp(target: Target) -> int | None:
     return target.layout.vpp if target.layout.vpp > 1 else None
 
 
+def _chunks_per_stage(target: Target) -> int | None:
+    """Where neither layers per chunk nor a list of stages says it: Megatron-LM takes no more than one of the three."""
+    return None if _first(target) is None else _vpp(target)
+
+
 def _layers_per_chunk(target: Target) -> int | None:
     return target.stage_layers[0] // target.layout.vpp if target.layout.vpp > 1 and target.is_even else None
 
@@ -75,7 +80,7 @@ ARGUMENTS: dict[str, Callable[[Target], object]] = {
     "transformer_pipeline_model_parallel_size": lambda target: target.layout.pp,
     "virtual_pipeline_model_parallel_size": _vpp,
     "num_layers_per_virtual_pipeline_stage": _layers_per_chunk,
-    "num_virtual_stages_per_pipeline_rank": _vpp,
+    "num_virtual_stages_per_pipeline_rank": _chunks_per_stage,
     "expert_model_parallel_size": lambda target: target.layout.ep,
     "expert_tensor_parallel_size": lambda target: target.layout.etp,
     "context_parallel_size": lambda target: target.layout.cp,

@@ -10,19 +10,15 @@ Stages = dict[tuple[int, int], range]
 
 
 def stages_of(num_layers: int, layout: Layout, given: tuple[int, ...], recorded: dict[tuple[int, int], int],
-              empty_ends: bool) -> Stages:
+              empty_chunks: bool) -> Stages:
     """The layers of each stage's chunks: as `given`, layers per stage or per chunk in the order in which a micro-batch
     passes them; else as many as the source's stages hold (`recorded`), if it has the same stages; else equally many.
 
-    `empty_ends`: the release can have the embedding, or the output, alone in a stage.
+    `empty_chunks`: the release can have chunks without any layer, such as the embedding, or the output, alone in a stage.
 
     Raises RefusedError, with the numbers, if the layers do not divide or add up.
     """
     chunks = [(pp, vpp) for vpp in range(layout.vpp) for pp in range(layout.pp)]
-    least = min((*given[1:-1], *(layers for layers in (*given[:1], *given[-1:]) if layers or not empty_ends)), default=1)
-    if least < 1:
-        raise RefusedError(f"--stage-layers {','.join(map(str, given))}: {least} is no number of layers of a stage" + (
-            "" if least or empty_ends else " in this release: only core 0.13 and later can have a stage without any"))
     if given:
         counts = dict(zip(chunks, _per_chunk(given, layout), strict=True))
     elif recorded.keys() == set(chunks):
@@ -32,10 +28,24 @@ def stages_of(num_layers: int, layout: Layout, given: tuple[int, ...], recorded:
                            "with --stage-layers N,N,…")
     else:
         counts = dict.fromkeys(chunks, num_layers // len(chunks))
+    said = f"--stage-layers {','.join(map(str, given or (counts[chunk] for chunk in chunks)))}"
+    _check_least(said, counts, layout, empty_chunks)
     if sum(counts.values()) != num_layers:
-        raise RefusedError(f"--stage-layers {','.join(map(str, given))}: add up to {sum(counts.values())} and not to the "
-                           f"model's {num_layers} layers")
+        raise RefusedError(f"{said}: add up to {sum(counts.values())} and not to the model's {num_layers} layers")
     return number_layers(counts)
+
+
+def _check_least(said: str, counts: dict[tuple[int, int], int], layout: Layout, empty_chunks: bool) -> None:
+    least = min(counts.values())
+    if least < 0:
+        raise RefusedError(f"{said}: {least} is no number of layers of a stage")
+    if not least and not empty_chunks:
+        raise RefusedError(f"{said}: 0 is no number of layers of a stage in this release: only core 0.13 and later can have "
+                           "one without any")
+    for pp in range(1, layout.pp - 1):
+        if not any(counts[pp, vpp] for vpp in range(layout.vpp)):
+            raise RefusedError(f"{said}: stage {pp} would hold nothing at all; only the first and the last, which hold the "
+                               "embedding and the output, can be without layers")
 
 
 def _per_chunk(given: tuple[int, ...], layout: Layout) -> list[int]:

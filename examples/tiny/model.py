@@ -30,6 +30,10 @@ Args = argparse.Namespace
 GPU_ONLY = ("gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion",
             "persist_layer_norm", "apply_rope_fusion", "cross_entropy_loss_fusion")
 
+#: fields of TransformerConfig that say which layers a stage holds, and Megatron-LM's arguments for them
+STAGES = {"num_layers_in_first_pipeline_stage": "decoder_first_pipeline_num_layers",
+          "pipeline_model_parallel_layout": "pipeline_model_parallel_layout"}
+
 
 def names_of(target: Callable) -> set[str]:
     """The keyword arguments that a function, or the constructor of a class, takes."""
@@ -80,9 +84,10 @@ def transformer_config(args: Args) -> TransformerConfig:
         "batch_p2p_comm": not two_way,
         "deallocate_pipeline_outputs": True,
     }
-    if args.decoder_first_pipeline_num_layers:
-        demand("num_layers_in_first_pipeline_stage", TransformerConfig)
-        options["num_layers_in_first_pipeline_stage"] = args.decoder_first_pipeline_num_layers
+    for name, argument in STAGES.items():
+        if getattr(args, argument, None):
+            demand(name, TransformerConfig)
+            options[name] = getattr(args, argument)
     options |= dict.fromkeys(GPU_ONLY, False)
     if args.num_experts:
         options |= {"num_moe_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ input_layernorm` one that also holds bf16 norms, whose optimizer state Megatron 
 DIST_OPTIM = ("fully_reshardable", "dp_reshardable", "fully_sharded_model_space", "fully_sharded_bucket_space")
 DIST_OPTIM_HELP = "how torch_dist shards the optimizer's state, by megatron-core's name for it"
 
+STAGE_LAYOUT_HELP = """what each stage, or each chunk in the order in which data passes them, holds, as Megatron-LM's
+--pipeline-model-parallel-layout takes it, e.g. "E|tt|tttL" (megatron-core 0.13 and later)"""
+
 SWITCHES = {
     "no_bias": "linear layers without bias",
     "untie": "an output layer of its own instead of the word embedding",
@@ -66,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
     result.add_argument("--ckpt-format", choices=("torch", "torch_dist"), default="torch", help="format of the checkpoint")
     result.add_argument("--dist-optim", choices=DIST_OPTIM, default=DIST_OPTIM[0], help=DIST_OPTIM_HELP)
+    result.add_argument("--stage-layout", metavar="TEXT", help=STAGE_LAYOUT_HELP)
     result.add_argument("--resume", type=Path, metavar="DIR", help="go on from the latest checkpoint in DIR")
     for name, (default, text) in SIZES.items():
         flag = "--" + name.replace("_", "-")
@@ -105,6 +110,14 @@ def micro_batches(options: argparse.Namespace) -> int:
     return number
 
 
+def stage_layout_args(options: argparse.Namespace) -> dict[str, str | None]:
+    """What `args` say of --stage-layout: nothing in releases that have no such argument, unless it was asked for."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    name, known = "pipeline_model_parallel_layout", dataclasses.fields(TransformerConfig)
+    return {name: options.stage_layout} if options.stage_layout or name in {field.name for field in known} else {}
+
+
 def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
     """`args` as Megatron-LM stores them in model_optim_rng.pt, as far as they describe this run.
 
@@ -113,7 +126,7 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
     import torch
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[options.dtype]
-    interleaved, uneven = options.vpp > 1, options.first_stage_layers > 0
+    interleaved, uneven = options.vpp > 1, bool(options.first_stage_layers or options.stage_layout)
     return argparse.Namespace(
         num_layers=options.layers, encoder_num_layers=options.layers, hidden_size=options.hidden,
         ffn_hidden_size=4 * options.hidden, num_attention_heads=options.heads,
@@ -133,8 +146,8 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         virtual_pipeline_model_parallel_size=options.vpp if interleaved else None,
         num_layers_per_virtual_pipeline_stage=(
             options.layers // options.pp // options.vpp if interleaved and not uneven else None),
-        decoder_first_pipeline_num_layers=options.first_stage_layers if uneven else None,
-        decoder_last_pipeline_num_layers=None,
+        decoder_first_pipeline_num_layers=options.first_stage_layers or None,
+        decoder_last_pipeline_num_layers=None, **stage_layout_args(options),
         data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=1,
         sequence_parallel=bool(options.experts) and options.tp > 1, use_tp_pp_dp_mapping=False,
         world_size=options.tp * options.pp * options.dp, rank=rank, local_rank=rank,
