@@ -305,6 +305,8 @@ def _args(model: Model, grid: Grid, rank: Rank) -> argparse.Namespace:
     return argparse.Namespace(
         **model.facts(), tensor_model_parallel_size=grid.tp, pipeline_model_parallel_size=grid.pp,
         virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None, expert_model_parallel_size=grid.ep,
+        decoder_first_pipeline_num_layers=grid.stage_layers[0] if grid.stage_layers else None,
+        decoder_last_pipeline_num_layers=grid.stage_layers[-1] if grid.stage_layers else None,
         context_parallel_size=1, data_parallel_size=grid.dp, group_query_attention=model.groups is not None,
         use_distributed_optimizer=True, ckpt_format="torch", bf16=True, params_dtype=torch.bfloat16,
         seq_length=model.positions, iteration=ITERATION, rank=_global_rank(grid, rank),
