@@ -26,8 +26,8 @@ from .cli import run
 from .commands import positive
 from .errors import RefusedError, TaskError
 from .execute import run_tasks
-from .frameworks import mindspore_sharded as sharded
-from .frameworks.mindspore import FRAMES
+from .frameworks.mindspore import sharded
+from .frameworks.mindspore.target import FRAMES
 from .index import Index
 from .layout import Layout
 from .naming import brief

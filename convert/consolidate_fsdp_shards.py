@@ -12,7 +12,7 @@ if __package__ in (None, ""):
     __package__ = "convert"
 
 from .cli import run
-from .frameworks.metaseq_target import SINGLETON, WHOLE, Options
+from .frameworks.metaseq.target import SINGLETON, WHOLE, Options
 from .metaseq_scripts import add_common, add_switch, files_of, write
 
 

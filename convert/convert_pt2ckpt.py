@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 from .cli import run
 from .commands import positive
 from .errors import RefusedError
-from .frameworks import mindspore
+from .frameworks.mindspore import target as mindspore
 from .job import convert
 from .layout import RANK_ORDER
 from .request import Request

@@ -12,7 +12,7 @@ if __package__ in (None, ""):
     __package__ = "convert"
 
 from .cli import run
-from .frameworks.metaseq_target import NAMES, SINGLETON, Options
+from .frameworks.metaseq.target import NAMES, SINGLETON, Options
 from .metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
 
 #: what metaseq calls the architecture of what it restores

@@ -18,15 +18,13 @@ from .cluster import run_tasks_on_ray
 from .errors import RefusedError
 from .execute import run_tasks
 from .findings import Findings
-from .frameworks import (
-    alpa,
-    alpa_training,
-    megatron_dist_target,
-    megatron_target,
-    metaseq_relayout,
-    metaseq_target,
-    mindspore,
-)
+from .frameworks.alpa import serving as alpa
+from .frameworks.alpa import training as alpa_training
+from .frameworks.megatron import target as megatron_target
+from .frameworks.megatron_dist import target as megatron_dist_target
+from .frameworks.metaseq import relayout as metaseq_relayout
+from .frameworks.metaseq import target as metaseq_target
+from .frameworks.mindspore import target as mindspore
 from .fusion import PADDING
 from .garbage import no_collection
 from .naming import brief

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .commands import positive
 from .errors import RefusedError
-from .frameworks.metaseq_target import Options
+from .frameworks.metaseq.target import Options
 from .job import convert
 from .planner import FIRST, MEAN, REFUSE
 from .publish import MANIFEST, sync

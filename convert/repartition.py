@@ -21,8 +21,8 @@ from .checkpoint import Checkpoint
 from .cli import run
 from .commands import positive
 from .errors import RefusedError
-from .frameworks import megatron
-from .frameworks.megatron_facts import args_of
+from .frameworks.megatron import reader as megatron
+from .frameworks.megatron.facts import args_of
 from .job import convert
 from .naming import brief
 from .planner import FIRST, MEAN, REFUSE

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .frameworks import alpa, alpa_training, metaseq_target, mindspore
+from .frameworks.alpa import serving as alpa
+from .frameworks.alpa import training as alpa_training
+from .frameworks.metaseq import target as metaseq_target
+from .frameworks.mindspore import target as mindspore
 from .planner import REFUSE
 
 

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 from .cli import run
 from .commands import positive
 from .errors import RefusedError
-from .frameworks.metaseq_target import FLAT, WHOLE, Options
+from .frameworks.metaseq.target import FLAT, WHOLE, Options
 from .metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
 
 

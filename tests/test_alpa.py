@@ -11,7 +11,7 @@ import torch
 from convert import frameworks
 from convert.errors import RefusedError
 from convert.execute import run_tasks
-from convert.frameworks import alpa
+from convert.frameworks.alpa import serving as alpa
 from convert.planner import Planner
 from convert.progress import Progress
 from convert.tensors import MODEL_WEIGHT, WEIGHT

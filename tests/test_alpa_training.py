@@ -13,7 +13,8 @@ from convert import frameworks
 from convert.containers import msgpack, npy
 from convert.errors import RefusedError
 from convert.execute import run_tasks
-from convert.frameworks import alpa, alpa_training
+from convert.frameworks.alpa import serving as alpa
+from convert.frameworks.alpa import training as alpa_training
 from convert.planner import Planner
 from convert.progress import Progress
 from convert.tensors import MODEL_WEIGHT, WEIGHT, TensorSpec

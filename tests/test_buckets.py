@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from convert.errors import RefusedError
-from convert.frameworks.megatron_buckets import Rule
+from convert.frameworks.megatron.buckets import Rule
 from convert.layout import Layout, Place
 from convert.sidecar import Bucket, Buffer, Slot, read
 from examples.fetch_core import fetch_core

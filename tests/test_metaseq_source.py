@@ -18,7 +18,7 @@ from convert.checkpoint import Checkpoint
 from convert.containers import torch_zip
 from convert.containers.pickles import Opaque
 from convert.errors import RefusedError
-from convert.frameworks import metaseq
+from convert.frameworks.metaseq import reader as metaseq
 from convert.tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored, TensorSpec
 
 DATA = Path(__file__).parent / "data" / "metaseq"

@@ -11,7 +11,7 @@ import torch
 
 from convert.containers.pickles import Global, Opaque
 from convert.errors import RefusedError
-from convert.frameworks.metaseq_relayout import with_parts
+from convert.frameworks.metaseq.relayout import with_parts
 from convert.metaseq_scripts import convert_into
 from convert.request import Request
 from convert.reshard_fsdp import main as reshard_fsdp

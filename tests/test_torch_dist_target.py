@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from convert import job
-from convert.frameworks import megatron_dist_target
-from convert.frameworks.megatron_chunks import Stack
+from convert.frameworks.megatron.chunks import Stack
+from convert.frameworks.megatron_dist import target as megatron_dist_target
 from convert.request import Request
 from examples.tiny.options import command_line
 from examples.tiny.trained import ROOT

@@ -17,7 +17,7 @@ import torch
 
 from convert import families, frameworks
 from convert.cli import main
-from convert.frameworks.megatron_facts import Facts
+from convert.frameworks.megatron.facts import Facts
 from convert.repartition import main as repartition
 from tests.lab.torch_load import torch_load
 

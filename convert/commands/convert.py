@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 
 from ..errors import RefusedError
-from ..frameworks import alpa, alpa_training, metaseq_target, mindspore
+from ..frameworks.alpa import serving as alpa
+from ..frameworks.alpa import training as alpa_training
+from ..frameworks.metaseq import target as metaseq_target
+from ..frameworks.mindspore import target as mindspore
 from ..job import TARGETS, convert
 from ..planner import FIRST, MEAN, REFUSE
 from ..request import Request

@@ -8,7 +8,11 @@ from ..checkpoint import Checkpoint
 from ..errors import RefusedError
 from ..garbage import no_collection
 from ..layout import Numbering
-from . import alpa_source, megatron, megatron_dist, metaseq, mindspore_source
+from .alpa import reader as alpa_source
+from .megatron import reader as megatron
+from .megatron_dist import reader as megatron_dist
+from .metaseq import reader as metaseq
+from .mindspore import reader as mindspore_source
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
 READERS = (mindspore_source, megatron_dist, alpa_source, metaseq, megatron)

@@ -12,7 +12,7 @@ from typing import Any
 from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..containers import torch_zip
-from ..frameworks import megatron
+from ..frameworks.megatron import reader as megatron
 from ..sidecar import Bucket, Buffer, Slot
 from .kinds import kind_of
 

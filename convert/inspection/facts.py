@@ -13,9 +13,10 @@ from .. import families, frameworks
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
-from ..frameworks import megatron, mindspore_source
-from ..frameworks.megatron_facts import Facts
-from ..frameworks.mindspore_scalars import param_groups
+from ..frameworks.megatron import reader as megatron
+from ..frameworks.megatron.facts import Facts
+from ..frameworks.mindspore import reader as mindspore_source
+from ..frameworks.mindspore.scalars import param_groups
 from ..index import is_padding
 from ..naming import brief
 from ..sidecar import Sidecar

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint
 from ..checks import SHOWN_POSITIONS, cast, widen_bits
 from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
-from ..frameworks.megatron_facts import Facts
+from ..frameworks.megatron.facts import Facts
 from ..index import Index, is_padding
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
 from .stream import Files, View, bands, copies_of, in_processes

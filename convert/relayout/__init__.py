@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
-from ..frameworks import megatron_before_core
-from ..frameworks.megatron_buckets import Rule, release_of
-from ..frameworks.megatron_facts import Facts
-from ..frameworks.megatron_structure import megatron_naming, nested, rank_folder, structures_of
+from ..frameworks.megatron import before_core as megatron_before_core
+from ..frameworks.megatron.buckets import Rule, release_of
+from ..frameworks.megatron.facts import Facts
+from ..frameworks.megatron.structure import megatron_naming, nested, rank_folder, structures_of
 from ..fusion import PADDING, VOCAB, abreast, blocks, local_shape
 from ..index import Found, Held, Index, atom_name
 from ..layout import Layout, Place

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
 from ..families import WORD_EMBEDDING
-from ..frameworks import megatron_before_core
-from ..frameworks.megatron_buckets import Rule
-from ..frameworks.megatron_facts import Facts, grad_dtype
+from ..frameworks.megatron import before_core as megatron_before_core
+from ..frameworks.megatron.buckets import Rule
+from ..frameworks.megatron.facts import Facts, grad_dtype
 from ..fusion import COLS, EXPERTS_FC1, REPLICATED
 from ..index import Found, Naming
 from ..layout import Layout, Place

@@ -14,20 +14,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from ..checkpoint import Checkpoint
-from ..containers import torch_zip
-from ..containers.frames import Literal
-from ..containers.pickles import Opaque
-from ..errors import RefusedError
-from ..fusion import KVQ
-from ..index import Held
-from ..layout import Place
-from ..naming import brief
-from ..plan import Output, Wanted, WantedFile
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Box, Stored, Tensor, TensorSpec
-from . import metaseq
-from .metaseq_metadata import join
-from .metaseq_relayout import FUSED, SPLIT, with_parts
+from ...checkpoint import Checkpoint
+from ...containers import torch_zip
+from ...containers.frames import Literal
+from ...containers.pickles import Opaque
+from ...errors import RefusedError
+from ...fusion import KVQ
+from ...index import Held
+from ...layout import Place
+from ...naming import brief
+from ...plan import Output, Wanted, WantedFile
+from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Box, Stored, Tensor, TensorSpec
+from . import reader as metaseq
+from .metadata import join
+from .relayout import FUSED, SPLIT, with_parts
 
 #: what a part's file can hold: whole tensors with k, v and q apart, whole tensors, or flat parameters in shards
 SINGLETON, WHOLE, FLAT = "singleton", "whole", "flat"

@@ -10,17 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .. import families
-from ..checkpoint import Checkpoint
-from ..containers.pickles import Opaque
-from ..errors import RefusedError
-from ..fusion import KVQ, blocks, local_shape, whole_shape
-from ..index import Held, Index, Naming, atom_name
-from ..layout import Layout, Place
-from ..naming import brief
-from ..tensors import WEIGHT, Stored
-from . import metaseq
-from .metaseq_metadata import join
+from ... import families
+from ...checkpoint import Checkpoint
+from ...containers.pickles import Opaque
+from ...errors import RefusedError
+from ...fusion import KVQ, blocks, local_shape, whole_shape
+from ...index import Held, Index, Naming, atom_name
+from ...layout import Layout, Place
+from ...naming import brief
+from ...tensors import WEIGHT, Stored
+from . import reader as metaseq
+from .metadata import join
 
 #: the parts of qkv_proj, in order; a model of one part may have them as tensors of their own (metaseq, TransformerLanguage-
 #: Model's MultiheadAttention against ModelParallelMultiheadAttention)

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RefusedError
-from ..naming import brief
+from ...errors import RefusedError
+from ...naming import brief
 
 _FILE = re.compile(r"(?P<name>.+?)(?P<part>-model_part-(\d+))?(?P<shard>-shard(\d+))?\.pt")
 #: names that whole models have (metaseq, scripts/convert_to_singleton.py and distributed/stitch_fsdp_ckpt.py)

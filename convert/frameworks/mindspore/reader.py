@@ -12,18 +12,19 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import families
-from .. import sidecar as sidecars
-from ..checkpoint import Checkpoint, Coordinates
-from ..containers import mindspore_ckpt, safetensors, torch_zip
-from ..errors import RefusedError
-from ..index import Found, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering, Place
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
-from . import mindspore_scalars, mindspore_sharded
-from .megatron_facts import Facts, experts_per_rank, is_gated
-from .megatron_structure import specified
-from .mindspore import STRUCTURE_KEY
+from ... import families
+from ... import sidecar as sidecars
+from ...checkpoint import Checkpoint, Coordinates
+from ...containers import mindspore_ckpt, safetensors, torch_zip
+from ...errors import RefusedError
+from ...index import Found, Index, Naming
+from ...layout import AS_RECORDED, Layout, Numbering, Place
+from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
+from ..megatron.facts import Facts, experts_per_rank, is_gated
+from ..megatron.structure import specified
+from . import scalars as mindspore_scalars
+from . import sharded as mindspore_sharded
+from .target import STRUCTURE_KEY
 
 CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")

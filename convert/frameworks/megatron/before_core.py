@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ..checkpoint import Coordinates
-from ..containers import torch_zip
-from ..containers.pickles import Global
-from ..errors import RefusedError
-from ..sidecar import Bucket, Buffer, RankSidecar, Sidecar, Slot
-from ..tensors import Stored
-from .megatron_facts import args_of
-from .megatron_optimizer import FILE
+from ...checkpoint import Coordinates
+from ...containers import torch_zip
+from ...containers.pickles import Global
+from ...errors import RefusedError
+from ...sidecar import Bucket, Buffer, RankSidecar, Sidecar, Slot
+from ...tensors import Stored
+from .facts import args_of
+from .optimizer import FILE
 
 #: the last megatron-core (major, minor) of this format
 CORE = (0, 3)

@@ -18,17 +18,17 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..checkpoint import Checkpoint
-from ..containers import msgpack, npy
-from ..containers.frames import Literal
-from ..containers.pickle_writer import dumps
-from ..containers.pickles import Global, Opaque
-from ..errors import RefusedError
-from ..families import HEAD, WORD_EMBEDDING
-from ..plan import Output, Wanted, WantedFile, bands_of
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
-from .alpa import POSITIONS, States, check_names, check_opt, described, options_of, positions_to_add
-from .mindspore_scalars import param_groups
+from ...checkpoint import Checkpoint
+from ...containers import msgpack, npy
+from ...containers.frames import Literal
+from ...containers.pickle_writer import dumps
+from ...containers.pickles import Global, Opaque
+from ...errors import RefusedError
+from ...families import HEAD, WORD_EMBEDDING
+from ...plan import Output, Wanted, WantedFile, bands_of
+from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
+from ..mindspore.scalars import param_groups
+from .serving import POSITIONS, States, check_names, check_opt, described, options_of, positions_to_add
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..containers.torch_dist import Chunked, Contents
-from ..errors import RefusedError
-from ..index import Found, Held, Naming
-from ..layout import Place
-from ..sidecar import Buffer, Sidecar, Slot
-from ..tensors import ITEMSIZE, WEIGHT, Extent, Stored
+from ...containers.torch_dist import Chunked, Contents
+from ...errors import RefusedError
+from ...index import Found, Held, Naming
+from ...layout import Place
+from ...sidecar import Buffer, Sidecar, Slot
+from ...tensors import ITEMSIZE, WEIGHT, Extent, Stored
 
 _BUCKET = re.compile(r"(?:chained_(?P<link>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
                      r"gbuf_idx_(?P<gbuf>\d+)\.dtype_.+\.bucket_idx_(?P<bucket>\d+)\.(?P<state>\w+)")

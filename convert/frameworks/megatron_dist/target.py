@@ -11,22 +11,22 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 
-from .. import families
-from ..checkpoint import Checkpoint
-from ..containers import torch_dist, torch_zip
-from ..containers.frames import Literal, Segment
-from ..containers.torch_dist import Chunk, Chunked, DistcpFile
-from ..errors import RefusedError
-from ..fusion import whole_shape
-from ..index import Found, Held, Naming
-from ..layout import Layout, Place
-from ..naming import brief
-from ..plan import Output, Wanted, WantedFile
-from ..tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
-from .megatron import TRACKER
-from .megatron_dist import COMMON_FILE
-from .megatron_facts import Facts, args_of, is_gated
-from .megatron_structure import leaves
+from ... import families
+from ...checkpoint import Checkpoint
+from ...containers import torch_dist, torch_zip
+from ...containers.frames import Literal, Segment
+from ...containers.torch_dist import Chunk, Chunked, DistcpFile
+from ...errors import RefusedError
+from ...fusion import whole_shape
+from ...index import Found, Held, Naming
+from ...layout import Layout, Place
+from ...naming import brief
+from ...plan import Output, Wanted, WantedFile
+from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
+from ..megatron.facts import Facts, args_of, is_gated
+from ..megatron.reader import TRACKER
+from ..megatron.structure import leaves
+from .reader import COMMON_FILE
 
 #: a file is closed when it has this many bytes
 FILE_NBYTES = 1 << 30

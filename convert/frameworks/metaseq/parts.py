@@ -11,11 +11,11 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import RefusedError
-from ..naming import brief
-from ..tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
-from .metaseq_metadata import Flat, ShardMetadata
-from .metaseq_shard import Shard, read_shard
+from ...errors import RefusedError
+from ...naming import brief
+from ...tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
+from .metadata import Flat, ShardMetadata
+from .shard import Shard, read_shard
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 #: the buffers of metaseq's decoder (models/transformer_decoder.py, modules/sinusoidal_positional_embedding.py)

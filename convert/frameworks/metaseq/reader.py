@@ -11,20 +11,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .. import families
-from ..checkpoint import Checkpoint
-from ..containers.pickles import Opaque
-from ..errors import RefusedError
-from ..fusion import Sizes
-from ..index import Found, Held, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering, Place
-from ..naming import brief
-from ..tensors import WEIGHT, Stored
-from .megatron_optimizer import dropped as is_dropped
-from .metaseq_files import find, recognizes
-from .metaseq_metadata import borrowed, join
-from .metaseq_norms import without_copies
-from .metaseq_parts import Part, read_part
+from ... import families
+from ...checkpoint import Checkpoint
+from ...containers.pickles import Opaque
+from ...errors import RefusedError
+from ...fusion import Sizes
+from ...index import Found, Held, Index, Naming
+from ...layout import AS_RECORDED, Layout, Numbering, Place
+from ...naming import brief
+from ...tensors import WEIGHT, Stored
+from ..megatron.optimizer import dropped as is_dropped
+from .files import find, recognizes
+from .metadata import borrowed, join
+from .norms import without_copies
+from .parts import Part, read_part
 
 __all__ = ["DIALECT", "naming_of", "read", "recognizes"]
 

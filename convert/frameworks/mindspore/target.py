@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import families
-from ..checkpoint import Checkpoint, Coordinates
-from ..containers import mindspore_ckpt, safetensors, torch_zip
-from ..containers.frames import Literal
-from ..errors import RefusedError
-from ..index import Held
-from ..layout import Place
-from ..naming import brief
-from ..plan import Output, Wanted, WantedFile, bands_of
-from ..tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
-from .megatron_structure import leaves
-from .mindspore_scalars import Scalars, scalars_of
+from ... import families
+from ...checkpoint import Checkpoint, Coordinates
+from ...containers import mindspore_ckpt, safetensors, torch_zip
+from ...containers.frames import Literal
+from ...errors import RefusedError
+from ...index import Held
+from ...layout import Place
+from ...naming import brief
+from ...plan import Output, Wanted, WantedFile, bands_of
+from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
+from ..megatron.structure import leaves
+from .scalars import Scalars, scalars_of
 
 FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
 NAMES = ("mindspore", "megatron")

@@ -15,20 +15,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .. import families
-from ..checkpoint import Checkpoint
-from ..containers import torch_dist, torch_zip
-from ..containers.torch_dist import Contents
-from ..errors import RefusedError
-from ..index import Held, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering
-from ..naming import brief
-from ..sidecar import Sidecar
-from ..tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, TensorSpec
-from . import megatron, megatron_dist_buckets, megatron_dist_sidecar
-from .megatron_chunks import Stack, joined, parts_of, stack_of, whole_of
-from .megatron_facts import Facts, is_gated
-from .megatron_optimizer import dropped
+from ... import families
+from ...checkpoint import Checkpoint
+from ...containers import torch_dist, torch_zip
+from ...containers.torch_dist import Contents
+from ...errors import RefusedError
+from ...index import Held, Index, Naming
+from ...layout import AS_RECORDED, Layout, Numbering
+from ...naming import brief
+from ...sidecar import Sidecar
+from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, TensorSpec
+from ..megatron import reader as megatron
+from ..megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
+from ..megatron.facts import Facts, is_gated
+from ..megatron.optimizer import dropped
+from . import buckets as megatron_dist_buckets
+from . import sidecar as megatron_dist_sidecar
 
 COMMON_FILE, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 _ITERATION_FOLDER = re.compile(r"iter_\d{7}|release")

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..containers import mindspore_ckpt, safetensors
-from ..errors import RefusedError
-from ..naming import brief
-from ..sidecar import Bucket, Buffer, Slot
-from ..tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
+from ...containers import mindspore_ckpt, safetensors
+from ...errors import RefusedError
+from ...naming import brief
+from ...sidecar import Bucket, Buffer, Slot
+from ...tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
 
 CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
 STRATEGY_FOLDER = "opt_shard_info"

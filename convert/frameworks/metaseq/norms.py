@@ -11,9 +11,9 @@ import re
 
 import numpy as np
 
-from ..errors import RefusedError
-from ..naming import brief
-from ..tensors import ITEMSIZE, WEIGHT, Stored
+from ...errors import RefusedError
+from ...naming import brief
+from ...tensors import ITEMSIZE, WEIGHT, Stored
 
 _COPY = re.compile(r"(?P<path>.*ffn_layernorm)\.lns\.(?P<number>\d+)\.(?P<which>weight|bias)")
 #: the bits of 1

@@ -10,9 +10,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from ..containers.pickles import Opaque
-from ..errors import RefusedError
-from ..tensors import TensorSpec
+from ...containers.pickles import Opaque
+from ...errors import RefusedError
+from ...tensors import TensorSpec
 
 LR_DECAY_STYLES = ["constant", "WSD", "linear", "cosine", "inverse-square-root"]
 WD_INCR_STYLES = ["constant", "linear", "cosine"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .. import families
-from ..containers.pickles import Opaque
-from ..fusion import Sizes
-from ..layout import RANK_ORDER, Layout, number_layers
-from ..sidecar import Buffer, Sidecar
+from ... import families
+from ...containers.pickles import Opaque
+from ...fusion import Sizes
+from ...layout import RANK_ORDER, Layout, number_layers
+from ...sidecar import Buffer, Sidecar
 
 #: our sizes by the names of Megatron-LM's arguments
 _SIZE_ARGS = {

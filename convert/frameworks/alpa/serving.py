@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..checkpoint import Checkpoint
-from ..containers import npy
-from ..errors import RefusedError
-from ..families import HEAD, WORD_EMBEDDING
-from ..fusion import PADDING
-from ..naming import brief
-from ..plan import Output, Wanted, WantedFile
-from ..tensors import WEIGHT, Box, Tensor, TensorSpec
-from . import metaseq
-from .megatron_facts import args_of
+from ...checkpoint import Checkpoint
+from ...containers import npy
+from ...errors import RefusedError
+from ...families import HEAD, WORD_EMBEDDING
+from ...fusion import PADDING
+from ...naming import brief
+from ...plan import Output, Wanted, WantedFile
+from ...tensors import WEIGHT, Box, Tensor, TensorSpec
+from ..megatron.facts import args_of
+from ..metaseq import reader as metaseq
 
 POSITIONS = "embedding.position.weight"
 #: rows of OPT's table of positions before the first token's (metaseq, learned_positional_embedding.py: padding_idx + 1)

@@ -15,11 +15,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..containers.torch_dist import Chunk, Chunked
-from ..errors import RefusedError
-from ..index import Found, Held, Naming
-from ..layout import Place
-from ..tensors import ITEMSIZE, Box, Extent, Piece, Stored, Tensor
+from ...containers.torch_dist import Chunk, Chunked
+from ...errors import RefusedError
+from ...index import Found, Held, Naming
+from ...layout import Place
+from ...tensors import ITEMSIZE, Box, Extent, Piece, Stored, Tensor
 
 _LAYERS = re.compile(r"(?<=layers\.)(?!\d)")
 _EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")

@@ -26,9 +26,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import RefusedError
-from ..layout import Layout, Place
-from ..sidecar import Bucket, Buffer, Slot
+from ...errors import RefusedError
+from ...layout import Layout, Place
+from ...sidecar import Bucket, Buffer, Slot
 
 #: bare maps are of this release, the only one that the patch which writes them fits
 _CORE_OF_MAPS = (0, 6)

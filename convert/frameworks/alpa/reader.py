@@ -10,18 +10,18 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from .. import families
-from ..checkpoint import Checkpoint
-from ..containers import npy
-from ..errors import RefusedError
-from ..families import METASEQ, WORD_EMBEDDING
-from ..fusion import PADDING, Sizes
-from ..index import Found, Held, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering, Place
-from ..naming import brief
-from ..publish import MANIFEST, read_manifest
-from ..tensors import WEIGHT, Box, Tensor
-from . import alpa
+from ... import families
+from ...checkpoint import Checkpoint
+from ...containers import npy
+from ...errors import RefusedError
+from ...families import METASEQ, WORD_EMBEDDING
+from ...fusion import PADDING, Sizes
+from ...index import Found, Held, Index, Naming
+from ...layout import AS_RECORDED, Layout, Numbering, Place
+from ...naming import brief
+from ...publish import MANIFEST, read_manifest
+from ...tensors import WEIGHT, Box, Tensor
+from . import serving as alpa
 
 
 def recognizes(source: Path) -> bool:

@@ -12,19 +12,20 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import families
-from .. import sidecar as sidecars
-from ..checkpoint import Checkpoint, Coordinates
-from ..containers import torch_zip
-from ..errors import RefusedError
-from ..index import Found, Held, Index, Naming
-from ..layout import AS_RECORDED, Layout, Numbering, Place
-from ..naming import brief
-from ..sidecar import Sidecar
-from ..tensors import MODEL_WEIGHT, WEIGHT, Stored
-from . import megatron_before_core, megatron_optimizer
-from .megatron_facts import Facts, args_of, experts_per_rank, global_layers, is_gated
-from .megatron_structure import specified
+from ... import families
+from ... import sidecar as sidecars
+from ...checkpoint import Checkpoint, Coordinates
+from ...containers import torch_zip
+from ...errors import RefusedError
+from ...index import Found, Held, Index, Naming
+from ...layout import AS_RECORDED, Layout, Numbering, Place
+from ...naming import brief
+from ...sidecar import Sidecar
+from ...tensors import MODEL_WEIGHT, WEIGHT, Stored
+from . import before_core as megatron_before_core
+from . import optimizer as megatron_optimizer
+from .facts import Facts, args_of, experts_per_rank, global_layers, is_gated
+from .structure import specified
 
 MODEL_FILE, OPTIMIZER_FILE, TRACKER = "model_optim_rng.pt", "distrib_optim.pt", "latest_checkpointed_iteration.txt"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import families
-from .. import sidecar as sidecars
-from ..errors import RefusedError
-from ..index import Found, Held, Naming
-from ..layout import Layout, Place
-from ..naming import brief
-from ..sidecar import Buffer, RankSidecar, Sidecar, Slot
-from ..tensors import WEIGHT, Stored
+from ... import families
+from ... import sidecar as sidecars
+from ...errors import RefusedError
+from ...index import Found, Held, Naming
+from ...layout import Layout, Place
+from ...naming import brief
+from ...sidecar import Buffer, RankSidecar, Sidecar, Slot
+from ...tensors import WEIGHT, Stored
 
 #: the releases that save the optimizer's state of buckets after a padded one from wrong positions (NVIDIA/Megatron-LM#5077)
 _SHIFTED = (0, 15), (0, 20)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import families
-from ..containers import torch_zip
-from ..errors import RefusedError
-from ..index import Found
-from ..layout import Place
-from ..sidecar import Bucket, Buffer, Sidecar, Slot
-from ..tensors import ITEMSIZE, WEIGHT, Extent, Stored
+from ... import families
+from ...containers import torch_zip
+from ...errors import RefusedError
+from ...index import Found
+from ...layout import Place
+from ...sidecar import Bucket, Buffer, Sidecar, Slot
+from ...tensors import ITEMSIZE, WEIGHT, Extent, Stored
 
 FILE = "distrib_optim.pt"
 #: role of a state by its key in the file; the others keep their key

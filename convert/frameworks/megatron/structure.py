@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from .. import families
-from ..checkpoint import Checkpoint, Coordinates
-from ..errors import RefusedError
-from ..index import Naming
-from ..layout import Layout
-from ..sidecar import Sidecar, Slot
-from ..tensors import TensorSpec
-from .megatron_facts import Facts, experts_per_rank, global_layers, is_gated
+from ... import families
+from ...checkpoint import Checkpoint, Coordinates
+from ...errors import RefusedError
+from ...index import Naming
+from ...layout import Layout
+from ...sidecar import Sidecar, Slot
+from ...tensors import TensorSpec
+from .facts import Facts, experts_per_rank, global_layers, is_gated
 
 #: the linear layers that hold an extra state, by the last part of their module's name
 _LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "linear_qkv", "linear_proj", "linear_fc1",

@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, Coordinates
-from ..containers import torch_zip
-from ..containers.frames import Literal
-from ..containers.pickles import Global
-from ..errors import RefusedError
-from ..index import Found, Held, Naming
-from ..layout import Place
-from ..naming import brief
-from ..plan import Output, Wanted, WantedFile, bands_of
-from ..sidecar import Bucket, Buffer, Sidecar, Slot
-from ..tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
-from . import megatron_before_core
-from .megatron import MODEL_FILE, OPTIMIZER_FILE, TRACKER
-from .megatron_facts import Facts, grad_dtype
-from .megatron_structure import megatron_naming, rank_folder, structures_of
+from ...checkpoint import Checkpoint, Coordinates
+from ...containers import torch_zip
+from ...containers.frames import Literal
+from ...containers.pickles import Global
+from ...errors import RefusedError
+from ...index import Found, Held, Naming
+from ...layout import Place
+from ...naming import brief
+from ...plan import Output, Wanted, WantedFile, bands_of
+from ...sidecar import Bucket, Buffer, Sidecar, Slot
+from ...tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
+from . import before_core as megatron_before_core
+from .facts import Facts, grad_dtype
+from .reader import MODEL_FILE, OPTIMIZER_FILE, TRACKER
+from .structure import megatron_naming, rank_folder, structures_of
 
 #: the key of each role in distrib_optim.pt, in Megatron's order
 _STATES = {WEIGHT: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

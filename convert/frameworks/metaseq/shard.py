@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..containers import torch_zip
-from ..errors import RefusedError
-from ..naming import brief
-from ..tensors import Stored
-from .metaseq_metadata import ShardMetadata, parsed, sidecar_of
+from ...containers import torch_zip
+from ...errors import RefusedError
+from ...naming import brief
+from ...tensors import Stored
+from .metadata import ShardMetadata, parsed, sidecar_of
 
 
 @dataclass(slots=True)

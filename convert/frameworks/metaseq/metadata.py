@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..containers import torch_zip
-from ..errors import RefusedError
-from . import metaseq_files
+from ...containers import torch_zip
+from ...errors import RefusedError
+from . import files as metaseq_files
 
 #: the sidecar of a file, {} standing for its name without ending; the second is a prototype's
 _SIDECARS = ("layout_{}.json", "param_map_{}.json")

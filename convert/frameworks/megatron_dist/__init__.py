@@ -1,0 +1,1 @@
+"""Megatron-LM, --ckpt-format torch_dist: one folder of .distcp files for all ranks."""

@@ -1,0 +1,1 @@
+"""Metaseq (OPT): model-parallel parts × FSDP shards, whole parts, singletons."""

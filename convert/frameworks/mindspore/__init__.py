@@ -1,0 +1,1 @@
+"""MindSpore, as MindSpeed-Core-MS lays its checkpoints out."""
