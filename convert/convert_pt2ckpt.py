@@ -64,7 +64,7 @@ def _convert(args: argparse.Namespace) -> int:
         source=args.megatron_path, target=args.ms_path, source_sizes=sizes,
         sizes={size: value for size, value in sizes.items() if size in ("dp", "cp")},
         source_stage_layers=tuple(args.stage_list or ()), num_layers=args.num_layers,
-        output=mindspore.Options(args.format, "mindspore", args.file_prefix, roles,
+        options=mindspore.Options(args.format, "mindspore", args.file_prefix, roles,
                                  "float32" if args.convert_param_only else None, all_dp_cp=args.generate_all_dp_cp),
         sidecar=args.param_map_path, weights_only=args.convert_param_only, verbose=args.debug,
         workers=1 if args.multiprocess_off else args.process_limit, timeout=args.process_timeout))

@@ -13,8 +13,8 @@ from .errors import RefusedError
 from .tensors import Box
 
 #: how a family's tensor is cut over tensor-parallel ranks, and which atoms it is made of
-REPLICATED, ROWS, COLS, VOCAB, QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2 = (
-    "replicated", "rows", "cols", "vocab", "qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2")
+REPLICATED, ROWS, COLS, VOCAB, QKV, STACKED_QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2 = (
+    "replicated", "rows", "cols", "vocab", "qkv", "stacked_qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2")
 #: arrangements of tensors that hold all experts of a rank
 GROUPED = (EXPERTS_FC1, EXPERTS_FC2)
 #: the atom that the rows of a vocabulary's padding make up
@@ -82,7 +82,7 @@ def _cut(kind: str, tp: int, ep: int) -> tuple[int, int]:
 
 def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, int]]:
     """What must not be cut, and how many of it a tensor has."""
-    if kind in (QKV, QK, KVQ):
+    if kind in (QKV, STACKED_QKV, QK, KVQ):
         yield "attention heads", sizes.heads
         yield "query groups", sizes.groups
     elif kind == GATE_UP:
@@ -131,6 +131,11 @@ def _gate_up(shape, tp, rank, sizes) -> list[Block]:
 def _kvq(shape, tp, rank, sizes) -> list[Block]:
     """[k; v; q] on every rank (metaseq, ModelParallelMultiheadAttention's qkv_proj)."""
     return _stacked(shape, tp, rank, ("k", "v", "q"))
+
+
+def _stacked_qkv(shape, tp, rank, sizes) -> list[Block]:
+    """[q; k; v] on every rank (transformers, GPT2Attention's c_attn, transposed; Merak, its col_linear)."""
+    return _stacked(shape, tp, rank, ("q", "k", "v"))
 
 
 def _stacked(shape, tp, rank, parts: tuple[str, ...]) -> list[Block]:
@@ -203,5 +208,6 @@ def _block(part: str, shape: tuple[int, ...], row: int, rows: int) -> Block:
     return Block(part, shape, Box(row, rows, 0, cols))
 
 
-_ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, VOCAB: _vocab, QKV: _qkv, QK: _qk,
+_ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, VOCAB: _vocab, QKV: _qkv,
+                 STACKED_QKV: _stacked_qkv, QK: _qk,
                  GATE_UP: _gate_up, KVQ: _kvq, EXPERTS_FC1: _experts_fc1, EXPERTS_FC2: _experts_fc2}

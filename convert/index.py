@@ -28,6 +28,7 @@ from .fusion import (
     QKV,
     REPLICATED,
     ROWS,
+    STACKED_QKV,
     VOCAB,
     Block,
     Sizes,
@@ -38,7 +39,8 @@ from .layout import Layout, Place
 from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
-_FUSED_SEGMENT = {QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1", EXPERTS_FC1: "grouped.fc1", EXPERTS_FC2: "grouped.fc2"}
+_FUSED_SEGMENT = {QKV: "qkv", STACKED_QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1", EXPERTS_FC1: "grouped.fc1",
+                  EXPERTS_FC2: "grouped.fc2"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import __version__, frameworks
 from .checkpoint import Checkpoint
@@ -18,13 +19,6 @@ from .cluster import run_tasks_on_ray
 from .errors import RefusedError
 from .execute import run_tasks
 from .findings import Findings
-from .frameworks.alpa import serving as alpa
-from .frameworks.alpa import training as alpa_training
-from .frameworks.megatron import target as megatron_target
-from .frameworks.megatron_dist import target as megatron_dist_target
-from .frameworks.metaseq import relayout as metaseq_relayout
-from .frameworks.metaseq import target as metaseq_target
-from .frameworks.mindspore import target as mindspore
 from .fusion import PADDING
 from .garbage import no_collection
 from .naming import brief
@@ -33,8 +27,8 @@ from .plan import FileTask, Output, Plan
 from .planner import OWN, Planner
 from .progress import Progress
 from .publish import Staging, check_target, published
-from .relayout import Wish, relaid
 from .request import Report, Request
+from .targets import TARGETS
 from .tensors import MODEL_WEIGHT, WEIGHT
 from .writer import BUFFER_BYTES, Outcome
 
@@ -79,7 +73,7 @@ def convert(request: Request) -> Report:
         "files": [*({"path": o.path, "bytes": o.nbytes} for o in outcomes),
                   *(file for file in (part.before["files"] if part.before else []) if file["path"] in part.kept)],
         "links": linked, "dropped": dropped,
-        "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": _cast(request),
+        "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": _options(request).cast,
                     "replicas": request.replicas},
         **findings.entries(), "scalars": _scalars(plan), **planned.notes})
     lines = [*target.notes, *findings.lines(request), *_replicas(plan), *_summary(plan, request, dropped, started)]
@@ -93,64 +87,19 @@ def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, Part, Pl
                              noop=request.noop, suffix=request.source_suffix, metadata_from=request.metadata_from,
                              ema=request.ema)
     _check(source, request)
-    target = wanted(source, request)
-    planned = TARGETS[request.to](target, request)
+    target, chosen = _wanted(source, request), TARGETS[request.to]
+    planned = chosen.files(target, _options(request), request.sizes)
     part = part_of(planned, request)
-    replicas = OWN if target is source and request.to not in _WITHOUT_LAYOUT else request.replicas
+    replicas = OWN if target is source and chosen.relaid else request.replicas
     return source, target, planned, part, Planner(source.index, {WEIGHT: MODEL_WEIGHT}, replicas).plan(part.files)
 
 
-def _to_mindspore(target: Checkpoint, request: Request) -> Output:
-    return mindspore.output(target, replace(request.output, dp=request.sizes.get("dp"), cp=request.sizes.get("cp")))
-
-
-def _to_megatron(target: Checkpoint, request: Request) -> Output:
-    return megatron_target.output(target)
-
-
-def _to_megatron_dist(target: Checkpoint, request: Request) -> Output:
-    return megatron_dist_target.output(target)
-
-
-def _to_metaseq(target: Checkpoint, request: Request) -> Output:
-    return metaseq_target.output(target, replace(request.metaseq, shards=request.sizes.get("dp")))
-
-
-def _to_alpa(target: Checkpoint, request: Request) -> Output:
-    return replace(alpa.output(target, request.alpa), roles=(WEIGHT,), needless=alpa.BUFFERS)
-
-
-def _to_alpa_training(target: Checkpoint, request: Request) -> Output:
-    return replace(alpa_training.output(target, request.alpa_training), needless=alpa.BUFFERS)
-
-
-TARGETS = {"mindspore": _to_mindspore, "megatron": _to_megatron, "megatron-dist": _to_megatron_dist,
-           "metaseq": _to_metaseq, "alpa": _to_alpa, "alpa-training": _to_alpa_training}
-#: targets whose files are the same for every layout
-_WITHOUT_LAYOUT = ("megatron-dist", "alpa", "alpa-training")
-#: sizes that change no tensor of a rank: they number MindSpore's rank folders, and metaseq's shards
-_NUMBERING = {"mindspore": ("dp", "cp"), "metaseq": ("dp",)}
-
-
-def wanted(source: Checkpoint, request: Request) -> Checkpoint:
-    """The source in the layout wanted: itself, if that is its own, or if the target has none."""
-    if request.to in _WITHOUT_LAYOUT:
-        if request.sizes or request.stage_layers:
-            raise RefusedError(f"--to {request.to}: its files are the same for every layout; leave the sizes out")
-        return source
-    there = source.trained or source.layout
-    layout = replace(there, **request.sizes)
-    if "tp" in request.sizes and "etp" not in request.sizes:
-        layout = replace(layout, etp=layout.tp)
-    changed = {name for name, size in request.sizes.items() if size != getattr(there, name)}
-    unchanged_stages = not request.stage_layers or (
-        there.vpp == 1 and request.stage_layers == tuple(source.stage_layers()))
-    if source.trained is None and changed <= set(_NUMBERING.get(request.to, ())) and unchanged_stages and (
-            request.vocab_divisible_by is None):
-        return source
-    if source.framework == "metaseq":
-        return metaseq_relayout.relaid(source, layout)
-    return relaid(source, Wish(layout=layout, stage_layers=request.stage_layers, divisible_by=request.vocab_divisible_by))
+def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
+    """The source in the layout wanted. Raises RefusedError for sizes that mean nothing to the target."""
+    target = TARGETS[request.to]
+    if target.relaid is None and (request.stage_layers or not request.sizes.keys() <= target.sizes.keys()):
+        raise RefusedError(f"--to {request.to}: its files are the same for every layout; leave the sizes out")
+    return target.wanted(source, request.sizes, request.stage_layers, request.vocab_divisible_by)
 
 
 def _check(source: Checkpoint, request: Request) -> None:
@@ -160,18 +109,13 @@ def _check(source: Checkpoint, request: Request) -> None:
     if request.source_stage_layers and list(request.source_stage_layers) != source.stage_layers():
         raise RefusedError(f"{source.folder}: its stages hold {source.stage_layers()} layers and not "
                            f"{list(request.source_stage_layers)}; leave the list out")
-    unknown = set(request.output.roles) - source.index.roles()
-    if unknown and not request.weights_only and request.to == "mindspore":
-        raise RefusedError(f"{source.folder}: holds no optimizer state called {', '.join(sorted(unknown))}, only "
-                           f"{', '.join(sorted(source.index.roles()))}")
 
 
 def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) -> list[str]:
     """What of the source is not in the output, all of it by the user's own word."""
     if request.only_tp or request.only_pp:
         return source.dropped
-    roles = request.output.roles if planned.roles is None else planned.roles
-    unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in roles
+    unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in planned.roles
                and not name.split(" ")[0].endswith(f".{PADDING}") and name.split(" ")[0] not in planned.needless]
     if unasked:
         raise RefusedError(f"{source.folder}: {len(unasked)} tensors would go nowhere: {brief(unasked)}")
@@ -210,10 +154,8 @@ def _check_space(plan: Plan, needed: int, staging: Staging) -> None:
                            f"{needed / 1e9:.2f} GB more; make room or choose another place")
 
 
-def _cast(request: Request) -> str | None:
-    """The dtype that the weights were cast to; None if they are as on disk."""
-    return {"mindspore": request.output.cast, "metaseq": request.metaseq.cast, "alpa": request.alpa.dtype,
-            "alpa-training": request.alpa_training.dtype}.get(request.to)
+def _options(request: Request) -> Any:
+    return request.options or TARGETS[request.to].options()
 
 
 def _status_before(manifest: dict, request: Request) -> int:
@@ -237,8 +179,7 @@ def _fingerprint(plan: Plan, request: Request) -> str:
     files = sorted(set().union(*(task.files() for task in plan.tasks)))
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
     layout = [(task.path, task.nbytes, len(task.specs)) for task in plan.tasks]
-    formats = request.output, request.metaseq, request.alpa, request.alpa_training
-    options = [*map(str, formats), request.to, request.weights_only, sorted(request.drop), request.replicas]
+    options = [str(_options(request)), request.to, request.weights_only, sorted(request.drop), request.replicas]
     literals = hashlib.sha256(b"".join(s.data for t in plan.tasks for s in t.segments if hasattr(s, "data")))
     return hashlib.sha256(json.dumps([__version__, stats, layout, options, literals.hexdigest()]).encode()).hexdigest()
 

@@ -43,6 +43,15 @@ class Numbering:
 AS_RECORDED = Numbering()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The layout wanted: sizes, layers per stage (or per chunk), and what the vocabulary's rows are to be divisible by."""
+
+    layout: Layout
+    stage_layers: tuple[int, ...] = ()
+    divisible_by: int | None = None
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
     """Where a tensor lives in a layout."""

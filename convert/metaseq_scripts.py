@@ -72,7 +72,7 @@ def write(args: argparse.Namespace, files: Files, output: Path, options: Options
     sizes = {name: size for name, size in (("tp", parts), ("dp", shards)) if size}
     report = convert_into(Request(
         source=files.source, target=output.parent, to="metaseq", sizes=sizes, only_tp=only, sidecar=args.sidecar,
-        metadata_from=args.metadata_from, ema=ema, metaseq=replace(options, name=output.name), weights_only=weights_only,
+        metadata_from=args.metadata_from, ema=ema, options=replace(options, name=output.name), weights_only=weights_only,
         replicas=args.replicas, workers=args.workers, overwrite=args.overwrite, dry_run=args.dry_run))
     print("\n".join(report.lines))
     return report.status
@@ -85,7 +85,7 @@ def convert_into(request: Request) -> Report:
     if request.dry_run or not folder.is_dir() or not any(folder.iterdir()):
         return convert(request)
     part, = request.only_tp if len(request.only_tp) == 1 else "*"
-    pattern = re.sub(r"\{\w+\}", "*", request.metaseq.name.replace("{part}", str(part)))
+    pattern = re.sub(r"\{\w+\}", "*", request.options.name.replace("{part}", str(part)))
     if not request.overwrite and (there := sorted(folder.glob(pattern))):
         raise RefusedError(f"{there[0]}: is there already; replace it with --overwrite, or choose another name")
     made = folder / f".{pattern.replace('*', '')}.new"

@@ -49,6 +49,5 @@ def _is_named(file: WantedFile, request: Request) -> bool:
 
 def _identity(output: Output, request: Request) -> str:
     files = [(file.path, sum(segment.nbytes for segment in file.segments)) for file in output.files if file.place]
-    what = [str(Path(request.source).resolve()), request.to, str(request.output), str(request.metaseq), request.weights_only,
-            request.replicas]
+    what = [str(Path(request.source).resolve()), request.to, str(request.options), request.weights_only, request.replicas]
     return hashlib.sha256(json.dumps([what, files]).encode()).hexdigest()

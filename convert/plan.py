@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .containers.frames import Hole, Segment
 from .layout import Place
-from .tensors import ITEMSIZE, Box, Stored, Tensor, TensorSpec
+from .tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored, Tensor, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class WantedFile:
 class Output:
     """What a framework's writer asks for: the files, each rank's source folder with its file or folder in the output, the
     links to make (link, existing file), and what is worth saying in the manifest. `roles` are the states that it has room
-    for (None: those asked for), and `needless` the names of tensors that no model computes with."""
+    for, and `needless` the names of tensors that no model computes with."""
 
     files: list[WantedFile]
     converted: list[tuple[Path, str]]
     links: list[tuple[str, str]]
     notes: dict[str, object]
-    roles: tuple[str, ...] | None = None
+    roles: tuple[str, ...] = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
     needless: frozenset[str] = frozenset()
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from .frameworks.alpa import serving as alpa
-from .frameworks.alpa import training as alpa_training
-from .frameworks.metaseq import target as metaseq_target
-from .frameworks.mindspore import target as mindspore
 from .planner import REFUSE
 
 
@@ -16,7 +13,7 @@ from .planner import REFUSE
 class Request:
     """What the user asked for. `sizes` are the layout wanted of the output, `source_sizes` what the user says of the
     source's, where named, and likewise `stage_layers` and `source_stage_layers`. `only_tp` and `only_pp` name the output's
-    ranks to write (empty: all)."""
+    ranks to write (empty: all); `options` are those of the target framework (None: its defaults)."""
 
     source: Path
     target: Path
@@ -31,10 +28,7 @@ class Request:
     num_layers: int | None = None
     only_tp: frozenset[int] = frozenset()
     only_pp: frozenset[int] = frozenset()
-    output: mindspore.Options = mindspore.Options()
-    metaseq: metaseq_target.Options = metaseq_target.Options()
-    alpa: alpa.Options = alpa.Options()
-    alpa_training: alpa_training.Options = alpa_training.Options()
+    options: Any = None
     iteration: int | None = None
     sidecar: Path | None = None
     metadata_from: Path | None = None

@@ -63,7 +63,7 @@ def test_shards_become_the_files_that_the_existing_tools_make(golden, tmp_path):
     shards, folder = DATA / "metaseq" / golden, DATA / "alpa" / golden
     if not list(shards.glob("checkpoint_3-*.pt")):
         pytest.skip(f"tests/data/metaseq/{golden} is not there: it is written by metaseq itself, which is no package")
-    convert(shards / "checkpoint_3", tmp_path / "np", alpa.Options(dtype="float16" if "fp16" in golden else "float32"))
+    convert(shards / "checkpoint_3", tmp_path / "np", alpa.Options(cast="float16" if "fp16" in golden else "float32"))
     with zipfile.ZipFile(folder / "alpa_np.zip") as archive:
         theirs = {name: archive.read(name) for name in archive.namelist()}
     assert theirs == {path.name: path.read_bytes() for path in (tmp_path / "np").iterdir()} and len(theirs) == 53
@@ -78,7 +78,7 @@ def test_shards_become_the_files_that_the_existing_tools_make(golden, tmp_path):
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_file_is_what_numpy_saves(dtype, saved, tmp_path):
     weights = opt_weights(saved)
-    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype=dtype))
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(cast=dtype))
     assert {path.name for path in (tmp_path / "np").iterdir()} == set(weights)
     for name, value in weights.items():
         np.save(tmp_path / "expected.npy", value.float().numpy().astype(dtype))
@@ -98,7 +98,7 @@ def test_the_model_computes_hfs_logits(tmp_path):
             parameter.add_(torch.randn_like(parameter) * 0.1)  # fresh biases are 0 and norms are 1
     weights = {name.removeprefix("model.").replace("decoder.final_layer_norm", "decoder.layer_norm"): value
                for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype="float32"))
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(cast="float32"))
     tokens = torch.randint(2, VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(tokens).logits.numpy()
@@ -111,7 +111,7 @@ def test_the_model_computes_hfs_logits(tmp_path):
 
 def test_a_longer_vocabulary_repeats_the_last_row(tmp_path):
     weights = opt_weights()
-    notes = convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype="float32", vocab_size=VOCAB + 8))
+    notes = convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(cast="float32", vocab_size=VOCAB + 8))
     words = np.load(tmp_path / "np/decoder.embed_tokens.weight")
     given = weights["decoder.embed_tokens.weight"].numpy()
     assert np.array_equal(words[:VOCAB], given) and np.array_equal(words[VOCAB:], np.repeat(given[-1:], 8, 0))
@@ -160,7 +160,7 @@ def test_other_architectures_are_refused(case, tmp_path):
 
 def test_numpy_has_no_bfloat16(tmp_path):
     with pytest.raises(RefusedError, match="numpy has no bfloat16; choose another dtype with --dtype"):
-        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(dtype="bfloat16"))
+        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(cast="bfloat16"))
 
 
 GPT = {"tp": 2, "pp": 2, "layers": 2, "hidden": 64, "heads": 4, "dtype": "bf16"}
@@ -183,7 +183,7 @@ def test_a_megatron_gpt_of_the_same_architecture(trained, tmp_path):
     run = trained(**GPT, no_args=True)
     with pytest.raises(RefusedError, match="it does not say what its activation is; tell with --activation"):
         convert(run.path, tmp_path / "refused")
-    convert(run.path, tmp_path / "np", alpa.Options(dtype="float32", activation="relu"))
+    convert(run.path, tmp_path / "np", alpa.Options(cast="float32", activation="relu"))
     by_place = {truth.place[:2]: truth for truth in run.truths()}
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     pieces = [by_place[tp, 1].array(0, name, "main").reshape(2, 3, 16, 64) for tp in range(2)]

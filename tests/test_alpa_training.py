@@ -102,7 +102,7 @@ def stepped_by_torch(states: dict[str, torch.Tensor], decay: float) -> torch.Ten
 @needs_flax
 @needs_shards
 def test_mixed_precision_keeps_a_master_copy(tmp_path):
-    convert(SHARDS / "checkpoint_3", tmp_path / "out", alpa_training.Options(dtype="float16"))
+    convert(SHARDS / "checkpoint_3", tmp_path / "out", alpa_training.Options(cast="float16"))
     sizes = json.loads((DATA / "alpa/mp1dp3_fp32/golden.json").read_text())
     state = restore(tmp_path, folder=str(tmp_path / "out"), step=3, model="opt", optimizer="examples", mixed=True,
                     tokens=[[2, 3, 4]], config={
@@ -153,7 +153,7 @@ def test_fused_kernels_are_those_that_the_server_makes(trained, tmp_path):
     run = trained(**GPT, no_args=True)
     convert(run.path, tmp_path / "out", alpa_training.Options(model="llm_serving", activation="relu"))
     checkpoint = frameworks.read(run.path)
-    serving = alpa.output(checkpoint, alpa.Options(dtype="float32", activation="relu"))
+    serving = alpa.output(checkpoint, alpa.Options(cast="float32", activation="relu"))
     (tmp_path / "np").mkdir()
     list(run_tasks(Planner(checkpoint.index).plan(serving.files).tasks, tmp_path / "np", 1, Progress(1)))
     fused = alpa_opt.fused(tmp_path / "np", 2)

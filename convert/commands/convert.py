@@ -6,15 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import RefusedError
-from ..frameworks.alpa import serving as alpa
-from ..frameworks.alpa import training as alpa_training
-from ..frameworks.metaseq import target as metaseq_target
-from ..frameworks.mindspore import target as mindspore
-from ..job import TARGETS, convert
+from ..job import convert
 from ..planner import FIRST, MEAN, REFUSE
 from ..request import Request
-from . import positive
+from ..targets import TARGETS
+from . import positive, target_options
 
 SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual pipeline", "ep": "expert", "etp": "expert tensor",
          "cp": "context", "dp": "data"}
@@ -29,16 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
     add("--metadata-from", type=Path, metavar="DIR", help="shards whose metadata describes metaseq files that lost it")
     add("--weights-only", action="store_true", help="take the weights of model_optim_rng.pt, no optimizer state")
-    add("--dtype", choices=["float32", "float16", "bfloat16"],
-        help="cast the weights (default: as on disk; float16 for alpa; MindSpore: float32, with --weights-only)")
-    add("--form", choices=sorted(metaseq_target.NAMES), default=metaseq_target.FLAT,
-        help="of metaseq's files: flat parameters, whole tensors, or one file for all (default: %(default)s)")
-    add("--vocab-size", type=positive, metavar="N", help="rows of the word embedding for Alpa (default: the source's)")
-    add("--activation", choices=["relu", "gelu"], help="of a source that does not record it, for Alpa")
-    add("--format", choices=sorted(mindspore.FRAMES), default="ckpt", help="file format (default: %(default)s)")
-    add("--names", choices=mindspore.NAMES, default="mindspore", help="whose tensor names (default: %(default)s)")
-    add("--file-prefix", default="network", metavar="NAME", help="file name without ending (default: %(default)s)")
-    add("--generate-all-dp-cp", action="store_true", help="a file for every rank, as hard links where possible")
     add("--drop", action="append", choices=["experts"], default=[], help="leave these tensors out")
     add("--accept-stale", action="store_true", help="status 0 although the model's own copy is older than the optimizer's")
     add("--accept-permuted", action="store_true", help="convert although optimizer slices are permuted")
@@ -47,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=positive, default=min(2, os.cpu_count() or 1), metavar="N",
         help="processes (default: %(default)s)")
     add("--ray", metavar="ADDRESS", help="run on this Ray cluster instead: auto, HOST:PORT or ray://HOST:PORT")
+    target_options.add_arguments(parser.add_argument_group("what to write"))
     sizes = parser.add_argument_group("layout of the output (default: the source's)")
     for name, what in SIZES.items():
         sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
@@ -66,20 +53,11 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.dtype and args.to in ("mindspore", "megatron", "megatron-dist") and not (
-            args.to == "mindspore" and args.weights_only and args.dtype == "float32"):
-        raise RefusedError(f"--dtype {args.dtype}: an optimizer's states keep their dtype; float32 goes with --to mindspore "
-                           "--weights-only, others with metaseq and alpa")
     sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
     report = convert(Request(
         source=args.source, target=args.target, to=args.to, sizes=sizes, stage_layers=args.stage_layers,
         vocab_divisible_by=args.make_vocab_size_divisible_by, replicas=args.replicas,
-        output=mindspore.Options(args.format, args.names, args.file_prefix, all_dp_cp=args.generate_all_dp_cp,
-                                 cast=args.dtype if args.to == "mindspore" else None),
-        metaseq=metaseq_target.Options(args.form, cast=args.dtype),
-        alpa=alpa.Options(args.dtype or "float16", args.vocab_size, args.activation),
-        alpa_training=alpa_training.Options(args.dtype or "float32", vocab_size=args.vocab_size,
-                                            activation=args.activation),
+        options=target_options.of(args),
         iteration=args.iteration, sidecar=args.sidecar, metadata_from=args.metadata_from,
         weights_only=args.weights_only, drop=frozenset(args.drop),
         accept_stale=args.accept_stale, accept_permuted=args.accept_permuted, overwrite=args.overwrite,

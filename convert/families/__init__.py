@@ -6,13 +6,21 @@ import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from . import gpt, opt, yuan
+from . import deepspeed, gpt, hugging_face, merak, opt, yuan
 
 FAMILIES = (gpt, yuan, opt)
 #: all rows; what families share stands in gpt's table, and metaseq's dialect has one of its own
 ROWS = gpt.ROWS_OF_TABLE | yuan.ROWS_OF_TABLE
 
-LEGACY, CORE, MINDSPORE, METASEQ = "legacy", "core", "mindspore", "metaseq"
+LEGACY, CORE, MINDSPORE, METASEQ, DEEPSPEED = "legacy", "core", "mindspore", "metaseq", "deepspeed"
+#: transformers' dialects, by the family of the model, and Merak's for one tensor-parallel rank and for several
+HF_GPT2, HF_OPT, HF_LLAMA, HF_BLOOM, MERAK, MERAK_CUT = "gpt2", "opt", "llama", "bloom", "merak", "merak_cut"
+#: canonical name: (arrangement, name in the dialect[, TRANSPOSED]), of dialects with one name for each tensor
+TABLES = {METASEQ: opt.METASEQ, DEEPSPEED: deepspeed.TENSORS, HF_GPT2: hugging_face.GPT2, HF_OPT: hugging_face.OPT,
+          HF_LLAMA: hugging_face.LLAMA, HF_BLOOM: hugging_face.BLOOM, MERAK: merak.WHOLE, MERAK_CUT: merak.CUT}
+#: what may stand before a name of a dialect's table
+_PREFIXES = {HF_GPT2: r"transformer\.", HF_BLOOM: r"transformer\.", HF_LLAMA: r"model\.", HF_OPT: r"model\.",
+             MERAK: r"module\.\d+\.(transformer\.)?", MERAK_CUT: r"module\.\d+\.(transformer\.)?"}
 #: the table that a model may hold twice, as its input and as its output
 WORD_EMBEDDING, HEAD = "embedding.word.weight", "output.weight"
 #: names of a head that by themselves say that it is the word embedding
@@ -20,17 +28,19 @@ TIED_HEADS = ("word_embeddings_for_head.weight",)
 
 #: names that are taken apart once: ranks, states and layouts repeat them
 _NAMES = 1 << 16
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)|(?<=\bh\.)\d+(?=\.)")
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)|(?<=linear_fc[12]\.weight)\d+$|(?<=linear_fc[12]\.bias)\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a family knows of one tensor, with `{i}` and `{e}` standing for the layer and the expert."""
+    """What a family knows of one tensor, with `{i}` and `{e}` standing for the layer and the expert; `transposed`: as a
+    matrix it is [in, out] in the dialect."""
 
     canonical: str
     arrangement: str
     mindspore: str | None
+    transposed: bool = False
 
 
 @lru_cache(maxsize=_NAMES)
@@ -65,8 +75,20 @@ def renumber(name: str, layer: int | None, expert: int | None) -> str:
 @lru_cache(maxsize=_NAMES)
 def find(name: str, dialect: str) -> Row | None:
     """The family's row of a checkpoint's tensor name, or None if no family knows it."""
+    name = re.sub(f"^({_PREFIXES[dialect]})", "", name) if dialect in _PREFIXES else name
     pattern = _EXPERT.sub("{e}", _LAYER.sub("{i}", name, count=1), count=1)
     return _by_name(dialect).get(pattern)
+
+
+@cache
+def rows_of(dialect: str) -> dict[str, tuple[str, Row]]:
+    """By canonical name (fused), each tensor of a dialect of TABLES: its name and its row."""
+    rows = {}
+    for canonical, (arrangement, name, *transposed) in TABLES[dialect].items():
+        for w in ("weight", "bias") if "{w}" in canonical else ("",):
+            row = Row(canonical.replace("{w}", w), arrangement, None, bool(transposed))
+            rows[row.canonical] = name.replace("{w}", w), row
+    return rows
 
 
 def missing(canonicals: set[str], num_layers: int) -> list[str]:
@@ -85,9 +107,8 @@ def dialect_of(names: list[str]) -> str:
 
 @cache
 def _by_name(dialect: str) -> dict[str, Row]:
-    if dialect == METASEQ:
-        return {name.replace("{w}", w): Row(canonical.replace("{w}", w), arrangement, None)
-                for canonical, (arrangement, name) in opt.METASEQ.items() for w in ("weight", "bias")}
+    if dialect in TABLES:
+        return dict(rows_of(dialect).values())
     rows = {}
     for canonical, (arrangement, legacy, core, mindspore) in ROWS.items():
         for w in ("weight", "bias") if "{w}" in canonical else ("weight",):

@@ -7,7 +7,6 @@ logical tensors, so that planning goes over the source's index. No tensor data i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from .. import families
 from ..checkpoint import Checkpoint, Coordinates
@@ -18,7 +17,7 @@ from ..frameworks.megatron.facts import Facts
 from ..frameworks.megatron.structure import megatron_naming, nested, rank_folder, structures_of
 from ..fusion import PADDING, VOCAB, abreast, blocks, local_shape
 from ..index import Found, Held, Index, atom_name
-from ..layout import Layout, Place
+from ..layout import Place, Wish
 from ..tensors import MODEL_WEIGHT, Stored, Tensor, TensorSpec
 from .metas import GroupKind, Target, check_stages, relaid_meta
 from .model import Entry, Model, Parameter, model_of
@@ -27,15 +26,6 @@ from .stages import Stages, stages_of
 
 #: the first megatron-core whose parameter groups come in the same order on all ranks
 _GROUPS_SORTED = (0, 16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """The layout wanted: sizes, layers per stage (or per chunk), and what the vocabulary's rows are to be divisible by."""
-
-    layout: Layout
-    stage_layers: tuple[int, ...] = ()
-    divisible_by: int | None = None
 
 
 def relaid(source: Checkpoint, wish: Wish) -> Checkpoint:

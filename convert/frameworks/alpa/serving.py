@@ -60,10 +60,10 @@ PUBLIC_VOCAB = 50272
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`dtype` of the weights; `vocab_size`, the rows of the word embedding (None: the source's, its padding included);
-    `activation`, what the user says of a source that does not record it."""
+    """`cast`, the dtype of the weights; `vocab_size`, the rows of the word embedding (None: the source's, its padding
+    included); `activation`, what the user says of a source that does not record it."""
 
-    dtype: str = "float16"
+    cast: str = "float16"
     vocab_size: int | None = None
     activation: str | None = None
 
@@ -121,7 +121,8 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     files |= {f"decoder.{name}": name for name in sorted(BUFFERS) if (WEIGHT, name) in states.tensors}
     return Output([_file(path, states, name, options) for path, name in files.items()],
                   [(folder, "") for folder in target.rank_folders.values()], [],
-                  {"alpa": {**described(states), "dtype": options.dtype}})
+                  {"alpa": {**described(states), "dtype": options.cast}},
+                  roles=(WEIGHT,), needless=BUFFERS)
 
 
 def _files(num_layers: int) -> Iterator[tuple[str, str]]:
@@ -136,7 +137,7 @@ def _files(num_layers: int) -> Iterator[tuple[str, str]]:
 def _file(path: str, states: States, name: str, options: Options) -> WantedFile:
     blocks = states.blocks(WEIGHT, name, positions_to_add(states))
     shape = (sum(box.rows for _, box in blocks), *states.tensor(WEIGHT, name).shape[1:])
-    spec = TensorSpec(path, options.dtype, shape)
+    spec = TensorSpec(path, options.cast, shape)
     return WantedFile(path, tuple(npy.frame(spec)), (Wanted(spec, blocks),))
 
 

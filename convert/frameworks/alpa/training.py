@@ -28,7 +28,7 @@ from ...families import HEAD, WORD_EMBEDDING
 from ...plan import Output, Wanted, WantedFile, bands_of
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
 from ..mindspore.scalars import param_groups
-from .serving import POSITIONS, States, check_names, check_opt, described, options_of, positions_to_add
+from .serving import BUFFERS, POSITIONS, States, check_names, check_opt, described, options_of, positions_to_add
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,10 @@ _FIRST_SCALE = 65536.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`dtype` is what the model computes in; one that is not float32 has a float32 master copy and a dynamic loss scale
-    beside it. `model` and `optimizer` name a table above; model '' is opt for metaseq's and gpt2 for others."""
+    """`cast` is the dtype that the model computes in; one that is not float32 has a float32 master copy and a dynamic loss
+    scale beside it. `model` and `optimizer` name a table above; model '' is opt for metaseq's and gpt2 for others."""
 
-    dtype: str = "float32"
+    cast: str = "float32"
     model: str = ""
     optimizer: str = "examples"
     vocab_size: int | None = None
@@ -144,8 +144,9 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     tree = _train_state(writer, options)
     manifest = WantedFile(f"checkpoint_{target.iteration}", (Literal(msgpack.packb(tree)),), (), completes=True)
     return Output([*writer.files, manifest], [(folder, "") for folder in target.rank_folders.values()], [],
-                  {"alpa": {**described(states), "model": name, "optimizer": options.optimizer, "dtype": options.dtype,
-                            "activation": options_of(target).get("activation_fn", options.activation)}})
+                  {"alpa": {**described(states), "model": name, "optimizer": options.optimizer, "dtype": options.cast,
+                            "activation": options_of(target).get("activation_fn", options.activation)}},
+                  needless=BUFFERS)
 
 
 def _leaves(model: Model, states: States) -> Iterator[tuple[str, Leaf]]:
@@ -158,7 +159,7 @@ def _leaves(model: Model, states: States) -> Iterator[tuple[str, Leaf]]:
 
 def _train_state(writer: _Writer, options: Options) -> dict:
     source = writer.states.source
-    step, is_mixed = _steps(source), options.dtype != "float32"
+    step, is_mixed = _steps(source), options.cast != "float32"
     adam = {"count": lambda path: writer.scalar(path, "int32", step),
             "mu": lambda path: writer.tree(path, EXP_AVG, "float32"),
             "nu": lambda path: writer.tree(path, EXP_AVG_SQ, "float32")}
@@ -168,7 +169,7 @@ def _train_state(writer: _Writer, options: Options) -> dict:
         "dynamic_scale": scale if is_mixed else None,
         "master_copy": (lambda path: writer.tree(path, WEIGHT, "float32")) if is_mixed else None,
         "opt_state": _filled(OPTIMIZERS[options.optimizer], {_ADAM: adam, _COUNT: adam["count"]}),
-        "params": lambda path: writer.tree(path, WEIGHT, options.dtype),
+        "params": lambda path: writer.tree(path, WEIGHT, options.cast),
         "step": lambda path: writer.scalar(path, "int32", source.iteration)})
 
 

@@ -16,7 +16,7 @@ from ...containers.pickles import Opaque
 from ...errors import RefusedError
 from ...fusion import KVQ, blocks, local_shape, whole_shape
 from ...index import Held, Index, Naming, atom_name
-from ...layout import Layout, Place
+from ...layout import Place, Wish
 from ...naming import brief
 from ...tensors import WEIGHT, Stored
 from . import reader as metaseq
@@ -28,12 +28,13 @@ SPLIT = {"k_proj": "k", "v_proj": "v", "q_proj": "q"}
 FUSED = "qkv_proj"
 
 
-def relaid(source: Checkpoint, layout: Layout) -> Checkpoint:
-    """The source as `layout.tp` parts, in memory: its tensors have no place on disk.
+def relaid(source: Checkpoint, wish: Wish) -> Checkpoint:
+    """The source as `wish.layout.tp` parts, in memory: its tensors have no place on disk.
 
     Raises RefusedError for a layout that metaseq does not have, where a tensor cannot be divided, with its numbers, and
     where nobody knows how one is cut.
     """
+    layout = wish.layout
     if extra := [name for name in ("pp", "vpp", "ep", "cp") if getattr(layout, name) != 1]:
         raise RefusedError(f"{source.folder}: metaseq has no {' and no '.join(extra)}; only tp (its model parts) and dp "
                            "(its shards) can be chosen")

@@ -52,6 +52,7 @@ class Options:
 def output(source: Checkpoint, options: Options) -> Output:
     """Plan the files of a MindSpore checkpoint in the source's layout. Raises RefusedError for names it has no place for."""
     _check_names(source, options)
+    _check_roles(source, options)
     options = replace(options, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp)
     if options.dp % source.layout.ep:
         raise RefusedError(f"{source.folder}: dp {options.dp} is no multiple of its expert parallel size {source.layout.ep}")
@@ -65,7 +66,8 @@ def output(source: Checkpoint, options: Options) -> Output:
         converted.append((folder, files[-1].path))
         links += _links(source, rank, options)
     files += list(_meta_files(source))
-    return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike})
+    return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike},
+                  roles=options.roles)
 
 
 def _check_names(source: Checkpoint, options: Options) -> None:
@@ -78,6 +80,13 @@ def _check_names(source: Checkpoint, options: Options) -> None:
         if unknown:
             raise RefusedError(f"{source.folder}: MindSpeed-Core-MS's model has no place for {len(unknown)} tensors: "
                                f"{brief(unknown)}; use --names megatron")
+
+
+def _check_roles(source: Checkpoint, options: Options) -> None:
+    unknown = set(options.roles) - source.index.roles()
+    if unknown and source.with_optimizer:
+        raise RefusedError(f"{source.folder}: holds no optimizer state called {', '.join(sorted(unknown))}, only "
+                           f"{', '.join(sorted(source.index.roles()))}")
 
 
 class _Namer:

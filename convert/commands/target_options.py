@@ -1,0 +1,67 @@
+"""The flags of `parammap convert` that only some target frameworks have, and the options that they make."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import RefusedError
+from ..frameworks.alpa import serving as alpa
+from ..frameworks.alpa import training as alpa_training
+from ..frameworks.metaseq import target as metaseq
+from ..frameworks.mindspore import target as mindspore
+from . import positive
+
+#: flag: (its targets, what argparse is told)
+FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "--dtype": (("mindspore", "metaseq", "alpa", "alpa-training"), {
+        "choices": ["float32", "float16", "bfloat16"],
+        "help": "cast the weights (default: as on disk; float16 for alpa; MindSpore: float32, with --weights-only)"}),
+    "--format": (("mindspore",), {"choices": sorted(mindspore.FRAMES), "help": "file format (default: ckpt)"}),
+    "--names": (("mindspore",), {"choices": mindspore.NAMES, "help": "whose tensor names (default: mindspore)"}),
+    "--file-prefix": (("mindspore",), {"metavar": "NAME", "help": "file name without ending (default: network)"}),
+    "--generate-all-dp-cp": (("mindspore",), {
+        "action": "store_true", "default": None, "help": "a file for every rank, as hard links where possible"}),
+    "--form": (("metaseq",), {
+        "choices": sorted(metaseq.NAMES), "help": "flat parameters, whole tensors, or one file for all (default: flat)"}),
+    "--vocab-size": (("alpa", "alpa-training"), {
+        "type": positive, "metavar": "N", "help": "rows of the word embedding (default: the source's)"}),
+    "--activation": (("alpa", "alpa-training"), {
+        "choices": ["relu", "gelu"], "help": "of a source that does not record it"}),
+    "--model": (("alpa-training",), {
+        "choices": sorted(alpa_training.MODELS), "help": "whose tree (default: opt for OPT, else gpt2)"}),
+    "--optimizer": (("alpa-training",), {
+        "choices": sorted(alpa_training.OPTIMIZERS), "help": "whose state (default: examples, that of Alpa's own)"}),
+}
+#: target: how its options are made of the flags that were given, by their names
+_MAKE: dict[str, Callable[..., Any]] = {
+    "mindspore": lambda dtype=None, generate_all_dp_cp=False, **flags: mindspore.Options(
+        cast=dtype, all_dp_cp=generate_all_dp_cp, **flags),
+    "metaseq": lambda dtype=None, **flags: metaseq.Options(cast=dtype, **flags),
+    "alpa": lambda dtype="float16", **flags: alpa.Options(dtype, **flags),
+    "alpa-training": lambda dtype="float32", **flags: alpa_training.Options(dtype, **flags),
+}
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    for flag, (targets, told) in FLAGS.items():
+        parser.add_argument(flag, **{**told, "help": f"{', '.join(targets)}: {told['help']}"})
+
+
+def of(args: argparse.Namespace) -> Any:
+    """The options of the target that `args.to` names. Raises RefusedError for a flag that is not one of its own."""
+    given = {flag: value for flag in FLAGS if (value := getattr(args, _name(flag))) is not None}
+    for flag in given:
+        if args.to not in FLAGS[flag][0]:
+            raise RefusedError(f"{flag}: means nothing with --to {args.to}, only with {', '.join(FLAGS[flag][0])}; leave "
+                               "it out")
+    if args.to == "mindspore" and args.dtype and not (args.weights_only and args.dtype == "float32"):
+        raise RefusedError(f"--dtype {args.dtype}: an optimizer's states keep their dtype; float32 goes with --to mindspore "
+                           "--weights-only")
+    make = _MAKE.get(args.to)
+    return make and make(**{_name(flag): value for flag, value in given.items()})
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

@@ -1,0 +1,82 @@
+"""The frameworks that can be written for: who plans their files, with which options, and what a layout means to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import RefusedError
+from .frameworks.alpa import serving as alpa
+from .frameworks.alpa import training as alpa_training
+from .frameworks.megatron import target as megatron
+from .frameworks.megatron_dist import target as megatron_dist
+from .frameworks.metaseq import relayout as metaseq_relayout
+from .frameworks.metaseq import target as metaseq
+from .frameworks.mindspore import target as mindspore
+from .layout import Wish
+from .plan import Output
+from .relayout import relaid
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The options of a framework that has none of its own."""
+
+    cast: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`output` plans the files of a checkpoint in the layout wanted; `options` is the type of its second argument, which
+    takes the `sizes` of the layout that change no tensor of a rank, or all of them where the framework cuts for itself.
+
+    `native` are the frameworks whose checkpoints it takes as they are (empty: any), `adopted` presents those of others as
+    its own, and `relaid` lays them out anew; without it the files are the same for every layout.
+    """
+
+    output: Callable[[Checkpoint, Any], Output]
+    options: type = Plain
+    native: tuple[str, ...] = ()
+    adopted: Callable[[Checkpoint], Checkpoint] | None = None
+    relaid: Callable[[Checkpoint, Wish], Checkpoint] | None = None
+    sizes: Mapping[str, str] = field(default_factory=dict)
+
+    def wanted(self, source: Checkpoint, wish: dict[str, int], stage_layers: tuple[int, ...],
+               divisible_by: int | None) -> Checkpoint:
+        """The source in the layout wanted: itself, if that is its own, or if the files are the same for every layout."""
+        if self.native and source.framework not in self.native:
+            source = self._adopt(source)
+        if self.relaid is None:
+            return source
+        there = source.trained or source.layout
+        layout = replace(there, **wish)
+        if "tp" in wish and "etp" not in wish:
+            layout = replace(layout, etp=layout.tp)
+        changed = {name for name, size in wish.items() if size != getattr(there, name)}
+        unchanged_stages = not stage_layers or (there.vpp == 1 and stage_layers == tuple(source.stage_layers()))
+        if source.trained is None and changed <= set(self.sizes) and unchanged_stages and divisible_by is None:
+            return source
+        return self.relaid(source, Wish(layout=layout, stage_layers=stage_layers, divisible_by=divisible_by))
+
+    def files(self, target: Checkpoint, options: Any, wish: dict[str, int]) -> Output:
+        """Plan the files of a checkpoint that is `wanted`."""
+        return self.output(target, replace(options, **{name: wish.get(size) for size, name in self.sizes.items()}))
+
+    def _adopt(self, source: Checkpoint) -> Checkpoint:
+        if self.adopted is None:
+            raise RefusedError(f"{source.folder}: is {source.framework}'s, and only checkpoints of "
+                               f"{' and '.join(self.native)} can be written so; `parammap formats` lists what goes where")
+        return self.adopted(source)
+
+
+_MEGATRON = ("megatron", "megatron-dist", "mindspore")
+TARGETS = {
+    "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, relaid=relaid, sizes={"dp": "dp", "cp": "cp"}),
+    "megatron": Target(lambda target, _: megatron.output(target), native=_MEGATRON, relaid=relaid),
+    "megatron-dist": Target(lambda target, _: megatron_dist.output(target), native=_MEGATRON),
+    "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), relaid=metaseq_relayout.relaid, sizes={"dp": "shards"}),
+    "alpa": Target(alpa.output, alpa.Options),
+    "alpa-training": Target(alpa_training.output, alpa_training.Options),
+}
