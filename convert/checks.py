@@ -8,7 +8,9 @@ swapped, so the moments belong to other parameters as well: then its values turn
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,15 +25,29 @@ _SEARCH_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
-class Misfit:
-    """The elements of one tensor whose model weight is not the cast of the optimizer's weight.
+class Elements:
+    """Some elements of a tensor: how many, and the `positions` of the first ones, each (row, column, what is told of it)."""
+
+    tensor: Tensor
+    count: int = 0
+    positions: list[tuple] = field(default_factory=list)
+
+    def merge(self, other: Elements) -> None:
+        self.count += other.count
+        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+
+    def turn(self) -> None:
+        """To be called where they were found in the transposed matrix."""
+        self.positions = [(row, col, *told) for col, row, *told in self.positions]
+
+
+@dataclass(slots=True)
+class Misfit(Elements):
+    """Elements whose model weight is not the cast of the optimizer's weight.
 
     `positions` are (row, column, cast weight, model weight); `window` is the float32 weights from the first one on.
     """
 
-    tensor: Tensor
-    count: int = 0
-    positions: list[tuple[int, int, float, float]] = field(default_factory=list)
     window: bytes = b""
     sums: tuple[float, ...] = (0.0,) * 5
     permuted_with: str | None = None
@@ -50,61 +66,64 @@ class Misfit:
         return (ab - a * b) / spread if spread else 0.0
 
     def merge(self, other: Misfit) -> None:
-        self.count += other.count
+        Elements.merge(self, other)
         self.sums = tuple(x + y for x, y in zip(self.sums, other.sums, strict=True))
-        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
         self.window = self.window or other.window
 
 
 @dataclass(slots=True)
-class Unequal:
-    """The elements of one tensor of which a rank keeps another copy than the first; `positions` are (row, column, first
-    copy's value, other's value, other's file)."""
-
-    tensor: Tensor
-    count: int = 0
-    positions: list[tuple[int, int, float, float, str]] = field(default_factory=list)
-
-    def merge(self, other: Unequal) -> None:
-        self.count += other.count
-        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+class Unequal(Elements):
+    """Elements of which a rank keeps another copy than the first; `positions` are (row, column, first copy's value, other's
+    value, other's file)."""
 
 
 @dataclass(slots=True)
-class NonFinite:
-    """The elements of one tensor that are infinite or not a number; `positions` are (row, column, file)."""
-
-    tensor: Tensor
-    count: int = 0
-    positions: list[tuple[int, int, str]] = field(default_factory=list)
-
-    def merge(self, other: NonFinite) -> None:
-        self.count += other.count
-        self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
+class NonFinite(Elements):
+    """Elements that are infinite or not a number; `positions` are (row, column, file)."""
 
 
+@dataclass(slots=True)
+class Overflown(Elements):
+    """Elements that are finite and too large for the float16 that they were written as; `positions` are (row, column, value,
+    file). One that was written several times counts as often."""
+
+
+Found = TypeVar("Found", bound=Elements)
 #: the bits of the exponent, which are all set in what is not finite
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+#: the bits of the least number that float16 rounds to infinity: 65520, half way from its largest to the next (IEEE 754)
+_OVERFLOW = {"bfloat16": 0x4780, "float32": 0x477FF000}
 
 
 def non_finite(tensor: Tensor, box: Box, bits: np.ndarray, file: str) -> NonFinite | None:
     """What of `box` is not finite; None if all is."""
     mask = _EXPONENT.get(tensor.dtype)
-    if mask is None or (bits & bits.dtype.type(mask)).max(initial=0) != mask:
-        return None
-    found = np.flatnonzero((bits & bits.dtype.type(mask)) == mask)
-    return NonFinite(tensor, len(found), [(box.row + int(i) // box.cols, box.col + int(i) % box.cols, file)
-                                          for i in found[:SHOWN_POSITIONS]])
+    return _marked(NonFinite, tensor, box, (bits & bits.dtype.type(mask)) == mask, lambda i: (file,)) if mask else None
+
+
+def overflown(tensor: Tensor, box: Box, bits: np.ndarray, file: str) -> Overflown | None:
+    """What of `box`, of a float32 or bfloat16 tensor, is finite but not so in float16; None if nothing is."""
+    sizes = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
+    wrong = (sizes >= _OVERFLOW[tensor.dtype]) & (sizes < _EXPONENT[tensor.dtype])
+    return _marked(Overflown, tensor, box, wrong, lambda i: (value_of(bits[i:i + 1], tensor.dtype), file))
 
 
 def unequal(tensor: Tensor, box: Box, first: np.ndarray, other: np.ndarray, file: str) -> Unequal | None:
     """Compare the bits of two copies of `box`; None if they are equal."""
-    if np.array_equal(first, other):
+    return _marked(Unequal, tensor, box, first != other, lambda i: (
+        value_of(first[i:i + 1], tensor.dtype), value_of(other[i:i + 1], tensor.dtype), file))
+
+
+def _marked(kind: type[Found], tensor: Tensor, box: Box, wrong: np.ndarray, tell: Callable[[int], tuple]) -> Found | None:
+    """The elements of `box` that are True in `wrong`, with what `tell` says of the first ones; None if none is."""
+    if not wrong.any():
         return None
-    wrong = np.flatnonzero(first != other)
-    return Unequal(tensor, len(wrong), [
-        (box.row + int(i) // box.cols, box.col + int(i) % box.cols, value_of(first[i:i + 1], tensor.dtype),
-         value_of(other[i:i + 1], tensor.dtype), file) for i in wrong[:SHOWN_POSITIONS]])
+    found = np.flatnonzero(wrong)
+    return kind(tensor, len(found), [(*_position(box, i), *tell(i)) for i in map(int, found[:SHOWN_POSITIONS])])
+
+
+def _position(box: Box, element: int) -> tuple[int, int]:
+    return box.row + element // box.cols, box.col + element % box.cols
 
 
 def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
@@ -123,8 +142,8 @@ def compare(tensor: Tensor, main: np.ndarray, box: Box, model: np.ndarray, model
     wrong = np.flatnonzero((cast != model) & ~(_is_nan(cast, model_dtype) & _is_nan(model, model_dtype)))
     if not len(wrong):
         return None
-    positions = [(box.row + int(i) // box.cols, box.col + int(i) % box.cols, value_of(cast[i:i + 1], model_dtype),
-                  value_of(model[i:i + 1], model_dtype)) for i in wrong[:SHOWN_POSITIONS]]
+    positions = [(*_position(box, i), value_of(cast[i:i + 1], model_dtype), value_of(model[i:i + 1], model_dtype))
+                 for i in map(int, wrong[:SHOWN_POSITIONS])]
     first = int(wrong[0])
     return Misfit(tensor, len(wrong), positions, main[first:first + WINDOW].tobytes(),
                   _sums(_values(cast[wrong], model_dtype), _values(model[wrong], model_dtype)))
@@ -203,11 +222,23 @@ def _telling(window: bytes, dtype: str) -> bytes:
     return values.tobytes() if varied else b""
 
 
-def _chunks(piece: Piece):
+def _chunks(piece: Piece) -> Iterator[bytearray]:
     """The piece's bytes in chunks that overlap by a window, so that no window is cut."""
-    total, start = piece.box.numel * ITEMSIZE[piece.tensor.dtype], 0
-    overlap = WINDOW * ITEMSIZE[piece.tensor.dtype]
+    chunk, overlap = bytearray(), WINDOW * ITEMSIZE[piece.tensor.dtype]
     with open(piece.file, "rb") as file:
-        while start < total:
-            yield os.pread(file.fileno(), min(_SEARCH_BYTES + overlap, total - start), piece.offset + start)
-            start += _SEARCH_BYTES
+        for offset, nbytes in _reads(piece):
+            chunk += os.pread(file.fileno(), nbytes, offset)
+            if len(chunk) >= _SEARCH_BYTES:
+                yield chunk
+                del chunk[:-overlap]
+    yield chunk
+
+
+def _reads(piece: Piece) -> Iterator[tuple[int, int]]:
+    """The byte runs (offset, bytes) that a piece is in its file, none longer than _SEARCH_BYTES."""
+    itemsize, lying = ITEMSIZE[piece.tensor.dtype], piece.lying
+    rows, cols = (1, lying.numel) if piece.pitch == lying.cols else (lying.rows, lying.cols)
+    for row in range(rows):
+        start = piece.offset + row * piece.pitch * itemsize
+        for low in range(0, cols * itemsize, _SEARCH_BYTES):
+            yield start + low, min(_SEARCH_BYTES, cols * itemsize - low)

@@ -42,9 +42,13 @@ def bits_dtype(dtype: str) -> type:
     return _BITS[ITEMSIZE[dtype]]
 
 
-def box_digest(bits: np.ndarray, box: Box) -> int:
-    """The share of `box` in its tensor's digest; `bits` holds the box's elements, row-major, as unsigned integers."""
-    return sum(_tile_digest(bits[start:start + tile.numel], tile) for tile, start in _tiles(box)) & MASK
+def box_digest(bits: np.ndarray, box: Box, turned: bool = False) -> int:
+    """The share of `box` in its tensor's digest; `bits` holds the box's elements, row-major, as unsigned integers.
+
+    If `turned`, the box and its elements are of the transposed matrix; the digest is the tensor's own all the same.
+    """
+    seeds = (_COL_SEED, _ROW_SEED) if turned else (_ROW_SEED, _COL_SEED)
+    return sum(_tile_digest(bits[start:start + tile.numel], tile, *seeds) for tile, start in _tiles(box)) & MASK
 
 
 def _tiles(box: Box) -> Iterator[tuple[Box, int]]:
@@ -57,9 +61,9 @@ def _tiles(box: Box) -> Iterator[tuple[Box, int]]:
                    row * box.cols + col)
 
 
-def _tile_digest(bits: np.ndarray, tile: Box) -> int:
-    mixed, rows = _mix(bits), _weights(_ROW_SEED, tile.row, tile.rows)
-    columns = _weights(_COL_SEED, tile.col, tile.cols)
+def _tile_digest(bits: np.ndarray, tile: Box, row_seed: int, col_seed: int) -> int:
+    mixed, rows = _mix(bits), _weights(row_seed, tile.row, tile.rows)
+    columns = _weights(col_seed, tile.col, tile.cols)
     if tile.cols == 1:
         return int(np.dot(mixed, rows)) * int(columns[0])
     return int(np.dot(np.einsum("rc,c->r", mixed.reshape(tile.rows, tile.cols), columns), rows))

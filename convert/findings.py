@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checks import STALE, Misfit, NonFinite, Unequal, tell_permuted
+from .checks import STALE, Misfit, NonFinite, Overflown, Unequal, tell_permuted
 from .errors import RefusedError
 from .index import Index
 from .naming import brief
@@ -18,19 +18,21 @@ from .writer import Outcome
 class Findings:
     """The outcomes of all files, put together, with what the manifest of earlier parts of the conversion says (`before`).
 
-    `misfits`, `unequal` and `non_finite` are by tensor; `digests` are the manifest's entries, and `partial` those of which
-    elements are still to come; `differing` names the tensors of which ranks kept copies of their own that differ.
+    `misfits`, `unequal`, `non_finite` and `overflown` are by tensor; `digests` are the manifest's entries, and `partial`
+    those of which elements are still to come; `differing` names the tensors of which ranks kept copies of their own that
+    differ.
     """
 
     def __init__(self, index: Index, outcomes: Iterable[Outcome], before: dict | None = None) -> None:
         self.misfits: dict[Tensor, Misfit] = {}
         self.unequal: dict[Tensor, Unequal] = {}
         self.non_finite: dict[Tensor, NonFinite] = {}
+        self.overflown: dict[Tensor, Overflown] = {}
         self.before = before or {}
         sums = _sums(self.before)
         for outcome in outcomes:
             for known, found in ((self.misfits, outcome.misfits), (self.unequal, outcome.unequal),
-                                 (self.non_finite, outcome.non_finite)):
+                                 (self.non_finite, outcome.non_finite), (self.overflown, outcome.overflown)):
                 for tensor, one in found.items():
                     if known.setdefault(tensor, one) is not one:
                         known[tensor].merge(one)
@@ -58,9 +60,7 @@ class Findings:
         return None
 
     def status(self, request: Request) -> int:
-        kinds = {misfit.kind for misfit in self.misfits.values()}
-        accepted = all(request.accept_stale if kind == STALE else request.accept_permuted for kind in kinds)
-        return 0 if accepted and not self.differing else 1
+        return status_of({misfit.kind for misfit in self.misfits.values()}, request, bool(self.differing or self.overflown))
 
     def lines(self, request: Request) -> list[str]:
         """What of it a user should read."""
@@ -69,9 +69,11 @@ class Findings:
                  for m in self.misfits.values()]
         lines += [f"{_position(one)}: took {'the mean' if request.replicas == 'mean' else 'the first rank’s'}"
                   for one in self.unequal.values()]
-        lines += [f"{one.tensor.name} ({one.tensor.role}): {one.count} elements are not finite, first at row "
-                  f"{one.positions[0][0]}, column {one.positions[0][1]} in {one.positions[0][2]}"
-                  for one in self.non_finite.values()]
+        for kinds, what in ((self.non_finite, "are not finite"), (self.overflown, "became infinite in float16")):
+            for one in kinds.values():
+                row, column, *value, file = one.positions[0]
+                lines.append(f"{one.tensor.name} ({one.tensor.role}): {one.count} elements {what}, first at row {row}, "
+                             f"column {column}{''.join(f' ({number:.9g})' for number in value)} in {file}")
         if self.differing:
             lines.append(f"{brief(self.differing)}: the ranks' copies differ; each rank kept its own")
         return lines
@@ -90,7 +92,17 @@ class Findings:
             "not_finite": [{"tensor": one.tensor.name, "role": one.tensor.role, "elements": one.count,
                             "first": [{"row": r, "column": c, "file": file} for r, c, file in one.positions]}
                            for one in self.non_finite.values()] + self.before.get("not_finite", []),
+            "overflown": [{"tensor": one.tensor.name, "role": one.tensor.role, "elements": one.count,
+                           "first": [{"row": r, "column": c, "value": value, "file": file}
+                                     for r, c, value, file in one.positions]}
+                          for one in self.overflown.values()] + self.before.get("overflown", []),
             "replicas_that_differ": self.differing, "digests": self.digests, "digests_of_parts": self.partial}
+
+
+def status_of(kinds: set[str], request: Request, others: bool) -> int:
+    """The exit status of a conversion with misfits of these kinds, and `others` where more was found that needs a look."""
+    accepted = all(request.accept_stale if kind == STALE else request.accept_permuted for kind in kinds)
+    return 0 if accepted and not others else 1
 
 
 def _told(misfits: list[Misfit]) -> str:

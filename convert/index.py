@@ -80,12 +80,19 @@ class Held:
         return self.canonical == families.WORD_EMBEDDING and self.row is not None and self.row.canonical == families.HEAD
 
     @property
+    def transposed(self) -> bool:
+        """Whether it lies on disk as [in, out]; its blocks then lie side by side in each row of the file."""
+        return is_transposed(self.row, self.found.stored.shape)
+
+    @property
     def layer(self) -> int | None:
         layer = families.layer_of(self.canonical)
         return layer and layer[1]
 
     def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
         """The pieces of its blocks, or of those of one logical tensor; several extents give pieces for each."""
+        if self.transposed:
+            return list(self._pieces_transposed(replica, only))
         if self.abreast > 1:
             return list(self._pieces_abreast(replica, only))
         result, start = [], 0
@@ -101,7 +108,8 @@ class Held:
     def _pieces_abreast(self, replica: int, only: Tensor | None) -> Iterator[Piece]:
         extent, = self.found.stored.extents
         itemsize, start = ITEMSIZE[self.found.stored.dtype], 0
-        for band in batched(self.blocks, self.abreast):
+        for first in range(0, len(self.blocks), self.abreast):
+            band = self.blocks[first:first + self.abreast]
             pitch, col = sum(box.cols for _, box in band), 0
             for tensor, box in band:
                 if only in (None, tensor):
@@ -109,10 +117,25 @@ class Held:
                 col += box.cols
             start += pitch * band[0][1].rows
 
+    def _pieces_transposed(self, replica: int, only: Tensor | None) -> Iterator[Piece]:
+        """Each row of the file holds one column of all blocks."""
+        stored, pitch = self.found.stored, sum(box.rows for _, box in self.blocks)
+        itemsize, matrix = ITEMSIZE[stored.dtype], Box(0, stored.numel // pitch, 0, pitch)
+        for extent, low, high, first in _extents_of(stored, 0, stored.nbytes):
+            for run, start in matrix.split_flat(low // itemsize, high // itemsize):
+                left = 0
+                for tensor, box in self.blocks:
+                    part = run.intersect(Box(0, matrix.rows, left, box.rows))
+                    if part and only in (None, tensor):
+                        element = start + part.col - run.col
+                        yield Piece(tensor, Box(box.row + part.col - left, part.cols, box.col + part.row, part.rows),
+                                    extent.file, first + element * itemsize - low, replica, pitch, transposed=True)
+                    left += box.rows
 
-def batched(items: tuple, count: int) -> Iterator[tuple]:
-    """The items, `count` at a time."""
-    return (items[start:start + count] for start in range(0, len(items), count))
+
+def is_transposed(row: families.Row | None, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape on disk is the transpose, [in, out], of what it is logically; only matrices are."""
+    return row is not None and row.transposed and len(shape) == 2
 
 
 def _extents_of(stored: Stored, start: int, nbytes: int):
@@ -199,14 +222,17 @@ def _kind_by_facts(found: Found, layout: Layout) -> str | None:
 
 
 def _hold(found: Found, canonical: str, row: families.Row | None, kind: str | None, naming: Naming) -> Held:
-    shape = found.stored.shape
+    side_by_side = abreast(kind, naming.sizes)
+    shape, turned = found.stored.shape, is_transposed(row, found.stored.shape)
+    if turned and side_by_side > 1:
+        raise RefusedError(f"{found.where}: {found.name} lies transposed, which {kind} never does")
     try:
-        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape, naming.layout.tp, found.place.tp, naming.sizes,
-                                             naming.experts_of(found.place))
+        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape[::-1] if turned else shape, naming.layout.tp,
+                                             found.place.tp, naming.sizes, naming.experts_of(found.place))
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
     return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, arranged),
-                abreast(kind, naming.sizes))
+                side_by_side)
 
 
 def atoms(role: str, canonical: str, kind: str | None, dtype: str,
@@ -313,7 +339,11 @@ class Index:
                     raise RefusedError(f"{held.found.where}: {tensor.name} ({tensor.role}) is {tensor.dtype} "
                                        f"{list(tensor.shape)} here and {first.dtype} {list(first.shape)} on another rank; "
                                        "these files are of different runs")
-                self.holders.setdefault(first, []).append(held)
+                same = self.holders.setdefault(first, [])
+                if same and same[0].transposed != held.transposed:
+                    raise RefusedError(f"{held.found.where}: {tensor.name} ({tensor.role}) lies transposed here or in "
+                                       f"{same[0].found.where}, and not in both; these files are of different runs")
+                same.append(held)
         if self.boxes is None:
             self.boxes = Boxes(self.holders, self.layout)
 
@@ -324,6 +354,10 @@ class Index:
                 files = sorted({piece.file for pieces in boxes.values() for piece in pieces})
                 raise RefusedError(f"{files[0]}: the pieces of {tensor.name} ({tensor.role}) found in {len(files)} files "
                                    f"do not make up its shape {list(tensor.shape)} exactly once; a rank is missing")
+
+    def is_transposed(self, tensor: Tensor) -> bool:
+        """Whether all that hold it hold its transpose."""
+        return tensor in self.holders and self.holders[tensor][0].transposed
 
     def tensors(self, role: str) -> list[Tensor]:
         return [tensor for tensor in self.boxes if tensor.role == role]

@@ -14,23 +14,22 @@ from typing import Any
 
 from . import __version__, frameworks
 from .checkpoint import Checkpoint
-from .checks import STALE
 from .cluster import run_tasks_on_ray
 from .errors import RefusedError
 from .execute import run_tasks
-from .findings import Findings
+from .findings import Findings, status_of
 from .fusion import PADDING
 from .garbage import no_collection
 from .naming import brief
 from .parts import Part, part_of
-from .plan import FileTask, Output, Plan
+from .plan import FileTask, Output, Plan, Transpose
 from .planner import OWN, Planner
 from .progress import Progress
 from .publish import Staging, check_target, published
 from .request import Report, Request
 from .targets import TARGETS
 from .tensors import MODEL_WEIGHT, WEIGHT
-from .writer import BUFFER_BYTES, Outcome
+from .writer import BUFFER_BYTES, STRIP_BYTES, Outcome
 
 #: measured private memory of a worker beyond its buffers: the interpreter's and numpy's own pages
 _WORKER_BYTES = 12 << 20
@@ -159,9 +158,8 @@ def _options(request: Request) -> Any:
 
 
 def _status_before(manifest: dict, request: Request) -> int:
-    kinds = {misfit["kind"] for misfit in manifest["misfits"]}
-    accepted = all(request.accept_stale if kind == STALE else request.accept_permuted for kind in kinds)
-    return 0 if accepted and not manifest["replicas_that_differ"] else 1
+    return status_of({misfit["kind"] for misfit in manifest["misfits"]}, request,
+                     bool(manifest["replicas_that_differ"] or manifest.get("overflown")))
 
 
 def _scalars(plan: Plan) -> list[dict]:
@@ -192,12 +190,19 @@ def _describe(source: Checkpoint, target: Checkpoint, plan: Plan, request: Reque
         lines += [f"laid out anew: {target.layout}, layers per stage {target.stage_layers()}", *target.notes]
     lines += [f"  {request.target / task.path}  {task.nbytes:,} bytes, {len(task.specs)} tensors" for task in plan.tasks]
     read = sum(task.bytes_read for task in plan.tasks)
-    memory = workers * (_WORKER_BYTES + 8 * BUFFER_BYTES)
+    memory = workers * (_WORKER_BYTES + 8 * BUFFER_BYTES + _strips(plan) * STRIP_BYTES)
     parent = next(folder for folder in request.target.absolute().parents if folder.exists())
     lines.append(f"reads {read / 1e9:.3f} GB, writes {plan.nbytes / 1e9:.3f} GB in {len(plan.tasks)} files "
                  f"({shutil.disk_usage(parent).free / 1e9:.1f} GB of disk free); {workers} workers need about "
                  f"{memory / 1e6:.0f} MB of memory beside the interpreter; nothing was written")
     return lines
+
+
+def _strips(plan: Plan) -> int:
+    """How many strips of turned tensors a worker holds at once: of one that it writes, of one that it compares with it."""
+    writes = any(isinstance(one, Transpose) for task in plan.tasks for copies in task.copies for one in copies)
+    compares = any(one.turned for task in plan.tasks for copy in task.reads() for one in (copy.twin, *copy.others) if one)
+    return writes + compares
 
 
 def _replicas(plan: Plan) -> Iterator[str]:

@@ -62,12 +62,13 @@ class Output:
 @dataclass(frozen=True, slots=True)
 class Twin:
     """Where the elements of a copy are repeated, perhaps in less precision: in the same order, or, where `pitch` is set, the
-    rows of the copy's one block so many elements apart."""
+    copy's rows so many elements apart. If `turned`, it is of the copy's one block and lies transposed as seen from there."""
 
     file: str
     offset: int
     dtype: str
     pitch: int = 0
+    turned: bool = False
 
     def after(self, numel: int) -> Twin:
         """Where the elements that come `numel` later are."""
@@ -78,10 +79,11 @@ class Twin:
 class Copy:
     """`numel` consecutive elements from byte `offset` of `file`, or zeros if that is ''; they come next in their tensor.
 
-    `blocks` are what they are of which logical tensors, in order. `replica` numbers the copies that ranks keep of one box;
-    `counted` marks the one use of each source element that enters its digest. `twin` is to be compared on the way, and so
-    are the `others`, copies that should be equal, of all of which the mean is taken if `mean`. Where `pitch` is set, the
-    copy is of one block only, whose rows begin so many elements apart.
+    `blocks` are what they are of which logical tensors, in order; if `turned`, these are boxes of the transposed tensors, as
+    the source holds them. Where `pitch` is set, the blocks have equally many rows and lie side by side in rows that begin so
+    many elements apart. `replica` numbers the copies that ranks keep of one box; `counted` marks the one use of each source
+    element that enters its digest. `twin` is to be compared on the way, and so are the `others`, copies that should be
+    equal, of all of which the mean is taken if `mean`.
     """
 
     file: str
@@ -95,31 +97,52 @@ class Copy:
     others: tuple[Twin, ...] = ()
     mean: bool = False
     pitch: int = 0
+    turned: bool = False
+
+    @property
+    def rows(self) -> int:
+        """The rows of its first block."""
+        return self.blocks[0][1].rows
 
     @property
     def cols(self) -> int:
-        """The columns of its first block."""
+        """The columns of its rows, if these have a pitch, else those of its first block."""
+        if self.pitch:
+            return sum(box.cols for _, box in self.blocks)
         return self.blocks[0][1].cols if self.blocks else 1
 
     def reads(self) -> Iterator[Copy]:
         """Itself."""
         yield self
 
-    def is_followed_by(self, other: Copy) -> bool:
+    def is_followed_by(self, other: object) -> bool:
         """Whether `other` goes on where this one ends, at the source, the twin and the others, and is treated alike."""
+        if not isinstance(other, Copy):
+            return False
         if (self.file, self.offset + self.numel * ITEMSIZE[self.dtype], self.dtype, self.replica, self.counted,
-                bool(self.blocks), self.pitch, other.pitch) != (
-                other.file, other.offset, other.dtype, other.replica, other.counted, bool(other.blocks), 0, 0):
+                bool(self.blocks), self.turned, self.pitch, other.pitch) != (
+                other.file, other.offset, other.dtype, other.replica, other.counted, bool(other.blocks), other.turned, 0, 0):
             return False
         if any(one.pitch for one in (self.twin, *self.others) if one):
             return False
         return ((self.twin and self.twin.after(self.numel)) == other.twin
                 and tuple(one.after(self.numel) for one in self.others) == other.others)
 
+    def is_beside(self, other: Copy) -> bool:
+        """Whether each row of `other` goes on where this one's ends, at the source, the twin and the others, and is treated
+        alike; both have a pitch."""
+        if (self.file, self.offset + self.cols * ITEMSIZE[self.dtype], self.dtype, self.replica, self.counted, self.turned,
+                self.pitch, self.rows) != (other.file, other.offset, other.dtype, other.replica, other.counted, other.turned,
+                                           other.pitch, other.rows):
+            return False
+        mine, theirs = ((one.twin, *one.others) if one.twin else one.others for one in (self, other))
+        return (all(one.pitch and not one.turned for one in mine)
+                and tuple(one.after(self.cols) for one in mine) == theirs)
+
 
 @dataclass(frozen=True, slots=True)
 class Weave:
-    """Copies of one block each, of equally many rows, that lie side by side in each row of their tensor."""
+    """Copies of equally many rows that lie side by side in each row of their tensor."""
 
     panels: tuple[Copy, ...]
 
@@ -133,17 +156,21 @@ class Weave:
 
     @property
     def rows(self) -> int:
-        return self.panels[0].blocks[0][1].rows
+        return self.panels[0].rows
 
     @property
     def cols(self) -> int:
         return sum(panel.cols for panel in self.panels)
 
+    def is_followed_by(self, other: object) -> bool:
+        """Nothing can be made one with it."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Transpose:
     """Panels of rows × cols each, transposed and interleaved: element [row, col] of panel k is element [col, row, k] of
-    their tensor. Each copy of a panel is of one block, has its `pitch` set, and goes to a box of the panel."""
+    their tensor. Each copy of a panel has its `pitch` set and goes to a box of the panel."""
 
     panels: tuple[tuple[tuple[Box, Copy], ...], ...]
     rows: int
@@ -156,6 +183,13 @@ class Transpose:
     @property
     def numel(self) -> int:
         return len(self.panels) * self.rows * self.cols
+
+    def is_followed_by(self, other: object) -> bool:
+        """Whether it is one copy, with which that one of which `other` is lies side by side at the source."""
+        if not isinstance(other, Transpose) or self.rows != other.rows:
+            return False
+        mine, theirs = list(self.reads()), list(other.reads())
+        return len(mine) == len(theirs) == 1 and mine[0].is_beside(theirs[0])
 
 
 @dataclass(frozen=True, slots=True)

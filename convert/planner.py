@@ -53,13 +53,24 @@ class Planner:
             return [Copy(e.file, e.offset, e.nbytes // itemsize, wanted.source.dtype) for e in wanted.source.extents]
         if spec.data is not None:
             return []
-        copies = ([self._transpose(wanted, place)] if wanted.transposed
-                  else list(_merged(self._pieces(wanted, place), wanted.blocks)))
+        pieces = self._transposed if wanted.transposed else self._pieces
+        copies = list(_merged(pieces(wanted, place), wanted.blocks))
         if sum(copy.numel for copy in copies) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {sum(c.numel for c in copies)} source elements for shape {list(spec.shape)}")
         return copies
 
-    def _pieces(self, wanted: Wanted, place: Place) -> Iterator[Copy | Weave]:
+    def _transposed(self, wanted: Wanted, place: Place) -> Iterator[Copy | Weave | Transpose]:
+        """Copies for a tensor that is to be written transposed; one that lies so is copied as it is, blocks side by side."""
+        abreast = max(wanted.bands, default=1)
+        if not self._is_turned(wanted.blocks):
+            yield self._transpose(wanted.blocks, abreast, place)
+        elif abreast > 1:
+            raise RefusedError(f"{wanted.spec.name}: its parts lie transposed in the source, side by side, and cannot be "
+                               "interleaved; convert to another target first")
+        else:
+            yield from self._band(wanted.blocks, place)
+
+    def _pieces(self, wanted: Wanted, place: Place) -> Iterator[Copy | Weave | Transpose]:
         """Copies for the blocks in order; those that a tensor of the source holds just so become one."""
         blocks, bands, position, number = wanted.blocks, wanted.bands, 0, 0
         while position < len(blocks):
@@ -72,7 +83,7 @@ class Planner:
                 position, number = position + len(same[0].blocks), number + len(same[0].blocks)
                 continue
             else:
-                fill = self._padding if is_padding(tensor) else self._band
+                fill = self._padding if is_padding(tensor) else self._filled
                 yield from fill(blocks[position:position + count], place)
             position, number = position + count, number + 1
 
@@ -81,9 +92,11 @@ class Planner:
     def _holding(self, blocks: tuple[tuple[Tensor | None, Box], ...], position: int) -> list[Held]:
         """The replicas, in order, of a tensor of the source that is the blocks from `position` on, one after the other and
         in one extent."""
+        is_repeated = self._repeat_of(blocks[position][0]) is not None
         for same in self._held_from(*blocks[position]):
-            own = same[0].blocks
-            if same[0].abreast == 1 and own == blocks[position:position + len(own)]:
+            held = same[0]
+            if (held.abreast == 1 and not held.transposed and held.blocks == blocks[position:position + len(held.blocks)]
+                    and (not is_repeated or self._twins(held))):
                 return same
         return []
 
@@ -107,54 +120,95 @@ class Planner:
                     **self._reckoned(taken.blocks[0], same, taken, _begin), twin=self._whole_twin(taken, place))
 
     def _whole_twin(self, held: Held, place: Place) -> Twin | None:
+        same = self._twins(held)
+        return _begin(self._preferred(same, place, self._replica)) if same else None
+
+    def _twins(self, held: Held) -> list[Held]:
+        """The replicas of the tensor of the source that repeats all of this one in the same order."""
         tensor, first = held.blocks[0]
-        twin = self._tensors.get((self.twins.get(tensor.role), tensor.name))
-        boxes = [box for _, box in held.blocks]
+        twin, boxes = self._repeat_of(tensor), [box for _, box in held.blocks]
         for same in self._held_from(twin, first) if twin else ():
-            if same[0].abreast == held.abreast and [box for _, box in same[0].blocks] == boxes:
-                return _begin(self._preferred(same, place, self._replica))
-        return None
+            if ((same[0].abreast, same[0].transposed) == (held.abreast, held.transposed)
+                    and [box for _, box in same[0].blocks] == boxes):
+                return same
+        return []
+
+    def _repeat_of(self, tensor: Tensor) -> Tensor | None:
+        """The tensor that repeats this one in less precision."""
+        return self._tensors.get((self.twins.get(tensor.role), tensor.name))
 
     # -------------------------------------------------------------------------------- what has to be cut and put together
 
-    def _band(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
+    def _filled(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave | Transpose]:
         """Copies that fill blocks which lie side by side; row-major."""
-        columns = [self._parts(tensor, box) for tensor, box in blocks]
-        if len(blocks) == 1 and all(part.cols == blocks[0][1].cols for part, _ in columns[0]):
-            panels = [(self._copy(part, pieces, place),) for part, pieces in columns[0]]
+        if self._is_turned(blocks):
+            yield self._transpose(blocks, 1, place)
         else:
-            panels = [[self._copy(part, pieces, place) for part, pieces in beside] for beside in _beside(columns)]
+            yield from self._band(blocks, place)
+
+    def _is_turned(self, blocks: tuple[tuple[Tensor, Box], ...]) -> bool:
+        """Whether blocks that make up one tensor lie transposed in the source."""
+        turned = {self.index.is_transposed(self._known(tensor.role, tensor.name)): tensor.name for tensor, _ in blocks}
+        if len(turned) > 1:
+            raise RefusedError(f"{turned[True]} lies transposed in the source and {turned[False]} does not; one tensor "
+                               "cannot be made of both")
+        return True in turned
+
+    def _band(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
+        """Copies that fill blocks which lie side by side, as they lie in the source; row-major."""
+        columns = [self._parts(tensor, box) for tensor, box in blocks]
+        if len(columns) == 1 and len({(part.col, part.cols) for part, _ in columns[0]}) == 1:
+            panels = [[self._copy(part, pieces, place)] for part, pieces in columns[0]]
+        else:
+            panels = [_joined_beside([self._copy(part, pieces, place) for part, pieces in beside])
+                      for beside in _beside(columns)]
         for beside in panels:
             woven = any(copy.pitch for copy in beside) or (len(beside) > 1 and beside[0].numel > beside[0].cols)
             yield from [Weave(tuple(beside))] if woven else beside
 
-    def _transpose(self, wanted: Wanted, place: Place) -> Transpose:
-        """The blocks in bands of equally many, the bands one below the other, each of a band's blocks in its own panel."""
-        panels, rows, abreast = [], 0, wanted.bands[0] if wanted.bands else 1
+    def _transpose(self, blocks: tuple[tuple[Tensor, Box], ...], abreast: int, place: Place) -> Transpose:
+        """The blocks, as they lie in the source, in bands of equally many, the bands one below the other, each of a band's
+        blocks in its own panel."""
+        panels, rows, wide = [], 0, {self._lying(*block).cols for block in blocks}
+        if len(wide) > 1:
+            raise RefusedError(f"{blocks[0][0].name}: is to be transposed with blocks of other widths: {sorted(wide)}")
         for number in range(abreast):
             rows, panel = 0, []
-            for tensor, box in wanted.blocks[number::abreast]:
+            for tensor, box in blocks[number::abreast]:
+                lying = self._lying(tensor, box)
                 for part, pieces in self._parts(tensor, box):
                     copy = self._copy(part, pieces, place)
-                    panel.append((Box(rows + part.row - box.row, part.rows, part.col - box.col, part.cols),
+                    panel.append((Box(rows + part.row - lying.row, part.rows, part.col - lying.col, part.cols),
                                   replace(copy, pitch=copy.pitch or part.cols)))
-                rows += box.rows
+                rows += lying.rows
             panels.append(tuple(panel))
-        return Transpose(tuple(panels), rows, wanted.blocks[0][1].cols)
+        return Transpose(tuple(panels), rows, *wide)
 
-    def _padding(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave]:
+    def _lying(self, tensor: Tensor, box: Box) -> Box:
+        """A box as it lies in the source."""
+        return box.flipped() if self.index.is_transposed(tensor) else box
+
+    def _padding(self, blocks: tuple[tuple[Tensor, Box], ...], place: Place) -> Iterator[Copy | Weave | Transpose]:
         """Rows of a vocabulary's padding: the source's as far as they go, then copies of its last row (as Megatron-LM's
         tools/checkpoint pads, core_r0.6.0 … 0.16)."""
         (wanted, box), = blocks
         padding = self._tensors.get((wanted.role, wanted.name))
         kept = max(min(box.rows, (padding.rows if padding else 0) - box.row), 0)
         if kept:
-            yield from self._band(((padding, Box(box.row, kept, 0, box.cols)),), place)
+            yield from self._filled(((padding, Box(box.row, kept, 0, box.cols)),), place)
         last = padding or self._known(wanted.role, wanted.name.removesuffix(f".{PADDING}"))
-        (part, pieces), = self._parts(last, Box(last.rows - 1, 1, 0, last.cols)) if kept < box.rows else [(None, None)]
+        row = self._parts(last, Box(last.rows - 1, 1, 0, last.cols)) if kept < box.rows else []
         for _ in range(kept, box.rows):
-            row = self._preferred(pieces, place, _replica_of_piece)
-            yield Copy(row.file, row.offset_of(part.row, part.col), part.numel, last.dtype)
+            yield from (self._again(last, part, self._preferred(pieces, place, _replica_of_piece)) for part, pieces in row)
+
+    def _again(self, tensor: Tensor, part: Box, piece: Piece) -> Copy | Transpose:
+        """A part of one row that is taken once more, and enters no digest."""
+        box = piece.turned(part)
+        copy = Copy(piece.file, piece.offset_of(box.row, box.col), part.numel, tensor.dtype, ((tensor, part),),
+                    turned=piece.transposed)
+        if not piece.transposed:
+            return copy
+        return Transpose((((Box(0, part.rows, 0, 1), replace(copy, pitch=piece.pitch)),),), part.rows, 1)
 
     def _known(self, role: str, name: str) -> Tensor:
         if (role, name) not in self._tensors:
@@ -162,29 +216,36 @@ class Planner:
         return self._tensors[role, name]
 
     def _parts(self, tensor: Tensor, box: Box) -> list[tuple[Box, list[Piece]]]:
-        """The boxes of the source, cut where those of its twin end, that make up `box` of `tensor`, by row and column."""
+        """The boxes of the source, cut where those of its twin end, that make up `box` of `tensor`: as they lie there, by
+        row and column."""
         if self._known(tensor.role, tensor.name) != tensor:
             raise RefusedError(f"{tensor.name} ({tensor.role}) is {self._known(tensor.role, tensor.name)} in the source")
         parts = list(self.index.boxes.overlapping(tensor, box))
-        if twin := self._tensors.get((self.twins.get(tensor.role), tensor.name)):
+        if twin := self._repeat_of(tensor):
             parts = [(low, pieces) for part, pieces in parts for low, _ in self.index.boxes.overlapping(twin, part)]
         if sum(part.numel for part, _ in parts) != box.numel:
             raise RefusedError(f"{tensor.name} ({tensor.role}): the source does not hold {box}")
         self._used.setdefault(tensor, set()).add(box)
+        if self.index.is_transposed(tensor):
+            return sorted(((part.flipped(), pieces) for part, pieces in parts), key=lambda one: (one[0].row, one[0].col))
         return parts
 
     def _copy(self, part: Box, pieces: list[Piece], place: Place) -> Copy:
-        """A part of the box that all the pieces hold."""
+        """A part, as it lies there, of the box that all the pieces hold."""
         taken = self._preferred(pieces, place, _replica_of_piece)
-        tensor = taken.tensor
-        return Copy(taken.file, taken.offset_of(part.row, part.col), part.numel, tensor.dtype, ((tensor, part),),
-                    **self._reckoned((tensor, part), pieces, taken, lambda piece: _at(piece, part)),
-                    twin=self._twin(tensor, part, place), pitch=_pitch(taken, part))
+        tensor, box = taken.tensor, taken.turned(part)
+        return Copy(taken.file, taken.offset_of(box.row, box.col), part.numel, tensor.dtype, ((tensor, part),),
+                    **self._reckoned((tensor, part), pieces, taken, lambda piece: _at(piece, box)),
+                    twin=self._twin(taken, box, place), pitch=_pitch(taken, box), turned=taken.transposed)
 
-    def _twin(self, tensor: Tensor, part: Box, place: Place) -> Twin | None:
-        twin = self._tensors.get((self.twins.get(tensor.role), tensor.name))
-        _, same = next(self.index.boxes.overlapping(twin, part)) if twin else (None, ())
-        return _at(self._preferred(same, place, _replica_of_piece), part) if same else None
+    def _twin(self, taken: Piece, box: Box, place: Place) -> Twin | None:
+        twin = self._repeat_of(taken.tensor)
+        _, same = next(self.index.boxes.overlapping(twin, box)) if twin else (None, ())
+        if not same:
+            return None
+        piece = self._preferred(same, place, _replica_of_piece)
+        turned = piece.transposed != taken.transposed
+        return replace(_at(piece, box), turned=turned, pitch=piece.pitch if turned else _pitch(piece, box))
 
     # ------------------------------------------------------------------------------------------------- replicas and proof
 
@@ -241,32 +302,47 @@ def _begin(held: Held) -> Twin:
     return Twin(stored.extents[0].file, stored.extents[0].offset, stored.dtype)
 
 
-def _at(piece: Piece, part: Box) -> Twin:
-    """Where a part of a piece begins."""
-    return Twin(piece.file, piece.offset_of(part.row, part.col), piece.tensor.dtype, _pitch(piece, part))
+def _at(piece: Piece, box: Box) -> Twin:
+    """Where a box of a piece begins."""
+    return Twin(piece.file, piece.offset_of(box.row, box.col), piece.tensor.dtype, _pitch(piece, box))
 
 
-def _pitch(piece: Piece, part: Box) -> int:
-    """The elements between the rows of a part of a piece; 0 where they follow each other."""
+def _pitch(piece: Piece, box: Box) -> int:
+    """The elements between the rows of a box of a piece, as it lies there; 0 where they follow each other."""
+    part = piece.turned(box)
     return piece.pitch if part.rows > 1 and piece.pitch != part.cols else 0
 
 
-def _merged(copies: Iterable[Copy | Weave], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy | Weave]:
+def _merged(copies: Iterable[Copy | Weave | Transpose],
+            blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy | Weave | Transpose]:
     """The copies with those that follow each other at the source made one; `blocks` is shared where it is all of them."""
-    run: list[Copy] = []
-    for copy in copies:
-        if run and (isinstance(copy, Weave) or not run[-1].is_followed_by(copy)):
-            yield _joined(run, blocks)
-            run = []
-        if isinstance(copy, Weave):
-            yield copy
+    for run in _runs(copies, lambda one, other: one.is_followed_by(other)):
+        if isinstance(run[0], Transpose) and len(run) > 1:
+            copy = _joined([copy for one in run for copy in one.reads()], blocks)
+            yield Transpose((((Box(0, copy.rows, 0, copy.cols), copy),),), copy.rows, copy.cols)
         else:
-            run.append(copy)
+            yield _joined(run, blocks)
+
+
+def _joined_beside(copies: list[Copy]) -> list[Copy]:
+    """Copies that lie side by side in their tensor, with those that do so at the source made one."""
+    return [_joined(run, ()) for run in _runs(copies, lambda one, other: bool(one.pitch) and one.is_beside(other))]
+
+
+def _runs(copies: Iterable[Any], goes_on: Callable[[Any, Any], bool]) -> Iterator[list[Any]]:
+    """The copies in runs in which each goes on in the next."""
+    run: list[Any] = []
+    for copy in copies:
+        if run and not goes_on(run[-1], copy):
+            yield run
+            run = []
+        run.append(copy)
     if run:
-        yield _joined(run, blocks)
+        yield run
 
 
-def _joined(run: list[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Copy:
+def _joined(run: list[Copy], blocks: tuple[tuple[Tensor | None, Box], ...]) -> Any:
+    """One copy for a run of copies; what else is a run of its own is left as it is."""
     if len(run) == 1:
         return run[0]
     own = tuple(block for copy in run for block in copy.blocks)

@@ -97,6 +97,10 @@ class Box:
         cols = min(self.col + self.cols, other.col + other.cols) - col
         return Box(row, rows, col, cols) if rows > 0 and cols > 0 else None
 
+    def flipped(self) -> Box:
+        """The same block of the transposed matrix."""
+        return Box(self.col, self.cols, self.row, self.rows)
+
     def split_flat(self, start: int, stop: int) -> Iterator[tuple[Box, int]]:
         """The at most three boxes that make up the row-major elements [start, stop) of this box, each with its start."""
         if start == 0 and stop == self.numel:
@@ -115,7 +119,7 @@ class Box:
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A box of a logical tensor on disk, in the tensor's dtype: from byte `offset` of `file` on, its rows `stride` elements
-    apart (0: one directly after the other).
+    apart (0: one directly after the other). If `transposed`, the file holds the transpose of the box: its columns as rows.
 
     `replica` tells apart the copies that several ranks keep of the same box (the tensor-parallel rank that wrote it).
     """
@@ -126,13 +130,23 @@ class Piece:
     offset: int
     replica: int = 0
     stride: int = 0
+    transposed: bool = False
+
+    @property
+    def lying(self) -> Box:
+        """Its box as the file holds it."""
+        return self.turned(self.box)
 
     @property
     def pitch(self) -> int:
-        """The elements from the begin of one row to the begin of the next."""
-        return self.stride or self.box.cols
+        """The elements from the begin of one of the file's rows to the begin of the next."""
+        return self.stride or self.lying.cols
+
+    def turned(self, box: Box) -> Box:
+        """A box inside its own as the file holds it, rows and columns exchanged if it lies transposed; and back again."""
+        return box.flipped() if self.transposed else box
 
     def offset_of(self, row: int, col: int) -> int:
         """The byte of the file where the tensor's element [row, col] begins."""
-        element = (row - self.box.row) * self.pitch + col - self.box.col
-        return self.offset + element * ITEMSIZE[self.tensor.dtype]
+        at, lying = self.turned(Box(row, 1, col, 1)), self.lying
+        return self.offset + ((at.row - lying.row) * self.pitch + at.col - lying.col) * ITEMSIZE[self.tensor.dtype]

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from .checks import Misfit, NonFinite, Unequal, cast, compare, mean_bits, non_finite, unequal
+from .checks import Elements, Misfit, NonFinite, Overflown, Unequal, cast, compare, mean_bits, non_finite, overflown, unequal
 from .containers import frames
 from .digest import MASK, bits_dtype, box_digest
 from .errors import TaskError
@@ -28,7 +28,7 @@ _GAP_BYTES = 16 << 10
 @dataclass(slots=True)
 class Outcome:
     """What a task found out: per (tensor, replica) the digest and the number of its elements; misfits; replicas that
-    differ; what is not finite; bytes written."""
+    differ; what is not finite; what a cast to float16 made infinite; bytes written."""
 
     path: str
     nbytes: int
@@ -36,6 +36,20 @@ class Outcome:
     misfits: dict[Tensor, Misfit] = field(default_factory=dict)
     unequal: dict[Tensor, Unequal] = field(default_factory=dict)
     non_finite: dict[Tensor, NonFinite] = field(default_factory=dict)
+    overflown: dict[Tensor, Overflown] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Columns of what was read of a copy, and which box of which tensor they are."""
+
+    tensor: Tensor
+    box: Box
+    columns: slice
+
+    def of(self, bits: np.ndarray) -> np.ndarray:
+        """Its elements, row-major, of all that was read."""
+        return bits.reshape(self.box.rows, -1)[:, self.columns].reshape(-1)
 
 
 class Writer:
@@ -47,6 +61,8 @@ class Writer:
         self.outcome = Outcome(task.path, task.nbytes)
         self.files: dict[str, int] = {}
         self.streams = {Copy: self._stream, Weave: self._weave, Transpose: self._transpose}
+        #: the dtype of the tensor that is being written, and the strip that was last read of a twin that lies turned
+        self.dtype, self.strip = "", (None, Box(0, 0, 0, 0), np.empty((0, 0)))
         self.buffer, self.twin_buffer, self.span_buffer, self.woven = (
             memoryview(bytearray(BUFFER_BYTES)) for _ in range(4))
 
@@ -62,7 +78,7 @@ class Writer:
     def _fill(self, hole: frames.Hole) -> Iterator[memoryview]:
         """The bytes [start, start + nbytes) of an output tensor, streamed from the copies that make it up."""
         spec, position, end = self.task.specs[hole.tensor], 0, hole.start + hole.nbytes
-        itemsize = ITEMSIZE[spec.dtype]
+        itemsize, self.dtype = ITEMSIZE[spec.dtype], spec.dtype
         for copy in self.task.copies[hole.tensor]:
             low, high = max(hole.start, position), min(end, position + copy.numel * itemsize)
             if low < high:
@@ -85,8 +101,9 @@ class Writer:
                 first, last = max(low, position), min(high, position + whole.numel)
                 for box, element in whole.split_flat(first - position, last - position):
                     at = position + element - low
-                    part = data[at * ITEMSIZE[copy.dtype]:(at + box.numel) * ITEMSIZE[copy.dtype]]
-                    self._observe(copy, tensor, whole, position, box, np.frombuffer(part, bits_dtype(copy.dtype)))
+                    bits = np.frombuffer(data, bits_dtype(copy.dtype))[at:at + box.numel]
+                    inside = Box(box.row - whole.row, box.rows, box.col - whole.col, box.cols)
+                    self._observe(copy, [_Part(tensor, box, slice(None))], bits, position, whole, inside)
                 position += whole.numel
             yield copy.dtype, data
 
@@ -146,17 +163,36 @@ class Writer:
 
     def _panel(self, panel: Copy, row: int, rows: int, col: int, cols: int) -> np.ndarray:
         """Rows [row, row + rows) × columns [col, col + cols) of a panel, its own first ones being 0; shape [rows, cols]."""
-        (tensor, whole), = panel.blocks
-        box = Box(whole.row + row, rows, whole.col + col, cols)
-        bits = self._bits(Twin(panel.file, panel.offset, panel.dtype, panel.pitch), tensor, whole, box, self.buffer)
-        self._observe(panel, tensor, whole, 0, box, bits)
+        whole, inside = Box(0, panel.rows, 0, panel.cols), Box(row, rows, col, cols)
+        first = Twin(panel.file, panel.offset, panel.dtype, panel.pitch)
+        bits = self._bits(first, whole, inside, self.buffer, panel.blocks[0][0].name)
+        self._observe(panel, list(_parts(panel, inside)), bits, 0, whole, inside)
         return bits.reshape(rows, cols)
 
-    def _bits(self, block: Twin, tensor: Tensor, whole: Box, box: Box, buffer: memoryview) -> np.ndarray:
-        """The bits of a box inside the block `whole`, which begins at `block`; shape [rows · cols]."""
+    def _bits(self, block: Twin, whole: Box, inside: Box, buffer: memoryview, name: str) -> np.ndarray:
+        """The bits of a box inside a block as large as `whole`, whose first row and column are 0; shape [rows · cols]."""
+        if block.turned:
+            return self._turned_bits(block, whole, inside, name)
         pitch = block.pitch or whole.cols
-        start = block.after((box.row - whole.row) * pitch + box.col - whole.col)
-        return self._rows(start, pitch, box.rows, box.cols, buffer, tensor.name)
+        start = block.after(inside.row * pitch + inside.col)
+        return self._rows(start, pitch, inside.rows, inside.cols, buffer, name)
+
+    def _turned_bits(self, block: Twin, whole: Box, inside: Box, name: str) -> np.ndarray:
+        """As _bits, of a block that lies transposed: by strips of as many of its columns as STRIP_BYTES hold."""
+        known, strip, bits = self.strip
+        if known != block or strip.intersect(inside) != inside:
+            limit, high = (size // ITEMSIZE[block.dtype] for size in (BUFFER_BYTES, STRIP_BYTES))
+            rows = min(max(high // inside.cols, inside.rows), limit, whole.rows - inside.row)
+            strip, step = Box(inside.row, rows, inside.col, inside.cols), limit // rows
+            bits = np.empty((rows, inside.cols), bits_dtype(block.dtype))
+            for col in range(0, inside.cols, step):
+                cols = min(step, inside.cols - col)
+                start = block.after((inside.col + col) * block.pitch + inside.row)
+                lying = self._rows(start, block.pitch, cols, rows, self.twin_buffer, name)
+                bits[:, col:col + cols] = lying.reshape(cols, rows).T
+            self.strip = block, strip, bits
+        row, col = inside.row - strip.row, inside.col - strip.col
+        return bits[row:row + inside.rows, col:col + inside.cols].reshape(-1)
 
     def _rows(self, start: Twin, pitch: int, rows: int, cols: int, buffer: memoryview, name: str) -> np.ndarray:
         """The bits of rows that begin `pitch` elements apart, from `start` on; shape [rows · cols]."""
@@ -198,35 +234,61 @@ class Writer:
 
     # --------------------------------------------------------------------------------------------------- what is checked
 
-    def _observe(self, copy: Copy, tensor: Tensor, whole: Box, start: int, box: Box, bits: np.ndarray) -> None:
-        """Compare and digest the elements of `box`, which `bits` holds, row-major; it is inside `whole`, a block that begins
-        `start` elements after the copy does."""
-        if copy.twin is not None:
-            model = self._bits(copy.twin.after(start), tensor, whole, box, self.twin_buffer)
-            _merge(self.outcome.misfits, compare(tensor, bits, box, model, copy.twin.dtype))
-        if copy.others:
-            self._compare_others(copy, tensor, whole, start, box, bits)
-        if copy.counted:
-            _merge(self.outcome.non_finite, non_finite(tensor, box, bits, copy.file))
-            key = tensor, copy.replica
-            digest, count = self.outcome.digests.get(key, (0, 0))
-            self.outcome.digests[key] = (digest + box_digest(bits, box)) & MASK, count + box.numel
+    def _observe(self, copy: Copy, parts: list[_Part], bits: np.ndarray, start: int, whole: Box, inside: Box) -> None:
+        """Compare and digest what was read of a copy: the box `inside` of what is as large as `whole` and begins `start`
+        elements after the copy does."""
+        def repeated(twin: Twin) -> np.ndarray:
+            return self._bits(twin.after(start), whole, inside, self.twin_buffer, parts[0].tensor.name)
 
-    def _compare_others(self, copy: Copy, tensor: Tensor, whole: Box, start: int, box: Box, bits: np.ndarray) -> None:
+        if copy.twin is not None:
+            model = repeated(copy.twin)
+            self._take(self.outcome.misfits, copy, parts, lambda part: compare(
+                part.tensor, part.of(bits), part.box, part.of(model), copy.twin.dtype))
+        if copy.others:
+            self._compare_others(copy, parts, bits, repeated)
+        if copy.counted:
+            self._take(self.outcome.non_finite, copy, parts, lambda part: non_finite(
+                part.tensor, part.box, part.of(bits), copy.file))
+            for part in parts:
+                key = part.tensor, copy.replica
+                digest, count = self.outcome.digests.get(key, (0, 0))
+                digest += box_digest(part.of(bits), part.box, copy.turned)
+                self.outcome.digests[key] = digest & MASK, count + part.box.numel
+        if self.dtype == "float16" != copy.dtype:
+            self._take(self.outcome.overflown, copy, parts, lambda part: overflown(
+                part.tensor, part.box, part.of(bits), copy.file))
+
+    def _compare_others(self, copy: Copy, parts: list[_Part], bits: np.ndarray,
+                        repeated: Callable[[Twin], np.ndarray]) -> None:
         """Compare the copies of one box; where they differ and their mean is wanted, put it into `bits`."""
         first, others = bits.copy() if copy.mean else bits, []
         for other in copy.others:
-            there = self._bits(other.after(start), tensor, whole, box, self.twin_buffer)
-            _merge(self.outcome.unequal, unequal(tensor, box, first, there, other.file))
+            there = repeated(other)
+            self._take(self.outcome.unequal, copy, parts, lambda part, there=there, other=other: unequal(
+                part.tensor, part.box, part.of(first), part.of(there), other.file))
             if copy.mean:
                 others.append(there.copy())
         if copy.mean:
             np.copyto(bits, mean_bits([first, *others], copy.dtype))
 
+    def _take(self, known: dict, copy: Copy, parts: list[_Part], find: Callable[[_Part], Elements | None]) -> None:
+        """Add what is found in the parts of a copy to what is known."""
+        for found in filter(None, map(find, parts)):
+            if copy.turned:
+                found.turn()
+            if known.setdefault(found.tensor, found) is not found:
+                known[found.tensor].merge(found)
 
-def _merge(known: dict, found: Misfit | Unequal | NonFinite | None) -> None:
-    if found is not None and known.setdefault(found.tensor, found) is not found:
-        known[found.tensor].merge(found)
+
+def _parts(panel: Copy, inside: Box) -> Iterator[_Part]:
+    """What a box inside a panel is of the blocks that lie side by side there."""
+    left = 0
+    for tensor, box in panel.blocks:
+        low, high = max(inside.col, left), min(inside.col + inside.cols, left + box.cols)
+        if low < high:
+            yield _Part(tensor, Box(box.row + inside.row, inside.rows, box.col + low - left, high - low),
+                        slice(low - inside.col, high - inside.col))
+        left += box.cols
 
 
 def _reach(panel: Copy, cols: int) -> int:

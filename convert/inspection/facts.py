@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import families, frameworks
+from ..architecture import Architecture
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
@@ -19,8 +20,8 @@ from ..frameworks.mindspore import reader as mindspore_source
 from ..frameworks.mindspore.scalars import param_groups
 from ..index import is_padding
 from ..naming import brief
-from ..sidecar import Sidecar
 from ..tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Tensor
+from . import fsdp
 from .buffers import RELEASES, Optimizers
 from .kinds import KINDS, kind_of
 
@@ -30,6 +31,13 @@ MODEL_FACTS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
     "padded_vocab_size", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu",
     "add_bias_linear", "num_experts", "untie_embeddings_and_output_weights")
+#: the same facts by the names of an architecture, for checkpoints without Megatron-LM's arguments
+_ARCHITECTURE_FACTS = {
+    "layers": "num_layers", "hidden": "hidden_size", "ffn": "ffn_hidden_size", "heads": "num_attention_heads",
+    "head_size": "kv_channels", "vocab": "vocab_size", "positions": "max_position_embeddings",
+    "activation": "activation"}
+#: frameworks that descend from Megatron-LM: a rank has a folder of its own, and the run's arguments are kept
+_OF_MEGATRON = ("megatron", "megatron-dist", "mindspore")
 _GROUP_FACTS = ("lr", "step", "weight_decay", "betas", "eps", "lr_mult", "wd_mult", "max_lr", "min_lr", "is_expert_parallel")
 _ROLE_ORDER = (WEIGHT, EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT)
 #: what each of a checkpoint's files is for, by name or by ending
@@ -59,22 +67,25 @@ class Reading:
         return self.weights if self.reason else self.best
 
 
-def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None) -> Reading:
+def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = None,
+         metadata_from: Path | None = None) -> Reading:
     """Read as much as the sidecar allows. Raises RefusedError for what the reader refuses in the weights, in the
     optimizer's files, or between them and a sidecar that should suffice.
     """
     try:
-        checkpoint = frameworks.read(source, iteration=iteration, sidecar=sidecar)
+        checkpoint = frameworks.read(source, iteration=iteration, sidecar=sidecar, metadata_from=metadata_from)
         return Reading(checkpoint, checkpoint if checkpoint.with_optimizer else None)
     except RefusedError as error:
-        if sidecar or mindspore_source.recognizes(source):
+        if sidecar or metadata_from or mindspore_source.recognizes(source):
             raise
         return _fall_back(source, iteration, error)
 
 
 def _fall_back(source: Path, iteration: int | None, error: RefusedError) -> Reading:
-    """A Megatron-LM checkpoint whose optimizer cannot be read whole because there is no sidecar, or a bare map only."""
+    """A checkpoint whose optimizer cannot be read: of Megatron-LM, because there is no sidecar, or a bare map only."""
     weights = frameworks.read(source, iteration=iteration, weights_only=True)
+    if weights.framework != "megatron":
+        return Reading(weights, None, str(error))
     with_optimizer = [(path / megatron.OPTIMIZER_FILE).is_file() for path in weights.rank_folders.values()]
     if not any(with_optimizer):
         return Reading(weights, None, f"no rank has a {megatron.OPTIMIZER_FILE}: saved without its optimizer")
@@ -96,7 +107,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     """The facts of a checkpoint as JSON knows them; element counts and offsets in elements, sizes in bytes."""
     checkpoint, whole = reading.best, reading.whole
     facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.metas.values()), {}))
-    model = _model(facts, whole)
+    files = _files_of_ranks(whole)
     optimizers = Optimizers.of(checkpoint)
     result = {
         "schema": SCHEMA, "version": VERSION,
@@ -104,14 +115,15 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
         "release": _release(facts.recorded),
         "layout": _layout(checkpoint),
         "stages": _stages(checkpoint, whole),
-        "ranks": _ranks(whole),
-        "model": model,
+        "ranks": _ranks(whole, files),
+        "model": _model(facts, whole),
         "parameters": _parameters(whole, facts),
         "states": _states(reading),
         "optimizer": _optimizer(reading, optimizers),
         "buffers": optimizers.buffers(),
-        "files": _files(checkpoint),
-        "sidecar": _sidecar(checkpoint.sidecar),
+        "flat_parameters": fsdp.flats(checkpoint, files) if checkpoint.framework == "metaseq" else [],
+        "files": _files(checkpoint, files),
+        "sidecar": _sidecar(checkpoint, files),
         "missing": _missing(reading, facts),
     }
     if tensors:
@@ -159,7 +171,19 @@ def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:
             for (_, pp, _), rank in ranks.items() if rank.layout for chunk in rank.layout["chunks"]}
 
 
-def _ranks(whole: Checkpoint) -> list[dict[str, Any]]:
+def _files_of_ranks(whole: Checkpoint) -> dict[Coordinates, list[Path]]:
+    """Each rank's files: all in its folder; where ranks share folders, those that hold its tensors."""
+    if whole.framework in _OF_MEGATRON:
+        return {rank: [path for path in sorted(folder.iterdir()) if path.is_file()]
+                for rank, folder in whole.rank_folders.items()}
+    files: dict[Coordinates, set[str]] = {rank: set() for rank in whole.rank_folders}
+    for held in whole.index.held:
+        place = held.found.place
+        files[place.tp, place.pp, place.ep] |= {extent.file for extent in held.found.stored.extents}
+    return {rank: sorted(map(Path, names)) for rank, names in files.items()}
+
+
+def _ranks(whole: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
     """Each (tp, pp, ep): its folder, the bytes of its files, and the elements of the model it holds, by kind."""
     elements: dict[Coordinates, dict[str, int]] = {rank: dict.fromkeys(KINDS, 0) for rank in whole.rank_folders}
     counted = set()
@@ -169,13 +193,19 @@ def _ranks(whole: Checkpoint) -> list[dict[str, Any]]:
             counted.add((one.place, one.name))
             elements[one.place.tp, one.place.pp, one.place.ep][kind_of(held.canonical)] += one.stored.numel
     return [{"tp": tp, "pp": pp, "ep": ep, "folder": folder.name,
-             "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+             "bytes": sum(path.stat().st_size for path in files[tp, pp, ep]),
              "elements": {kind: count for kind, count in elements[tp, pp, ep].items() if count}}
             for (tp, pp, ep), folder in sorted(whole.rank_folders.items(), key=lambda item: (item[0][1], item[0]))]
 
 
 def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
     """What the run recorded of the model; layers, width and vocabulary by the tensors themselves where it did not."""
+    architecture = _architecture(whole)
+    known = _of_architecture(architecture) if architecture else _recorded_model(facts, whole)
+    return {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
+
+
+def _recorded_model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
     recorded = (facts.recorded or {}).get("model") or facts.args
     sizes = facts.sizes()
     embedding = next((t for t in whole.index.tensors(WEIGHT) if t.name == WORD_EMBEDDING), None)
@@ -185,8 +215,21 @@ def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
         by_tensors |= {"padded_vocab_size": embedding.rows + padding, "hidden_size": embedding.cols}
     if sizes.heads:
         by_tensors["num_query_groups"] = sizes.groups
-    known = {**{name: recorded.get(name) for name in MODEL_FACTS}, **by_tensors}
-    return {name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))}
+    return {**{name: recorded.get(name) for name in MODEL_FACTS}, **by_tensors}
+
+
+def _architecture(whole: Checkpoint) -> Architecture | None:
+    """What the model of a framework that keeps no arguments of Megatron-LM's computes; None if that is not known."""
+    try:
+        return None if whole.framework in _OF_MEGATRON else frameworks.architecture_of(whole)
+    except RefusedError:
+        return None
+
+
+def _of_architecture(known: Architecture) -> dict[str, Any]:
+    groups = known.groups if known.groups != known.heads else None
+    return {**{name: getattr(known, own) for own, name in _ARCHITECTURE_FACTS.items()}, "num_query_groups": groups,
+            "untie_embeddings_and_output_weights": None if known.tied is None else not known.tied}
 
 
 def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
@@ -198,7 +241,9 @@ def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
     for tensor in weights:
         by_kind[kind_of(tensor.name)] += _numel(tensor)
     total = sum(map(_numel, weights))
-    padding = sum(map(_numel, filter(is_padding, weights))) if facts.sizes().vocab else None
+    knows_vocab = facts.sizes().vocab or _architecture(whole)
+    padding = sum(_numel(t) for t in weights if is_padding(t) and t.name.startswith((WORD_EMBEDDING, HEAD))) \
+        if knows_vocab else None
     copied = {tensor for held in whole.index.held if held.is_tied_head for tensor, _ in held.blocks if tensor.role == WEIGHT}
     tied = sum(map(_numel, copied))
     is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
@@ -244,13 +289,16 @@ def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
     checkpoint = reading.best
     meta = next(iter(checkpoint.metas.values()), {})
     scheduler, generation = meta.get("opt_param_scheduler"), optimizers.generation()
+    of_metaseq = fsdp.optimizer(meta)
     return {
         "readable": reading.states is not None and reading.reason is None,
         "reason": reading.reason,
         "generation": generation,
         "written_by": RELEASES.get(generation),
         "states": sorted(reading.states.index.roles() - {WEIGHT}) if reading.states else [],
-        "groups": [_plain(group, _GROUP_FACTS) for group in param_groups(meta.get("optimizer"))],
+        "name": of_metaseq["name"],
+        "loss_scale": of_metaseq["loss_scale"],
+        "groups": [_plain(group, _GROUP_FACTS) for group in param_groups(meta.get("optimizer")) or of_metaseq["groups"]],
         "scheduler": _plain(scheduler, tuple(sorted(scheduler))) if isinstance(scheduler, dict) else None,
     }
 
@@ -261,19 +309,21 @@ def _plain(values: dict, names: tuple[str, ...]) -> dict[str, Any]:
             if isinstance(value := values.get(name), (bool, int, float, str, tuple))}
 
 
-def _files(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _files(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
+    holds_tensors = checkpoint.framework not in _OF_MEGATRON
     kinds: dict[str, list[int]] = {}
-    for folder in checkpoint.rank_folders.values():
-        for path in folder.iterdir():
-            if path.is_file():
-                kind = _FILE_KINDS.get(path.name) or _FILE_KINDS.get(path.suffix) or "other"
-                kinds.setdefault(kind, []).append(path.stat().st_size)
+    for path in sorted(set().union(*files.values())):
+        kind = "tensors" if holds_tensors else _FILE_KINDS.get(path.name) or _FILE_KINDS.get(path.suffix) or "other"
+        kinds.setdefault(kind, []).append(path.stat().st_size)
     if checkpoint.sidecar:
         kinds["sidecar"] = [path.stat().st_size for path in sorted(checkpoint.sidecar.folder.iterdir()) if path.is_file()]
     return [{"kind": kind, "files": len(sizes), "bytes": sum(sizes)} for kind, sizes in sorted(kinds.items())]
 
 
-def _sidecar(sidecar: Sidecar | None) -> dict[str, Any] | None:
+def _sidecar(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> dict[str, Any] | None:
+    if checkpoint.framework == "metaseq":
+        return fsdp.sidecar(checkpoint, sorted(set().union(*files.values())))
+    sidecar = checkpoint.sidecar
     return sidecar and {"kind": "layout" if sidecar.complete else "maps", "folder": str(sidecar.folder),
                         "files": len(sidecar.files), "ranks": len(sidecar.ranks), "iteration": sidecar.iteration}
 
@@ -287,7 +337,11 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
         lines.append("there are no optimizer states: these are weights only")
     if checkpoint.sidecar and not checkpoint.sidecar.complete:
         lines.append("the sidecar is bare maps: no release, and no bucket bounds but those of the checkpoint itself")
-    if not facts.args:
+    if checkpoint.framework not in _OF_MEGATRON:
+        known = _architecture(checkpoint)
+        if known is None or known.heads is None:
+            lines.append("the number of attention heads is not recorded")
+    elif not facts.args:
         lines.append("the run's arguments are not saved" + ("" if facts.recorded else ": dp, cp and heads are not known"))
     names = {held.canonical for held in reading.whole.index.held}
     if lacking := families.missing(names, reading.whole.num_layers):

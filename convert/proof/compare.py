@@ -15,7 +15,7 @@ from ..families import HEAD, WORD_EMBEDDING
 from ..frameworks.megatron.facts import Facts
 from ..index import Index, is_padding
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
-from .stream import Files, View, bands, copies_of, in_processes
+from .stream import Files, View, bands, copies_of, in_processes, tiles
 
 #: a tensor that differs in so many elements at most has each of them listed, one that does in more the first few
 LISTED = 32
@@ -73,7 +73,8 @@ class Difference:
                                            *(place(row, col) for place in places)))
 
     def shorten(self) -> None:
-        """Keep but the first few positions, unless all are listed."""
+        """Sort the positions, and keep but the first few unless all are listed."""
+        self.positions.sort(key=lambda position: (position.row, position.column))
         if self.elements > LISTED:
             del self.positions[SHOWN_POSITIONS:]
 
@@ -221,7 +222,8 @@ def _compare(pair: Pair, views: tuple[View, View], wrong, files: Files, found: D
 def read_both(pair: Pair, view_a: View, view_b: View, files: Files) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
     """The bits of both, band by band; b's in a's dtype where they are compared across a cast."""
     itemsize = max(ITEMSIZE[pair.a.dtype], ITEMSIZE[pair.b.dtype])
-    for band in bands(Box(0, pair.a.rows, 0, pair.a.cols), itemsize):
+    cut = tiles if view_a.is_transposed or view_b.is_transposed else bands
+    for band in cut(Box(0, pair.a.rows, 0, pair.a.cols), itemsize):
         bits = view_b.read(band, files)
         yield band, view_a.read(band, files), recast(bits, pair.b.dtype, pair.a.dtype) if pair.cast else bits
 

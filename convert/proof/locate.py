@@ -9,7 +9,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,12 +18,12 @@ import numpy as np
 from ..checkpoint import Checkpoint
 from ..digest import bits_dtype
 from ..errors import RefusedError
-from ..index import Held, batched
+from ..index import Held
 from ..layout import Place
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
 from .compare import values
 from .contents import entries_of, structure_at
-from .stream import Files, runs
+from .stream import Files
 
 _QUERY = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
 
@@ -153,25 +153,48 @@ def _runs_of_atom(held: Held, tensor: Tensor, ranges: Ranges) -> Iterator[Run]:
         for piece in pieces:
             part = piece.box.intersect(Box(row, stop - row, low, high - low))
             if part:
-                yield from (_run(held, piece, box) for box, _ in runs(piece, part))
+                yield from (_run(held, piece, box) for box in _boxes_on_disk(piece, part))
+
+
+def _boxes_on_disk(piece: Piece, part: Box) -> Iterator[Box]:
+    """The boxes in which the elements of a box inside the piece's follow each other on disk, row by row."""
+    lying = piece.turned(part)
+    if not piece.transposed and piece.pitch == lying.cols:
+        yield part
+    else:
+        yield from (piece.turned(Box(lying.row + row, 1, lying.col, lying.cols)) for row in range(lying.rows))
 
 
 def _runs_of_stored(held: Held, ranges: Ranges) -> Iterator[Run]:
-    pieces = held.pieces(0) if held.abreast == 1 else _rows_of(held.pieces(0), held.abreast)
+    pieces = [(piece, _number_of(held.found.stored, piece)) for piece in held.pieces(0)]
     for start, stop in _flat_runs(ranges, held.found.stored.shape):
-        position = 0
-        for piece in pieces:
-            low, high = max(start - position, 0), min(stop - position, piece.box.numel)
-            if low < high:
-                yield from (_run(held, piece, box) for box, _ in piece.box.split_flat(low, high))
-            position += piece.box.numel
+        boxes = [(number, piece, box) for piece, first in pieces
+                 for number, box in _boxes_between(piece, start - first, stop - first, first)]
+        yield from (_run(held, piece, box) for _, piece, box in sorted(boxes, key=lambda one: one[0]))
 
 
-def _rows_of(pieces: list[Piece], abreast: int) -> list[Piece]:
-    """The pieces row by row, in the order on disk, where so many at a time lie side by side."""
-    return [replace(piece, box=Box(piece.box.row + row, 1, piece.box.col, piece.box.cols),
-                    offset=piece.offset_of(piece.box.row + row, piece.box.col))
-            for band in batched(pieces, abreast) for row in range(band[0].box.rows) for piece in band]
+def _number_of(stored: Stored, piece: Piece) -> int:
+    """The number, in the stored tensor, of the first element of a piece of it."""
+    position = 0
+    for extent in stored.extents:
+        if extent.file == piece.file and 0 <= piece.offset - extent.offset < extent.nbytes:
+            return (position + piece.offset - extent.offset) // ITEMSIZE[stored.dtype]
+        position += extent.nbytes
+    raise ValueError(f"{piece} is no piece of {stored}")
+
+
+def _boxes_between(piece: Piece, start: int, stop: int, first: int) -> Iterator[tuple[int, Box]]:
+    """What a piece that begins at the `first` element of a stored tensor has of the elements [start, stop) from there on,
+    in boxes whose elements follow each other on disk; each with the number of its first element in the stored tensor."""
+    lying, pitch = piece.lying, piece.pitch
+    if not piece.transposed and pitch == lying.cols:
+        low, high = max(start, 0), min(stop, lying.numel)
+        yield from ((first + element, box) for box, element in lying.split_flat(low, high)) if low < high else ()
+        return
+    for row in range(max(start // pitch, 0), min(-(-stop // pitch), lying.rows)):
+        low, high = max(start - row * pitch, 0), min(stop - row * pitch, lying.cols)
+        if low < high:
+            yield first + row * pitch + low, piece.turned(Box(lying.row + row, 1, lying.col + low, high - low))
 
 
 def _run(held: Held, piece: Piece, box: Box) -> Run:
@@ -235,10 +258,11 @@ def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
 
 def _run_at(held: Held, piece: Piece, offset: int) -> Run | None:
     """The element of a piece that lies at a byte; None if there is none."""
+    lying = piece.lying
     row, col = divmod((offset - piece.offset) // ITEMSIZE[piece.tensor.dtype], piece.pitch)
-    if not (0 <= row < piece.box.rows and col < piece.box.cols):
+    if not (0 <= row < lying.rows and col < lying.cols):
         return None
-    return _run(held, piece, Box(piece.box.row + row, 1, piece.box.col + col, 1))
+    return _run(held, piece, piece.turned(Box(lying.row + row, 1, lying.col + col, 1)))
 
 
 def _other(name: str, offset: int, stored: Stored, pieces: list[tuple[Held, Piece]]) -> str:

@@ -101,9 +101,10 @@ def _write_band(view: View, band: Box, bits: np.ndarray, checksums: _Checksums) 
     for piece, part in view.parts(band):
         rows = matrix[part.row - band.row:part.row - band.row + part.rows,
                       part.col - band.col:part.col - band.col + part.cols]
+        lying = (rows.T if piece.transposed else rows).reshape(-1)
         checksums.before_write(piece.file, piece.offset)
-        for run, start in runs(piece, part):
-            _write_at(piece.file, piece.offset_of(run.row, run.col), rows.reshape(-1)[start:start + run.numel])
+        for offset, start, numel in runs(piece, piece.turned(part)):
+            _write_at(piece.file, offset, lying[start:start + numel])
 
 
 def _write_at(file: str, offset: int, content: np.ndarray) -> None:

@@ -36,20 +36,26 @@ def _differences(index: Index, tensor: Tensor) -> list[Difference]:
             for other, band, bits, others in _bands(pieces[0], _copies(pieces), files):
                 if not np.array_equal(bits, others):
                     found = by_rank.setdefault(other.replica, Difference(tensor, tensor))
-                    found.add(band, np.flatnonzero(bits != others), values(bits, tensor.dtype),
-                              values(others, tensor.dtype), places=(_place(pieces[0]), _place(other)))
+                    a, b = (_logical(other, band, copy) for copy in (bits, others))
+                    found.add(other.turned(band), np.flatnonzero(a != b), values(a, tensor.dtype),
+                              values(b, tensor.dtype), places=(_place(pieces[0]), _place(other)))
     for found in by_rank.values():
         found.shorten()
     return list(by_rank.values())
 
 
 def _bands(first: Piece, copies: list[Piece], files: Files) -> Iterator[tuple[Piece, Box, np.ndarray, np.ndarray]]:
-    """Each copy with each band of the first, and the bits of both; every byte is read once."""
+    """Each copy with each band of the first, and the bits of both, as they lie on disk; every byte is read once."""
     for band, bits in read_piece(first, files) if copies else ():
         others = np.empty(band.numel, bits_dtype(first.tensor.dtype))
         for other in copies:
             read_part(other, band, files, others)
             yield other, band, bits, others
+
+
+def _logical(piece: Piece, band: Box, bits: np.ndarray) -> np.ndarray:
+    """The bits of a band, which are as they lie on disk, as the logical tensor has them."""
+    return bits.reshape(band.rows, band.cols).T.reshape(-1) if piece.transposed else bits
 
 
 def _place(piece: Piece):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_left
 from collections import OrderedDict
@@ -18,6 +19,8 @@ from ..errors import RefusedError, TaskError
 from ..tensors import ITEMSIZE, Box, Piece, Tensor
 
 BAND_BYTES = 256 << 10
+#: a square tile, in which the rows of what lies transposed are long enough to be read one by one
+TILE_BYTES = 4 << 20
 _OPEN_FILES = 64
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -66,28 +69,40 @@ def bands(box: Box, itemsize: int) -> Iterator[Box]:
             yield Box(box.row + row, min(rows, box.rows - row), box.col + col, min(cols, box.cols - col))
 
 
+def tiles(box: Box, itemsize: int) -> Iterator[Box]:
+    """The box in tiles as square as it allows, which are read in few runs whether they lie transposed or not."""
+    limit = TILE_BYTES // itemsize
+    cols = min(box.cols, max(math.isqrt(limit), limit // box.rows))
+    rows = min(box.rows, limit // cols)
+    for row in range(0, box.rows, rows):
+        for col in range(0, box.cols, cols):
+            yield Box(box.row + row, min(rows, box.rows - row), box.col + col, min(cols, box.cols - col))
+
+
 def read_piece(piece: Piece, files: Files) -> Iterator[tuple[Box, np.ndarray]]:
-    """The piece's bands in the order they lie on disk, each with its bits; the array holds until the next one."""
+    """The piece's bands as and in the order they lie on disk, each with its bits; the array holds until the next one."""
     itemsize = ITEMSIZE[piece.tensor.dtype]
     buffer = np.empty(min(piece.box.numel, BAND_BYTES // itemsize), bits_dtype(piece.tensor.dtype))
-    for band in bands(piece.box, itemsize):
+    for band in bands(piece.lying, itemsize):
         bits = buffer[:band.numel]
         read_part(piece, band, files, bits)
         yield band, bits
 
 
 def read_part(piece: Piece, part: Box, files: Files, into: np.ndarray) -> None:
-    """Fill `into`, which is contiguous, with the elements of a box inside the piece's, row-major."""
-    for run, start in runs(piece, part):
-        files.read(piece.file, piece.offset_of(run.row, run.col), into.reshape(-1)[start:start + run.numel])
+    """Fill `into`, which is contiguous, with the elements of a box inside the piece's, both as they lie on disk."""
+    for offset, start, numel in runs(piece, part):
+        files.read(piece.file, offset, into.reshape(-1)[start:start + numel])
 
 
-def runs(piece: Piece, part: Box) -> Iterator[tuple[Box, int]]:
-    """The runs that a box inside the piece's is on disk, each with its start in the box."""
+def runs(piece: Piece, part: Box) -> Iterator[tuple[int, int, int]]:
+    """The runs that a box inside the piece's, as it lies on disk, is there: byte, first element in the box, elements."""
+    box, itemsize = piece.turned(part), ITEMSIZE[piece.tensor.dtype]
+    first = piece.offset_of(box.row, box.col)
     if part.rows == 1 or piece.pitch == part.cols:
-        yield part, 0
+        yield first, 0, part.numel
     else:
-        yield from ((Box(part.row + row, 1, part.col, part.cols), row * part.cols) for row in range(part.rows))
+        yield from ((first + row * piece.pitch * itemsize, row * part.cols, part.cols) for row in range(part.rows))
 
 
 class View:
@@ -98,9 +113,8 @@ class View:
         self.pieces = sorted((replica(pieces, number) for pieces in boxes.values()),
                              key=lambda piece: (piece.box.row, piece.box.col))
         self._rows, self._tallest = [piece.box.row for piece in self.pieces], max(piece.box.rows for piece in self.pieces)
-        self._buffer = np.empty(min(BAND_BYTES // ITEMSIZE[tensor.dtype], tensor.rows * tensor.cols),
-                                bits_dtype(tensor.dtype))
-        self._scratch = np.empty_like(self._buffer)
+        self.is_transposed = any(piece.transposed for piece in self.pieces)
+        self._buffer = self._scratch = np.empty(0, bits_dtype(tensor.dtype))
 
     def parts(self, band: Box) -> Iterator[tuple[Piece, Box]]:
         """The pieces that hold elements of `band`, each with the box of them."""
@@ -111,17 +125,20 @@ class View:
                 yield piece, part
 
     def read(self, band: Box, files: Files) -> np.ndarray:
-        """The bits of one of the tensor's `bands`; shape [elements], until the next read."""
+        """The bits of a box of the tensor, row-major; shape [elements], until the next read."""
+        if band.numel > len(self._buffer):
+            self._buffer, self._scratch = (np.empty(band.numel, self._buffer.dtype) for _ in range(2))
         bits = self._buffer[:band.numel]
         matrix = bits.reshape(band.rows, band.cols)
         for piece, part in self.parts(band):
             rows = matrix[part.row - band.row:part.row - band.row + part.rows]
-            if part.cols == band.cols:
+            if part.cols == band.cols and not piece.transposed:
                 read_part(piece, part, files, rows)
             else:
-                scratch = self._scratch[:part.numel]
-                read_part(piece, part, files, scratch)
-                rows[:, part.col - band.col:part.col - band.col + part.cols] = scratch.reshape(part.rows, part.cols)
+                lying, scratch = piece.turned(part), self._scratch[:part.numel]
+                read_part(piece, lying, files, scratch)
+                there = scratch.reshape(lying.rows, lying.cols)
+                rows[:, part.col - band.col:part.col - band.col + part.cols] = there.T if piece.transposed else there
         return bits
 
     def place(self, row: int, col: int) -> tuple[str, int]:

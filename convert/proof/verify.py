@@ -66,12 +66,15 @@ class Verdict:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to verify, and against which source, read how; `cast` is a dtype that weights may have been cast to. Without a
-    source, `iteration` and `sidecar` are the output's. `replicas` asks for the copies that ranks keep to be compared."""
+    source, `iteration`, `sidecar` and `metadata_from` are the output's; `output_metadata_from` always is. `replicas` asks
+    for the copies that ranks keep to be compared."""
 
     output: Path
     against: Path | None = None
     iteration: int | None = None
     sidecar: Path | None = None
+    metadata_from: Path | None = None
+    output_metadata_from: Path | None = None
     weights_only: bool = False
     drop: frozenset[str] = frozenset()
     cast: str | None = None
@@ -91,18 +94,21 @@ class Manifest:
 
     @classmethod
     def of(cls, output: Path) -> Manifest | None:
-        """The manifest of an output, or of the save folder of which it is an iteration; None if there is none.
+        """The manifest of an output, of the save folder of which it is an iteration, or of the one file that it is; None if
+        there is none.
 
         Raises RefusedError if it is damaged.
         """
-        for root in (output, output.parent):
-            path = root / MANIFEST
+        own = output.parent / f"{output.stem}.{MANIFEST}"
+        for root, path in ((output, output / MANIFEST), (output.parent, output.parent / MANIFEST), (output.parent, own)):
             try:
                 content = json.loads(path.read_text()) if path.is_file() else None
                 if content is None:
                     continue
                 files = {file["path"]: file["bytes"] for file in content["files"]}
-                if root == output or output.is_dir() and any(Path(file).parts[0] == output.name for file in files):
+                is_alone = list(files) == [output.name] and content["is_whole"]
+                if root == output or is_alone or output.is_dir() and any(
+                        Path(file).parts[0] == output.name for file in files):
                     return cls(root, files, {(entry["role"], entry["name"]): entry for entry in content["digests"]},
                                content.get("scalars", []), content.get("options", {}))
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -147,7 +153,9 @@ def verify(request: Request) -> Verdict:
 
 def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The output; one that was made of weights alone is read so, as it has no sidecar."""
-    own = {} if request.against else {"iteration": request.iteration, "sidecar": request.sidecar}
+    own = {"metadata_from": request.output_metadata_from} if request.against else {
+        "iteration": request.iteration, "sidecar": request.sidecar,
+        "metadata_from": request.output_metadata_from or request.metadata_from}
     return frameworks.read(request.output, drop=request.drop, weights_only=request.weights_only or bool(
         manifest and manifest.options.get("weights_only")), **own)
 
@@ -156,6 +164,7 @@ def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The source, read with the flags given, else with those of the conversion."""
     options = manifest.options if manifest else {}
     return frameworks.read(request.against, iteration=request.iteration, sidecar=request.sidecar,
+                           metadata_from=request.metadata_from,
                            weights_only=request.weights_only or options.get("weights_only", False),
                            drop=request.drop or frozenset(options.get("drop", ())))
 
@@ -292,7 +301,7 @@ def _piece_digest(piece: Piece, files: Files, dtype: str | None) -> tuple[int, i
             narrow = cast_bits(bits, dtype)
             inexact += int(np.count_nonzero(widen_bits(narrow, dtype) != bits))
             bits = narrow
-        total += box_digest(bits, band)
+        total += box_digest(bits, band, piece.transposed)
     return total, inexact
 
 

@@ -1,0 +1,380 @@
+"""Matrices that a file holds as [in, out], as GPT-2's Conv1D does: torch's own transposes and slices, bit for bit.
+
+A layer of GPT-2, cut over ranks by torch, is saved by torch or safetensors under the names of transformers ([in, out]) or
+under Merak's of several ranks ([out, in]), and wanted in either way, cut otherwise.
+"""
+
+import itertools
+import random
+import tracemalloc
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convert import families, writer
+from convert.containers import safetensors, torch_zip
+from convert.containers.frames import Hole
+from convert.digest import box_digest
+from convert.errors import RefusedError
+from convert.families import HF_GPT2, HF_OPT, MERAK_CUT
+from convert.fusion import COLS, QKV, ROWS, STACKED_QKV, VOCAB, Sizes, blocks, local_shape
+from convert.index import Found, Held, Index, Naming, atoms
+from convert.layout import Layout, Place
+from convert.plan import Plan, Transpose, Wanted, WantedFile, bands_of
+from convert.planner import FIRST, MEAN, OWN, Planner
+from convert.tensors import MODEL_WEIGHT, WEIGHT, Box, Extent, Stored, Tensor, TensorSpec
+from convert.writer import Outcome, Writer
+
+HEADS, HIDDEN, INNER = 12, 24, 60
+SIZES = Sizes(heads=HEADS, groups=HEADS)
+#: canonical name: how it is cut, logical shape, transformers' name, Merak's name on several ranks
+TENSORS = {
+    "layers.0.attention.qkv.weight": (STACKED_QKV, (3 * HIDDEN, HIDDEN), "h.0.attn.c_attn.weight",
+                                      "h.0.attn.c_attn.col_linear.weight"),
+    "layers.0.attention.out.weight": (COLS, (HIDDEN, HIDDEN), "h.0.attn.c_proj.weight", "h.0.attn.c_proj.row_linear.weight"),
+    "layers.0.mlp.fc1.weight": (ROWS, (INNER, HIDDEN), "h.0.mlp.c_fc.weight", "h.0.mlp.c_fc.col_linear.weight"),
+    "layers.0.mlp.fc1.bias": (ROWS, (INNER,), "h.0.mlp.c_fc.bias", "h.0.mlp.c_fc.col_linear.bias"),
+    "layers.0.mlp.fc2.weight": (COLS, (HIDDEN, INNER), "h.0.mlp.c_proj.weight", "h.0.mlp.c_proj.row_linear.weight"),
+}
+#: whether the source and the output hold matrices transposed
+WAYS = pytest.mark.parametrize(("stored", "wants"), [(True, False), (False, True), (True, True), (False, False)])
+
+
+@pytest.fixture(params=[(48, 480, 0), (400, 4000, 80), (1 << 12, 1 << 12, 1 << 12)], ids=str)
+def buffers(request, monkeypatch):
+    """Buffers that even small matrices do not fit."""
+    for name, size in zip(("BUFFER_BYTES", "STRIP_BYTES", "_GAP_BYTES"), request.param, strict=True):
+        monkeypatch.setattr(writer, name, size)
+
+
+def drawn(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view({4: torch.int32, 2: torch.int16}[tensor.itemsize]).numpy().view(
+        {4: np.uint32, 2: np.uint16}[tensor.itemsize])
+
+
+def cut(kind: str, whole: torch.Tensor, tp: int, rank: int) -> torch.Tensor:
+    """A rank's part, by torch."""
+    if kind == STACKED_QKV:
+        return torch.cat([part.chunk(tp)[rank] for part in whole.chunk(3)])
+    return whole.chunk(tp, dim={ROWS: 0, COLS: 1}[kind])[rank]
+
+
+def turned(tensor: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    return tensor.t().contiguous() if is_transposed and tensor.ndim == 2 else tensor.contiguous()
+
+
+class Layer:
+    """The layer's weights, the files that hold them, and who holds which."""
+
+    def __init__(self, folder: Path, seed: int = 0, tp: int = 1, ep: int = 1) -> None:
+        self.folder, self.layout, self.framework, self.held = folder, Layout(tp=tp, ep=ep), "test", []
+        self.weights = {name: drawn(shape, seed + number) for number, (name, (_, shape, *_)) in enumerate(TENSORS.items())}
+
+    def save(self, is_transposed: bool, role: str = WEIGHT, weights: dict[str, torch.Tensor] | None = None,
+             ep: int = 0) -> None:
+        dialect = HF_GPT2 if is_transposed else MERAK_CUT
+        naming = Naming(dialect, self.layout, None, None, SIZES, False)
+        for rank in range(self.layout.tp):
+            state = {names[not is_transposed]: turned(cut(kind, (weights or self.weights)[name], self.layout.tp, rank),
+                                                      is_transposed) for name, (kind, _, *names) in TENSORS.items()}
+            for name, stored in self._written(state, f"{role}.{rank}.{ep}").items():
+                self.held.append(naming.hold(Found(name, Place(tp=rank, ep=ep), role, stored)))
+
+    def _written(self, state: dict[str, torch.Tensor], name: str) -> dict[str, Stored]:
+        path = self.folder / name
+        if len(self.held) % 2:
+            torch.save(state, f"{path}.pt")
+            return torch_zip.read(f"{path}.pt")
+        save_file(state, f"{path}.safetensors")
+        return safetensors.read(f"{path}.safetensors")
+
+    @property
+    def index(self) -> Index:
+        return Index(self.held, self.layout)
+
+
+def wanted(name: str, is_transposed: bool, tp: int = 1, rank: int = 0, kind: str | None = None,
+           dtype: str = "float32") -> Wanted:
+    own, whole, *_ = TENSORS[name]
+    shape = local_shape(kind or own, whole, tp, SIZES)
+    arranged = atoms(WEIGHT, name, kind or own, "float32", blocks(kind or own, shape, tp, rank, SIZES))
+    is_turned = is_transposed and len(shape) == 2
+    return Wanted(TensorSpec(name, dtype, shape[::-1] if is_turned else shape), arranged, transposed=is_turned)
+
+
+def written(index: Index, tensors: list[Wanted], replicas: str = OWN, draw: random.Random | None = None,
+            ep: int = 0) -> tuple[list[np.ndarray], Outcome, Plan]:
+    """What the writer makes of them, in holes that are cut at any element."""
+    segments = []
+    for number, one in enumerate(tensors):
+        itemsize, nbytes = one.spec.nbytes // int(np.prod(one.spec.shape)), one.spec.nbytes
+        edges = sorted({0, nbytes, *(itemsize * draw.randrange(nbytes // itemsize) for _ in range(3 if draw else 0))})
+        segments += [Hole(number, low, high - low) for low, high in itertools.pairwise(edges)]
+    files = [WantedFile("out", tuple(segments), tuple(tensors), Place(ep=ep))]
+    plan = Planner(index, {WEIGHT: MODEL_WEIGHT}, replicas).plan(files)
+    out = BytesIO()
+    outcome = Writer(plan.tasks[0], out, lambda nbytes: None).write()
+    content, result = out.getvalue(), []
+    for one in tensors:
+        dtype = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}[one.spec.dtype]
+        result.append(np.frombuffer(content[:one.spec.nbytes], dtype).reshape(one.spec.shape))
+        content = content[one.spec.nbytes:]
+    return result, outcome, plan
+
+
+def logical_digests(weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Of each atom, as it is in [out, in]."""
+    result = {}
+    for name, weight in weights.items():
+        is_fused = TENSORS[name][0] == STACKED_QKV
+        for atom, part in zip("qkv", weight.chunk(3), strict=True) if is_fused else [("", weight)]:
+            matrix = bits(part).reshape(part.shape[0], -1)
+            result[name.replace("qkv", atom) if is_fused else name] = box_digest(
+                matrix.reshape(-1), Box(0, matrix.shape[0], 0, matrix.shape[1]))
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------------- copies
+
+
+@WAYS
+@pytest.mark.parametrize("seed", range(4))
+def test_any_cut_from_any_cut(stored, wants, seed, tmp_path, buffers) -> None:
+    draw = random.Random(seed)
+    tp, to = draw.choice([1, 2, 3, 4]), draw.choice([1, 2, 3, 4, 6])
+    layer = Layer(tmp_path, seed, tp)
+    layer.save(stored)
+    ranks = [[wanted(name, wants, to, rank) for name in TENSORS] for rank in range(to)]
+    results, outcome, plan = written(layer.index, [one for rank in ranks for one in rank], draw=draw)
+    assert not plan.unused
+    for (rank, name), result in zip(itertools.product(range(to), TENSORS), results, strict=True):
+        expected = turned(cut(TENSORS[name][0], layer.weights[name], to, rank), wants)
+        assert np.array_equal(result, bits(expected)), (name, tp, to, rank)
+    assert {tensor.name: digest for (tensor, _), (digest, _) in outcome.digests.items()} == logical_digests(layer.weights)
+    assert all(count == tensor.rows * tensor.cols for (tensor, _), (_, count) in outcome.digests.items())
+
+
+def by_head(fused: torch.Tensor) -> torch.Tensor:
+    """[q; k; v] as Megatron-LM has it: q, k and v of one head after the other."""
+    return fused.view(3, HEADS, HIDDEN // HEADS, HIDDEN).transpose(0, 1).reshape(3 * HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("wants", [False, True])
+def test_parts_side_by_side_are_taken_apart_by_heads(wants, seed, tmp_path, buffers):
+    name, draw = "layers.0.attention.qkv.weight", random.Random(seed)
+    layer, to = Layer(tmp_path, seed, draw.choice([1, 2, 3])), draw.choice([1, 2, 4])
+    layer.save(True)
+    results, outcome, _ = written(layer.index, [wanted(name, wants, to, rank, QKV) for rank in range(to)], draw=draw)
+    for rank, result in enumerate(results):
+        assert np.array_equal(result, bits(turned(by_head(layer.weights[name]).chunk(to)[rank], wants)))
+    assert {tensor.name: digest for (tensor, _), (digest, _) in outcome.digests.items()}.items() <= logical_digests(
+        layer.weights).items()
+
+
+def test_the_same_tensor_is_one_copy_and_its_parts_are_read_together(tmp_path):
+    layer, names = Layer(tmp_path), ("layers.0.attention.qkv.weight", "layers.0.mlp.fc1.weight")
+    layer.save(True)
+    for wants in (True, False):
+        _, _, plan = written(layer.index, [wanted(name, wants) for name in names])
+        assert [len(copies) for copies in plan.tasks[0].copies] == [1, 1]
+        assert len(list(plan.tasks[0].reads())) == 2
+
+
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_files_cut_at_any_element(wants, seed, tmp_path, buffers):
+    """As a sharded optimizer keeps a parameter: runs of its elements, in files of their own."""
+    name, draw, layer = "layers.0.attention.qkv.weight", random.Random(seed), Layer(tmp_path, seed)
+    content = turned(layer.weights[name], True).reshape(-1)
+    edges = [0, *sorted(draw.sample(range(1, content.numel()), 3)), content.numel()]
+    extents = []
+    for low, high in itertools.pairwise(edges):
+        torch.save([content[low:high].clone()], tmp_path / f"{low}.pt")
+        extents += torch_zip.read(tmp_path / f"{low}.pt")[0].extents
+    stored = Stored("float32", (HIDDEN, 3 * HIDDEN), tuple(extents))
+    naming = Naming(HF_GPT2, Layout(), None, None, SIZES, False)
+    index = Index([naming.hold(Found(TENSORS[name][2], Place(), WEIGHT, stored))], Layout())
+    index.check_complete()
+    (result,), outcome, _ = written(index, [wanted(name, wants)], draw=draw)
+    assert np.array_equal(result, bits(turned(layer.weights[name], wants)))
+    assert {tensor.name: digest for (tensor, _), (digest, _) in outcome.digests.items()}.items() <= logical_digests(
+        layer.weights).items()
+
+
+def test_values_are_cast_on_the_way(tmp_path, buffers):
+    layer, name = Layer(tmp_path, tp=2), "layers.0.mlp.fc2.weight"
+    layer.save(True)
+    results, _, _ = written(layer.index, [wanted(name, wants, dtype="bfloat16") for wants in (False, True)])
+    for wants, result in enumerate(results):
+        assert np.array_equal(result, bits(turned(layer.weights[name].bfloat16(), bool(wants))))
+
+
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_padding_of_a_vocabulary_that_lies_transposed(wants, rows, tmp_path, buffers):
+    """Of 11 words, padded to 12, of which as many rows more are wanted: copies of the last."""
+    table, sizes = drawn((12, 10), 0), Sizes(vocab=11)
+    save_file({"lm_head.kernel": table.t().contiguous()}, tmp_path / "head.safetensors")
+    found = Found("lm_head.kernel", Place(), WEIGHT, safetensors.read(tmp_path / "head.safetensors")["lm_head.kernel"])
+    row = families.Row("output.weight", VOCAB, None, True)
+    held = Held(found, row.canonical, row, VOCAB, atoms(WEIGHT, row.canonical, VOCAB, "float32",
+                                                        blocks(VOCAB, (12, 10), 1, 0, sizes)))
+    shape = (11 + rows, 10)
+    arranged = atoms(WEIGHT, row.canonical, VOCAB, "float32", blocks(VOCAB, shape, 1, 0, sizes))
+    one = Wanted(TensorSpec("out", "float32", shape[::-1] if wants else shape), arranged, transposed=wants)
+    if wants and rows > 1:
+        with pytest.raises(RefusedError, match="padding"):
+            written(Index([held], Layout()), [one])
+        return
+    (result,), outcome, _ = written(Index([held], Layout()), [one])
+    expected = torch.cat([table, table[-1:].expand(rows - 1, -1)])
+    assert np.array_equal(result, bits(turned(expected, wants)))
+    assert {count for _, count in outcome.digests.values()} == {110, 10}
+
+
+# -------------------------------------------------------------------------------------------------- twins and replicas
+
+
+def changed(weights: dict[str, torch.Tensor], draw: random.Random, count: int) -> tuple[dict, dict[str, set]]:
+    """Copies with some elements of each matrix doubled, and where."""
+    copies, where = {name: weight.clone() for name, weight in weights.items()}, {}
+    for name, copy in copies.items():
+        if copy.ndim == 2:
+            at = draw.sample(list(itertools.product(range(copy.shape[0]), range(copy.shape[1]))), count)
+            where[name] = set(at)
+            for row, col in at:
+                copy[row, col] *= 2
+    return copies, where
+
+
+def in_logical(found: dict[Tensor, object]) -> dict[str, set[tuple[int, int]]]:
+    """The positions found, those of q, k and v in the fused tensor."""
+    result: dict[str, set] = {}
+    for tensor, one in found.items():
+        *path, atom, w = tensor.name.split(".")
+        is_fused = atom in ("q", "k", "v")
+        name = ".".join([*path, "qkv", w]) if is_fused else tensor.name
+        first = "qkv".index(atom) * HIDDEN if is_fused else 0
+        result.setdefault(name, set()).update((row + first, col) for row, col, *_ in one.positions)
+    return result
+
+
+@pytest.mark.parametrize("twin", [False, True])
+@WAYS
+@pytest.mark.parametrize(("tp", "to"), [(1, 1), (3, 2)])
+def test_twins_are_compared_at_the_right_elements(stored, wants, twin, tp, to, tmp_path, buffers, monkeypatch):
+    """The model's own copy lies as the optimizer's weight does, or the other way round."""
+    monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
+    layer = Layer(tmp_path, 1, tp)
+    layer.save(stored)
+    model, where = changed({name: weight.bfloat16() for name, weight in layer.weights.items()}, random.Random(0), 9)
+    layer.save(twin, MODEL_WEIGHT, model)
+    results, outcome, _ = written(layer.index, [wanted(name, wants, to, rank) for rank in range(to) for name in TENSORS])
+    assert in_logical(outcome.misfits) == where
+    assert sum(misfit.count for misfit in outcome.misfits.values()) == 9 * len(where)
+    for (rank, name), result in zip(itertools.product(range(to), TENSORS), results, strict=True):
+        assert np.array_equal(result, bits(turned(cut(TENSORS[name][0], layer.weights[name], to, rank), wants)))
+
+
+@WAYS
+def test_a_twin_whose_parts_are_tensors_of_their_own(stored, wants, tmp_path, monkeypatch):
+    monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
+    layer, name = Layer(tmp_path), "layers.0.attention.qkv.weight"
+    layer.save(stored)
+    model, where = changed({name: layer.weights[name].bfloat16()}, random.Random(0), 9)
+    naming = Naming(HF_OPT, layer.layout, None, None, SIZES, False)
+    for key, part in zip("qkv", model[name].chunk(3), strict=True):
+        key = f"decoder.layers.0.self_attn.{key}_proj.weight"
+        for found, there in layer._written({key: part.clone()}, key).items():
+            layer.held.append(naming.hold(Found(found.strip("[']"), Place(), MODEL_WEIGHT, there)))
+    (result,), outcome, _ = written(layer.index, [wanted(name, wants)])
+    assert in_logical(outcome.misfits) == where
+    assert np.array_equal(result, bits(turned(layer.weights[name], wants)))
+
+
+@pytest.mark.parametrize("wants", [False, True])
+@pytest.mark.parametrize("replicas", [OWN, FIRST, MEAN])
+def test_copies_are_compared_at_the_right_elements(wants, replicas, tmp_path, buffers, monkeypatch):
+    monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
+    layer = Layer(tmp_path, 2, tp=1 if replicas == OWN else 2, ep=2)
+    other, where = changed(layer.weights, random.Random(0), 5)
+    layer.save(True)
+    layer.save(True, weights=other, ep=1)
+    mine, outcome, _ = written(layer.index, [wanted(name, wants) for name in TENSORS], replicas, ep=1)
+    means = {name: (weight.double() + other[name].double()).div(2).float() for name, weight in layer.weights.items()}
+    taken = {OWN: other, FIRST: layer.weights, MEAN: means}[replicas]
+    for name, result in zip(TENSORS, mine, strict=True):
+        assert np.array_equal(result, bits(turned(taken[name], wants))), name
+    assert in_logical(outcome.unequal) == ({} if replicas == OWN else where)
+    assert {tensor.name: digest for (tensor, _), (digest, _) in outcome.digests.items()} == logical_digests(taken)
+
+
+def test_what_is_not_finite_is_named_by_its_logical_place(tmp_path, buffers):
+    layer, name = Layer(tmp_path, tp=2), "layers.0.attention.qkv.weight"
+    layer.weights[name][HIDDEN + 5, 17] = float("nan")
+    layer.save(True)
+    for wants in (True, False):
+        _, outcome, _ = written(layer.index, [wanted(name, wants)])
+        (tensor, found), = outcome.non_finite.items()
+        assert tensor.name.endswith("attention.k.weight") and found.count == 1 and found.positions[0][:2] == (5, 17)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_one_tensor_that_lies_both_ways_is_refused(tmp_path):
+    layer = Layer(tmp_path, tp=1, ep=2)
+    layer.save(True)
+    layer.save(False, ep=1)
+    with pytest.raises(RefusedError, match="lies transposed here or in"):
+        _ = layer.index
+
+
+def test_parts_that_lie_transposed_are_not_interleaved(tmp_path):
+    layer = Layer(tmp_path)
+    layer.save(True)
+    one = wanted("layers.0.attention.qkv.weight", True)
+    with pytest.raises(RefusedError, match="cannot be interleaved"):
+        written(layer.index, [Wanted(one.spec, one.blocks, bands=bands_of(one.blocks, 3), transposed=True)])
+
+
+def test_blocks_that_lie_differently_make_no_tensor(tmp_path):
+    layer = Layer(tmp_path)
+    layer.save(True)
+    plain = layer.held[0].found.stored
+    Path(tmp_path / "plain").write_bytes(bytes(plain.nbytes))
+    other = Tensor(WEIGHT, "other", "float32", (HIDDEN, HIDDEN))
+    box = Box(0, HIDDEN, 0, HIDDEN)
+    stored = Stored("float32", (HIDDEN, HIDDEN), (Extent(str(tmp_path / "plain"), 0, 4 * HIDDEN * HIDDEN),))
+    held = Held(Found("other", Place(), WEIGHT, stored), "other", None, ROWS, ((other, box),))
+    out = Tensor(WEIGHT, "layers.0.attention.out.weight", "float32", (HIDDEN, HIDDEN))
+    with pytest.raises(RefusedError, match="cannot be made of both"):
+        written(Index([*layer.held, held], Layout()), [
+            Wanted(TensorSpec("out", "float32", (HIDDEN, 2 * HIDDEN)), ((out, box), (other, box)), transposed=True)])
+
+
+def test_memory_does_not_grow_with_the_matrix(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "STRIP_BYTES", 1 << 20)
+    weight = drawn((3000, 4000), 0)
+    save_file({"h.0.mlp.c_fc.weight": weight.t().contiguous()}, tmp_path / "w.safetensors")
+    stored, = safetensors.read(tmp_path / "w.safetensors").values()
+    held = Naming(HF_GPT2, Layout(), None, None, SIZES, False).hold(Found("h.0.mlp.c_fc.weight", Place(), WEIGHT, stored))
+    one = Wanted(TensorSpec("out", "float32", (3000, 4000)), held.blocks)
+    plan = Planner(Index([held], Layout())).plan([WantedFile("out", (Hole(0, 0, stored.nbytes),), (one,))])
+    assert isinstance(plan.tasks[0].copies[0][0], Transpose)
+    with open(tmp_path / "out", "wb") as out:
+        tracemalloc.start()
+        Writer(plan.tasks[0], out, lambda nbytes: None).write()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 6 << 20 < stored.nbytes
+    assert np.array_equal(np.fromfile(tmp_path / "out", np.uint32).reshape(3000, 4000), bits(weight))
