@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from uuid import uuid4
 
 from .errors import RefusedError, TaskError
-from .execute import check_time, run_task
+from .execute import check_time, run_batch
 from .plan import FileTask
 from .progress import Progress
 from .writer import Outcome
@@ -168,7 +167,8 @@ def run_on_node(task: FileTask, folders: Folders, stamps: dict[str, Stamp]) -> O
     """What a node runs. A TaskError is returned, since Ray reports one that is raised in many lines."""
     try:
         _check_shared(folders, stamps)
-        return run_task(task, Path(folders.staging), Path(folders.scratch) / uuid4().hex, lambda nbytes: None)
+        outcome, = run_batch([task], Path(folders.staging), lambda nbytes: None, Path(folders.scratch))
+        return outcome
     except TaskError as error:
         return error
 

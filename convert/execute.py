@@ -1,6 +1,7 @@
 """Execution of a plan: one task per output file, in local processes.
 
 Tasks share nothing. A task writes into the staging folder under a temporary name, makes the file durable and renames it.
+Small files go in batches, so that the disk is waited for while the next ones are written.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from uuid import uuid4
 
 from .errors import TaskError
 from .plan import FileTask
@@ -20,6 +23,8 @@ from .progress import Progress
 from .writer import Outcome, Writer
 
 WRITEBACK_BYTES = 32 << 20
+#: of a batch of files: what they may have together, and how many they may be
+_BATCH_BYTES, _BATCH_FILES = 128 << 20, 256
 
 
 def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Progress,
@@ -33,11 +38,11 @@ def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Prog
     if workers == 1:
         for task in tasks:
             check_time(deadline, staging)
-            yield run_task(task, staging, _temporary(task, staging), progress.advance)
+            yield from run_batch([task], staging, progress.advance)
         return
-    shared, failure = _Shared(tasks, staging, progress), None
+    shared, failure = _Shared(_batches(tasks, workers), staging, progress), None
     with ProcessPoolExecutor(workers, get_context("fork"), _share, (shared,)) as pool:
-        pending = {pool.submit(_run_shared, number) for number in range(len(tasks))}
+        pending = {pool.submit(_run_shared, number) for number in range(len(shared.batches))}
         try:
             while pending:
                 check_time(deadline, staging)
@@ -47,7 +52,7 @@ def run_tasks(tasks: list[FileTask], staging: Path, workers: int, progress: Prog
                         failure = failure or error
                         pending = {other for other in pending if not other.cancel()}
                     else:
-                        yield future.result()
+                        yield from future.result()
                 progress.show()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -67,7 +72,7 @@ def check_time(deadline: float, staging: Path) -> None:
 class _Shared:
     """What the workers inherit by fork, so that a plan is never pickled."""
 
-    tasks: list[FileTask]
+    batches: list[list[FileTask]]
     staging: Path
     progress: Progress
 
@@ -80,31 +85,53 @@ def _share(shared: _Shared) -> None:
     _shared = shared
 
 
-def _run_shared(number: int) -> Outcome:
-    task, staging = _shared.tasks[number], _shared.staging
-    return run_task(task, staging, _temporary(task, staging), _shared.progress.add)
+def _run_shared(number: int) -> list[Outcome]:
+    return run_batch(_shared.batches[number], _shared.staging, _shared.progress.add)
 
 
-def _temporary(task: FileTask, staging: Path) -> Path:
-    return staging / (task.path + ".tmp")
+def _batches(tasks: list[FileTask], workers: int) -> list[list[FileTask]]:
+    """The tasks in their order, as many of them together as a batch may have and every worker still gets several."""
+    limit = min(_BATCH_BYTES, sum(task.nbytes for task in tasks) // (4 * workers))
+    batches: list[list[FileTask]] = []
+    room = 0
+    for task in tasks:
+        if not batches or task.nbytes > room or len(batches[-1]) == _BATCH_FILES:
+            batches.append([])
+            room = limit
+        batches[-1].append(task)
+        room -= task.nbytes
+    return batches
 
 
-def run_task(task: FileTask, staging: Path, temporary: Path, report: Callable[[int], None]) -> Outcome:
-    """Write the task's file as `temporary` and rename it to its place below `staging`, one file system.
+def run_batch(tasks: list[FileTask], staging: Path, report: Callable[[int], None],
+              scratch: Path | None = None) -> list[Outcome]:
+    """Write the tasks' files, in `scratch` or beside their places below `staging` (one file system); each is made durable
+    and renamed to its place while the next ones are written.
 
     Calls `report` with numbers of bytes as they are written. Raises TaskError.
     """
-    target = staging / task.path
+    outcomes, published = [], []
+    with ThreadPoolExecutor(1) as disk:
+        for task in tasks:
+            target = staging / task.path
+            with _told(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                out = _Output(scratch / uuid4().hex if scratch else target.with_name(f"{target.name}.tmp"))
+                outcomes.append(out.fill(lambda out=out, task=task: Writer(task, out, report).write()))
+                published.append((target, disk.submit(out.publish, target)))
+    for target, done in published:
+        with _told(target):
+            done.result()
+    return outcomes
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """Errors of the system as a TaskError that names the file."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _Output(temporary) as out:
-            outcome = Writer(task, out, report).write()
-            os.fsync(out.descriptor)
-        os.replace(temporary, target)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise TaskError(f"{target}: {error.strerror or error}") from error
-    return outcome
 
 
 class _Output:
@@ -114,14 +141,9 @@ class _Output:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self.written = self.begun = 0
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_) -> None:
-        os.close(self.descriptor)
 
     def write(self, data: bytes | memoryview) -> None:
         while data:
@@ -131,3 +153,20 @@ class _Output:
         if self.written - self.begun >= WRITEBACK_BYTES:
             os.posix_fadvise(self.descriptor, self.begun, self.written - self.begun, os.POSIX_FADV_DONTNEED)
             self.begun = self.written
+
+    def fill(self, write: Callable[[], Outcome]) -> Outcome:
+        """What `write` returns, which fills it; it is removed if that fails."""
+        try:
+            return write()
+        except BaseException:
+            os.close(self.descriptor)
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def publish(self, target: Path) -> None:
+        """Make it durable, and give it its name."""
+        try:
+            os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+        os.replace(self.path, target)

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .checks import Misfit, NonFinite, Unequal
+from .checks import Misfit, NonFinite, Overflown, Unequal
 from .errors import RefusedError
 from .tensors import Tensor
 from .writer import Outcome
 
 MANIFEST = "parammap_manifest.json"
+#: what an outcome says of elements, beside misfits
+_FOUND = {"unequal": Unequal, "non_finite": NonFinite, "overflown": Overflown}
 
 
 class Staging:
@@ -56,10 +58,9 @@ class Staging:
                 and (self.out / path).stat().st_size == o.nbytes}
 
     def record(self, outcome: Outcome) -> None:
+        """Note a file that is durable. The note itself need not be: without it the file is written again."""
         with open(self.journal, "a") as journal:
             journal.write(json.dumps(_entry(outcome)) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
 
     def link(self, links: Iterable[tuple[str, str]]) -> str:
         """Make `link` a second name of `existing`, or a copy where the file system has no hard links; says which."""
@@ -153,8 +154,8 @@ def _entry(outcome: Outcome) -> dict:
         "digests": [[*_key(tensor), replica, digest, count]
                     for (tensor, replica), (digest, count) in outcome.digests.items()],
         "misfits": [[*_key(tensor), m.count, m.positions, m.window.hex(), m.sums] for tensor, m in outcome.misfits.items()],
-        "unequal": [[*_key(tensor), one.count, one.positions] for tensor, one in outcome.unequal.items()],
-        "non_finite": [[*_key(tensor), one.count, one.positions] for tensor, one in outcome.non_finite.items()],
+        **{name: [[*_key(tensor), one.count, one.positions] for tensor, one in getattr(outcome, name).items()]
+           for name in _FOUND},
     }
 
 
@@ -174,7 +175,7 @@ def _outcome(entry: dict) -> Outcome:
     for *key, count, positions, window, sums in entry["misfits"]:
         tensor = _tensor(key)
         outcome.misfits[tensor] = Misfit(tensor, count, [tuple(p) for p in positions], bytes.fromhex(window), tuple(sums))
-    for known, kind in ((outcome.unequal, Unequal), (outcome.non_finite, NonFinite)):
-        for *key, count, positions in entry["unequal" if kind is Unequal else "non_finite"]:
-            known[_tensor(key)] = kind(_tensor(key), count, [tuple(p) for p in positions])
+    for name, kind in _FOUND.items():
+        for *key, count, positions in entry[name]:
+            getattr(outcome, name)[_tensor(key)] = kind(_tensor(key), count, [tuple(p) for p in positions])
     return outcome
