@@ -11,17 +11,19 @@ WORKERS ?= 2
 SIZES   := $(foreach size,TP PP VPP EP ETP DP CP,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) $($(size))))
 SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 
-.PHONY: help setup convert demo test test-full bench plan-scale patches lint clean
+.PHONY: help setup convert demo test test-full bench bench-megatron bench-metaseq plan-scale patches lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make .venv with everything that the demo and the tests need (once)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation deepspeed  # its build asks the torch that is installed
 	touch $@
 
 convert: $(READY)  ## convert IN=… to OUT=… for TO=…; without IN, the demo
@@ -41,11 +43,17 @@ test: $(READY)  ## the tests
 test-full: $(READY)  ## all tests, with the matrix of Megatron releases
 	$(RUN) -m pytest
 
-bench: $(READY)  ## speed and memory beside cp and the way it is done today
+bench:  ## all measurements, one after the other: the three that follow
+	$(MAKE) --no-print-directory --keep-going -j1 bench-megatron bench-metaseq plan-scale
+
+bench-megatron: $(READY)  ## Megatron-LM to MindSpore, back and to another layout, beside cp and the way it is done today
 	$(RUN) -m bench.run
 
-plan-scale: $(READY)  ## time and memory of planning a 175B and a 1T model, from metadata alone
-	$(RUN) bench/plan_scale.py
+bench-metaseq: $(READY)  ## OPT from Metaseq to Alpa, beside cp and the way it is done today
+	$(RUN) -m bench.metaseq
+
+plan-scale: $(READY)  ## time and memory of planning 175B, 1T and OPT-175B, from metadata alone
+	@status=0; for plan in plan_scale plan_opt175b; do $(RUN) -m bench.$$plan || status=1; done; exit $$status
 
 patches: $(READY)  ## write patches/ anew from hooks/
 	$(RUN) patches/make_patches.py

@@ -15,7 +15,6 @@ import filecmp
 import math
 import os
 import shutil
-import statistics
 import sys
 import zlib
 from pathlib import Path
@@ -23,12 +22,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from bench.measure import Measured, run  # noqa: E402
-from bench.run import Series, _bring_into_cache, _bytes_in, _convert, _copy  # noqa: E402
+from bench.rounds import COPY, PARAMMAP, Series, circumstances, convert, copy, table, take_turn  # noqa: E402
 
 PARTS, SHARDS = 2, 4
 SIZES = {"layers": 20, "hidden": 1024, "ffn": 4096, "heads": 16, "vocab": 50272, "positions": 2050}
-COPY, PARAMMAP, TODAY = "cp -r, fsync of each file", "parammap, 2 workers", "torch: reshard, glue, np.save"
+TODAY = "torch: reshard, glue, np.save"
 
 
 # -------------------------------------------------------------------------------------------------------------- the input
@@ -89,31 +87,26 @@ def _today(source: Path, target: Path) -> list[str]:
     return ["sh", "-c", _TODAY, sys.executable, "bench/metaseq_baseline.py", str(source), f"{target}.between", str(target)]
 
 
-SUBJECTS = {COPY: _copy, PARAMMAP: lambda source, target: _convert(source, target, "alpa"), TODAY: _today}
+def _convert(source: Path, target: Path) -> list[str]:
+    return convert(source, target, "alpa")
+
+
+SUBJECTS = {COPY: copy, PARAMMAP: _convert, TODAY: _today}
 
 
 def measure(source: Path, folder: Path, runs: int) -> dict[str, Series]:
     """All subjects, turn about; the first round compares what they wrote."""
     results = {subject: folder / f"out_{number}" for number, subject in enumerate(SUBJECTS)}
-    series = {}
-    for subject, target in results.items():
-        measured = _once(subject, source, target, sample_memory=True)
-        series[subject] = Series(measured.peak_bytes, _bytes_in(target))
+    commands = {subject: SUBJECTS[subject](source, target) for subject, target in results.items()}
+    series = {subject: Series.begun(commands[subject], source, target) for subject, target in results.items()}
     _check_same(results[PARAMMAP], results[TODAY])
     for number in range(runs):
         for subject, target in results.items():
-            series[subject].runs.append(_once(subject, source, target))
+            series[subject].runs.append(take_turn(commands[subject], source, target))
             print(f"round {number + 1}  {subject:32} {series[subject].runs[-1].wall:6.2f} s", file=sys.stderr, flush=True)
     for target in results.values():
         shutil.rmtree(target)
     return series
-
-
-def _once(subject: str, source: Path, target: Path, sample_memory: bool = False) -> Measured:
-    shutil.rmtree(target, ignore_errors=True)
-    _bring_into_cache(source)
-    os.sync()
-    return run(SUBJECTS[subject](source, target), REPOSITORY, sample_memory)
 
 
 def _check_same(ours: Path, theirs: Path) -> None:
@@ -126,20 +119,14 @@ def _check_same(ours: Path, theirs: Path) -> None:
 
 def report(series: dict[str, Series]) -> tuple[list[str], bool]:
     """The tables, and whether all targets are met."""
-    lines = ["| | wall, median (min..max) | written | processor time | peak memory |", "|---|---|---|---|---|"]
-    for subject, one in series.items():
-        walls, cpu = [measured.wall for measured in one.runs], statistics.median(measured.cpu for measured in one.runs)
-        lines.append(f"| {subject} | {one.wall:.2f} s ({min(walls):.2f}..{max(walls):.2f}, {len(walls)} runs) | "
-                     f"{one.written / 1e9:.2f} GB | {cpu:.2f} s | {one.peak_bytes / 1e6:.0f} MB |")
-    ours, copy, today = series[PARAMMAP], series[COPY].wall, series[TODAY].wall
-    targets = [("parammap's wall time in cp's", "≤ 1.5", ours.wall / copy, ours.wall <= 1.5 * copy),
+    lines = table([""], (((subject,), one) for subject, one in series.items()))
+    ours, copied, today = series[PARAMMAP], series[COPY].wall, series[TODAY].wall
+    targets = [("parammap's wall time in cp's", "≤ 1.5", ours.wall / copied, ours.wall <= 1.5 * copied),
                ("times faster than torch", "≥ 10", today / ours.wall, today >= 10 * ours.wall),
                ("parammap's peak memory, MB", "≤ 150", ours.peak_bytes / 1e6, ours.peak_bytes <= 150e6)]
     lines += ["", "| | target | |", "|---|---|---|", *(f"| {name} | {target} | {value:.4g}{'' if met else ', missed'} |"
                                                    for name, target, value, met in targets)]
-    others = statistics.median(measured.others_cpu / measured.wall for one in series.values() for measured in one.runs)
-    lines += ["", f"{os.cpu_count()} cores; the machine's other processes (kernel threads included) took {others:.1f} cores "
-                  f"in the median run; load average now {os.getloadavg()[0]:.1f}"]
+    lines += ["", circumstances(series.values())]
     return lines, all(met for *_, met in targets)
 
 

@@ -16,14 +16,13 @@ from pathlib import Path
 import numpy
 import torch
 
-PARTS, SHARDS = 2, 4
-
 
 def reshard(source: Path, scratch: Path) -> None:
     """Each part's shards to a file of named parameters (what metaseq's reshard_fsdp does to get one shard)."""
-    for part in range(PARTS):
+    for part in range(len(list(source.glob("*-shard0.pt")))):
+        count = len(list(source.glob(f"*-model_part-{part}-shard*.pt")))
         shards = [torch.load(source / f"checkpoint_last-model_part-{part}-shard{number}.pt", map_location="cpu",
-                             weights_only=False) for number in range(SHARDS)]
+                             weights_only=False) for number in range(count)]
         model = {}
         for number, module in enumerate(shards[0]["shard_metadata"]["param_metadata"]):
             path = f"{module['fsdp_path']}." if module["fsdp_path"] else ""
@@ -43,7 +42,7 @@ def reshard(source: Path, scratch: Path) -> None:
 def glue(source: Path, scratch: Path) -> None:
     """The parts to a singleton with q, k and v apart (what reshard_mp and stitch_fsdp_ckpt do)."""
     parts = [torch.load(scratch / f"part{part}.pt", map_location="cpu", weights_only=False)["model"]
-             for part in range(PARTS)]
+             for part in range(len(list(scratch.glob("part*.pt"))))]
     model = {}
     for name in parts[0]:
         values = [part[name] for part in parts]

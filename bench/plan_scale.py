@@ -11,7 +11,6 @@ memory beside the targets. Exit status 1 if one is missed. With --keep the folde
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from bench import megatron_save  # noqa: E402
-from bench.measure import run  # noqa: E402
+from bench.measure import plan  # noqa: E402
 from bench.megatron_save import Buffer, Grid, Model, Rank, parameters  # noqa: E402
 
 MAX_SECONDS, MAX_BYTES = 60, 2_000_000_000
@@ -72,24 +71,13 @@ def make(case: Case, save: Path) -> None:
 
 
 def measure(name: str, case: Case, folder: Path, flags: list[str]) -> bool:
-    """Print what the dry run of a case takes; whether that is within the targets."""
+    """Make what is not there yet, and plan; whether that was within the targets."""
     save = folder / name
     if not (save / "latest_checkpointed_iteration.txt").is_file():
         started = time.monotonic()
         make(case, save)
         print(f"made in {time.monotonic() - started:.0f} s", file=sys.stderr)
-    sizes = [path.stat() for path in save.rglob("*") if path.is_file()]
-    print(f"{name}: {case.numel() / 1e9:.0f}e9 parameters, {len(sizes)} files of {sum(s.st_size for s in sizes) / 1e12:.2f} "
-          f"TB that take {sum(s.st_blocks for s in sizes) * 512 / 1e6:.0f} MB of disk; {' '.join(flags)}", flush=True)
-    command = [sys.executable, "-m", "convert", "convert", str(save), str(folder / f"{name}_out"), "--to", "megatron",
-               "--dry-run", *flags]
-    measured = run(command, REPOSITORY, sample_memory=True)
-    print(measured.output.strip().splitlines()[-1])
-    within = measured.wall <= MAX_SECONDS and measured.peak_bytes <= MAX_BYTES
-    print(f"{name}: {measured.wall:.1f} s (target {MAX_SECONDS}), peak memory {measured.peak_bytes / 1e6:.0f} MB "
-          f"(target {MAX_BYTES / 1e6:.0f}), processor time {measured.cpu:.1f} s on {os.cpu_count()} cores, "
-          f"of which others took {measured.others_cpu / measured.wall:.1f}: {'within' if within else 'MISSED'}", flush=True)
-    return within
+    return plan(f"{name}, {case.numel() / 1e9:.0f}e9 parameters", save, ["--to", "megatron", *flags], MAX_SECONDS, MAX_BYTES)
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 import statistics
 import subprocess
@@ -22,31 +21,26 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from bench.compare import same_checkpoint, same_conversion  # noqa: E402
-from bench.measure import Measured, run  # noqa: E402
+from bench.measure import run  # noqa: E402
+from bench.rounds import COPY, PARAMMAP, Series, circumstances, convert, copy, table, take_turn  # noqa: E402
 
-WORKERS, POOL = 2, 4
-_COPY = 'cp -r "$0" "$1" && find "$1" -exec sync {} +'
-
-
-def _copy(source: Path, target: Path) -> list[str]:
-    return ["sh", "-c", _COPY, str(source), str(target)]
+POOL = 4
 
 
-def _convert(source: Path, target: Path, framework: str = "mindspore") -> list[str]:
-    return [sys.executable, "-m", "convert", "convert", str(source), str(target), "--to", framework,
-            "--workers", str(WORKERS)]
+def _convert(source: Path, target: Path) -> list[str]:
+    return convert(source, target, "mindspore")
 
 
 def _convert_back(source: Path, target: Path) -> list[str]:
-    return _convert(source, target, "megatron")
+    return convert(source, target, "megatron")
 
 
 def _relay(source: Path, target: Path) -> list[str]:
-    return [*_convert(source, target, "megatron"), "--tp", "4", "--pp", "1"]
+    return [*convert(source, target, "megatron"), "--tp", "4", "--pp", "1"]
 
 
 def _relay_back(source: Path, target: Path) -> list[str]:
-    return [*_convert(source, target, "megatron"), "--tp", "2", "--pp", "2"]
+    return [*convert(source, target, "megatron"), "--tp", "2", "--pp", "2"]
 
 
 def _load_and_save(source: Path, target: Path) -> list[str]:
@@ -54,23 +48,9 @@ def _load_and_save(source: Path, target: Path) -> list[str]:
     return [sys.executable, "bench/baseline.py", str(iteration), str(target), "--processes", str(POOL)]
 
 
-COPY, PARAMMAP, TODAY = "cp -r, fsync of each file", f"parammap, {WORKERS} workers", f"torch + mindspore, pool of {POOL}"
-BACK, RELAID = "parammap, back to Megatron-LM", "parammap, tp2·pp2 to tp4·pp1"
+BACK, RELAID, TODAY = "parammap, back to Megatron-LM", "parammap, tp2·pp2 to tp4·pp1", f"torch + mindspore, pool of {POOL}"
 SUBJECTS: dict[str, Callable[[Path, Path], list[str]]] = {
-    COPY: _copy, PARAMMAP: _convert, BACK: _convert_back, RELAID: _relay, TODAY: _load_and_save}
-
-
-@dataclass(slots=True)
-class Series:
-    """One subject at one size: its counted runs, and the peak memory and bytes written of the first, uncounted one."""
-
-    peak_bytes: int = 0
-    written: int = 0
-    runs: list[Measured] = field(default_factory=list)
-
-    @property
-    def wall(self) -> float:
-        return statistics.median(measured.wall for measured in self.runs)
+    COPY: copy, PARAMMAP: _convert, BACK: _convert_back, RELAID: _relay, TODAY: _load_and_save}
 
 
 @dataclass(slots=True)
@@ -87,8 +67,8 @@ class Bench:
             compared = size == min(self.sources)
             results = {subject: self.folder / f"out_{number}" for number, subject in enumerate(SUBJECTS)}
             for subject, target in results.items():
-                measured = self._run(size, subject, target, sample_memory=True)
-                self.series[size, subject] = Series(measured.peak_bytes, _bytes_in(target))
+                self.series[size, subject] = Series.begun(self._command(size, subject, target), self._source(size, subject),
+                                                          target)
                 if not compared:
                     shutil.rmtree(target)
             if compared:
@@ -106,42 +86,22 @@ class Bench:
         for size in self.sources:
             for subject in subjects[start:] + subjects[:start]:
                 target = self.folder / "out"
-                measured = self._run(size, subject, target)
+                measured = take_turn(self._command(size, subject, target), self._source(size, subject), target)
                 self.series[size, subject].runs.append(measured)
                 shutil.rmtree(target)
                 print(f"round {number + 1}  {size / 1e9:g} GB  {subject:32} {measured.wall:6.2f} s  (others took "
                       f"{measured.others_cpu / measured.wall:.1f} cores)", file=sys.stderr, flush=True)
 
-    def _run(self, size: int, subject: str, target: Path, sample_memory: bool = False) -> Measured:
-        shutil.rmtree(target, ignore_errors=True)
-        source = (self.converted if subject == BACK else self.sources)[size]
-        _bring_into_cache(source)
-        os.sync()
-        return run(SUBJECTS[subject](source, target), REPOSITORY, sample_memory)
+    def _source(self, size: int, subject: str) -> Path:
+        return (self.converted if subject == BACK else self.sources)[size]
 
-
-def _bring_into_cache(folder: Path) -> None:
-    buffer = bytearray(1 << 20)
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    def _command(self, size: int, subject: str, target: Path) -> list[str]:
+        return SUBJECTS[subject](self._source(size, subject), target)
 
 
 def report(bench: Bench) -> list[str]:
-    lines = ["| optimizer files | | wall, median (min..max) | written | processor time | peak memory (PSS of the tree) |",
-             "|---|---|---|---|---|---|"]
-    for (size, subject), series in bench.series.items():
-        walls = [measured.wall for measured in series.runs]
-        cpu = statistics.median(measured.cpu for measured in series.runs)
-        lines.append(f"| {size / 1e9:g} GB | {subject} | {series.wall:.2f} s ({min(walls):.2f}..{max(walls):.2f}, "
-                     f"{len(walls)} runs) | {series.written / 1e9:.2f} GB | {cpu:.2f} s "
-                     f"| {series.peak_bytes / 1e6:.0f} MB |")
-    return [*lines, "", *_targets(bench)]
+    rows = (((f"{size / 1e9:g} GB", subject), series) for (size, subject), series in bench.series.items())
+    return [*table(["optimizer files", ""], rows), "", *_targets(bench)]
 
 
 def _targets(bench: Bench) -> list[str]:
@@ -169,12 +129,10 @@ def _targets(bench: Bench) -> list[str]:
 
 def _circumstances(bench: Bench) -> str:
     runs = [measured for series in bench.series.values() for measured in series.runs]
-    others = statistics.median(measured.others_cpu / measured.wall for measured in runs)
     imports = statistics.median(float(line.split()[1]) for measured in runs for line in measured.output.splitlines()
                                 if line.startswith("imports "))
-    return (f"{os.cpu_count()} cores; the machine's other processes (kernel threads included) took {others:.1f} cores in "
-            f"the median run; load average now {os.getloadavg()[0]:.1f}; importing torch and mindspore is {imports:.1f} s "
-            "of each run that needs them")
+    return (f"{circumstances(bench.series.values())}; importing torch and mindspore is {imports:.1f} s of each run that "
+            "needs them")
 
 
 def main() -> None:

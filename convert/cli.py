@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from . import __version__
-from .commands import convert, diff, digest, inspect, locate, verify
+from .commands import convert, diff, digest, formats, inspect, locate, verify
 from .errors import RefusedError, TaskError
 
-COMMANDS = {"convert": convert, "inspect": inspect, "digest": digest, "verify": verify, "diff": diff, "locate": locate}
+COMMANDS = {"convert": convert, "inspect": inspect, "digest": digest, "verify": verify, "diff": diff, "locate": locate,
+            "formats": formats}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: Callable[[], int]) -> int:
     """Run a command that returns an exit status; errors that a user can act on become one line and a status."""
     try:
-        return command()
+        status = command()
+        print(end="", flush=True)
+        return status
     except RefusedError as error:
         print(f"parammap: {error}", file=sys.stderr)
         return 2
@@ -34,6 +37,9 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("parammap: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, such as head, wants no more of it; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:

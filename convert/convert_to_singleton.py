@@ -13,16 +13,18 @@ if __package__ in (None, ""):
 
 from .cli import run
 from .frameworks.metaseq.target import NAMES, SINGLETON, Options
-from .metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
+from .metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
 
 #: what metaseq calls the architecture of what it restores
 _ARCH = "transformer_lm_megatron"
+#: the parts, merged by metaseq's tools (of which it takes these alone) or as training left them
+_PATTERNS = ("reshard*.pt", "*-model_part-*.pt", "*-shard*.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("location", type=Path, help="the folder with reshard*.pt")
+    add("location", type=Path, help="the folder with the parts: reshard*.pt, or else raw ones")
     add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
     add_switch(add, "--drop-metaseq-req", False, "leave out the data loader's state, which needs metaseq to load")
     add_common(add)
@@ -31,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     options = Options(SINGLETON, cast=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req)
-    return write(args, files_of(f"{args.location}/reshard*.pt"), args.location / NAMES[SINGLETON], options, parts=1,
+    return write(args, _files(args.location), args.location / NAMES[SINGLETON], options, parts=1,
                  weights_only=True)
+
+
+def _files(location: Path) -> Files:
+    """The parts in a folder. Raises RefusedError if there are none, or those of several checkpoints."""
+    pattern = next((pattern for pattern in _PATTERNS if any(location.glob(pattern))), _PATTERNS[0])
+    return files_of(f"{location}/{pattern}")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,7 @@ TARGET_PP=${TARGET_PP:-1}  # pipeline stages of the output
 TARGET_PP_BLOCKS=${TARGET_PP_BLOCKS:-}  # layers of each, as 10,32; empty: even
 TENSOR_GENERATE_LAYER=${TENSOR_GENERATE_LAYER:-}  # the tensor-parallel ranks to write, as 0,1,2; empty: all
 
-if [ -z "$LOAD_CHECKPOINT_PATH" ] || [ -z "$SAVE_CHECKPOINT_PATH" ]; then
-    echo "$0: set LOAD_CHECKPOINT_PATH and SAVE_CHECKPOINT_PATH, here or in the environment" >&2
-    exit 2
-fi
-
-exec "${PYTHON:-python3}" "$(dirname "$0")/../convert/repartition.py" \
-    --load "$LOAD_CHECKPOINT_PATH" \
-    --save "$SAVE_CHECKPOINT_PATH" \
-    --target-pipeline-model-parallel-size "$TARGET_PP" \
-    ${TARGET_PP_BLOCKS:+--target-pipeline-model-parallel-blocks "$TARGET_PP_BLOCKS"} \
-    ${TENSOR_GENERATE_LAYER:+--tensor-generate-layer "$TENSOR_GENERATE_LAYER"} \
-    "$@"
+FLAGS=(--target-pipeline-model-parallel-size "$TARGET_PP"
+       ${TARGET_PP_BLOCKS:+--target-pipeline-model-parallel-blocks "$TARGET_PP_BLOCKS"}
+       ${TENSOR_GENERATE_LAYER:+--tensor-generate-layer "$TENSOR_GENERATE_LAYER"})
+. "$(dirname "$0")/partitions.sh"

@@ -9,14 +9,6 @@ TOKENIZER_MODEL=${TOKENIZER_MODEL:-}            # not needed: no model is built
 TARGET_TP=${TARGET_TP:-8}  # tensor-parallel ranks of the output
 PIPELINE_GENERATE_LAYER=${PIPELINE_GENERATE_LAYER:-}  # the pipeline stages to write, as 0,1,2; empty: all
 
-if [ -z "$LOAD_CHECKPOINT_PATH" ] || [ -z "$SAVE_CHECKPOINT_PATH" ]; then
-    echo "$0: set LOAD_CHECKPOINT_PATH and SAVE_CHECKPOINT_PATH, here or in the environment" >&2
-    exit 2
-fi
-
-exec "${PYTHON:-python3}" "$(dirname "$0")/../convert/repartition.py" \
-    --load "$LOAD_CHECKPOINT_PATH" \
-    --save "$SAVE_CHECKPOINT_PATH" \
-    --target-tensor-model-parallel-size "$TARGET_TP" \
-    ${PIPELINE_GENERATE_LAYER:+--pipeline-generate-layer "$PIPELINE_GENERATE_LAYER"} \
-    "$@"
+FLAGS=(--target-tensor-model-parallel-size "$TARGET_TP"
+       ${PIPELINE_GENERATE_LAYER:+--pipeline-generate-layer "$PIPELINE_GENERATE_LAYER"})
+. "$(dirname "$0")/partitions.sh"

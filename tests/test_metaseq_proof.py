@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from convert.cli import main
-from convert.tensors import TensorSpec
+from tests.lab import opt175b
 from tests.lab.logical import flip
 from tests.lab.torch_load import torch_load
-from tests.test_metaseq_source import padding, write_sparse
 from tests.test_metaseq_target import run_lab
 
 DATA = Path(__file__).parent / "data"
-FP16, OPT175B = DATA / "metaseq/mp2dp2_fp16", DATA / "metaseq/opt175b"
+FP16 = DATA / "metaseq/mp2dp2_fp16"
 MEGATRON = DATA / "megatron/cac60ce4_patched_legacy_tp2pp2"
 #: options of tests/lab/fsdp.py
 SOURCES = {"fp16": {"parts": 2, "shards": 2, "dtype": "float16", "hidden": 24},
@@ -331,22 +330,9 @@ def test_wrong_values_of_a_singleton_are_traced_to_the_shards(tmp_path, capsys):
         assert (at["file_a"], at["offset_a"], at["a"]) == (str(file), offset, value)
 
 
-def opt_175b(raw: dict, shard: int) -> dict:
-    """What a shard of part 5 holds, by the metadata of one."""
-    entries = [{**entry, "params": {key: {**param, "padding": padding(param, shard)}
-                                    for key, param in entry["params"].items()}} for entry in raw["entries"]]
-    model = {".".join(filter(None, (entry["fsdp_path"], key))): TensorSpec(
-        f"{entry['fsdp_path']}.{key}", "float16", (-(-sum(param["numels"]) // 124),))
-        for entry in entries for key, param in entry["params"].items()}
-    model["decoder.version"] = TensorSpec("version", "float16", (1,))
-    return {"model": model, "shard_metadata": {"param_metadata": entries, "buffer_names": raw["buffer_names"]}}
-
-
 def test_a_position_of_opt_175b_is_located_in_seconds(tmp_path, capsys):
     """The real metadata and sizes of part 5, 124 shards of 353 MB without content."""
-    raw = json.loads((OPT175B / "shard_metadata_part-5.json").read_text())
-    for shard in range(124):
-        write_sparse(tmp_path / f"checkpoint_last-model_part-5-shard{shard}.pt", opt_175b(raw, shard))
+    opt175b.write(tmp_path, [5])
     started = time.monotonic()
     status, (found,) = run(capsys, "locate", tmp_path / "checkpoint_last-model_part-5-shard*.pt",
                            "decoder.layers.15.fc1.weight[1537,5172:5190]")

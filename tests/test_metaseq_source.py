@@ -19,7 +19,8 @@ from convert.containers import torch_zip
 from convert.containers.pickles import Opaque
 from convert.errors import RefusedError
 from convert.frameworks.metaseq import reader as metaseq
-from convert.tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored, TensorSpec
+from convert.tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored
+from tests.lab import opt175b
 
 DATA = Path(__file__).parent / "data" / "metaseq"
 FP32, FP16 = DATA / "mp1dp3_fp32", DATA / "mp2dp2_fp16"
@@ -423,17 +424,7 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
     """The 18 elements that a consolidated part 5 once had wrong: decoder.layers.15.fc1.weight [1537, 5172:5190] are elements
     1241838 to 1241856 of decoder.layers.15.flat_param_0 in shard 51 (known from the shards themselves). The files here have
     the real metadata and sizes, and no content."""
-    raw = json.loads((DATA / "opt175b" / "shard_metadata_part-5.json").read_text())
-    for shard in range(124):
-        entries = [{**entry, "params": {key: {**param, "padding": padding(param, shard)}
-                                        for key, param in entry["params"].items()}} for entry in raw["entries"]]
-        model = {".".join(filter(None, (entry["fsdp_path"], key))): TensorSpec(
-            entry["fsdp_path"] + key, "float16", (-(-sum(param["numels"]) // 124),))
-            for entry in entries for key, param in entry["params"].items()}
-        model["decoder.version"] = TensorSpec("version", "float16", (1,))
-        path = tmp_path / f"checkpoint_last-model_part-5-shard{shard}.pt"
-        metadata = {"param_metadata": entries, "buffer_names": raw["buffer_names"]}
-        write_sparse(path, {"model": model, "shard_metadata": metadata})
+    opt175b.write(tmp_path, [5])
     checkpoint = metaseq.read(tmp_path / "checkpoint_last-model_part-5-shard*.pt")
     held = next(held for held in checkpoint.index.held if held.found.name == "decoder.layers.15.fc1.weight")
     start, = [piece for piece in held.pieces(0) if piece.box.intersect(Box(1537, 1, 5172, 1))]
@@ -441,18 +432,3 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
     assert Path(start.file).name == "checkpoint_last-model_part-5-shard51.pt"
     assert (start.offset_of(1537, 5172) - flat.offset) // 2 == 1241838
     assert (start.offset_of(1537, 5189) - flat.offset) // 2 == 1241855
-
-
-def padding(param: dict, shard: int, shards: int = 124) -> int:
-    chunk = -(-sum(param["numels"]) // shards)
-    return min(chunk, max(0, (shard + 1) * chunk - sum(param["numels"])))
-
-
-def write_sparse(path: Path, tree: dict) -> None:
-    """A file of torch.save's form whose tensors are holes."""
-    with open(path, "wb") as stream:
-        for segment in torch_zip.frame(tree, path.name).segments:
-            if hasattr(segment, "data"):
-                stream.write(segment.data)
-            else:
-                stream.seek(segment.nbytes, 1)

@@ -384,6 +384,7 @@ def test_the_scripts(script, load, environment, expected, tmp_path):
     edited = tmp_path / "examples" / path.name
     edited.parent.mkdir()
     (tmp_path / "convert").symlink_to(ROOT / "convert")
+    (edited.parent / "partitions.sh").symlink_to(ROOT / "examples/partitions.sh")
     values = {**paths, **environment, "SAVE_CHECKPOINT_PATH": str(tmp_path / "edited")}
     edited.write_text(re.sub(r"(?m)^(\w+)=\$\{\w+:-.*?\}", lambda m: f"{m[1]}={values.get(m[1], '')}" if m[1] in values
                              else m[0], path.read_text()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import RefusedError
 from ..inspection import facts as inspection
 from ..inspection import html, text
+from . import reading as reading_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=Path, metavar="CKPT", help="a save folder, or one of its iteration folders")
     add("--iteration", type=int, metavar="N", help="the iteration to look at (default: the latest)")
     add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
+    reading_flags.add_metadata(add)
     add("--tensors", action="store_true", help="the tree of tensors: shape, dtype, split, and each rank's name for it")
     add("--json", action="store_true", help="the facts as JSON")
     add("--html", type=Path, metavar="FILE", help="draw the layout and the optimizer's buffers, in one HTML file")
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = inspection.inspect(inspection.read(args.checkpoint, iteration=args.iteration, sidecar=args.sidecar),
-                               tensors=args.tensors)
+    reading = inspection.read(args.checkpoint, iteration=args.iteration, sidecar=args.sidecar,
+                              metadata_from=args.metadata_from)
+    facts = inspection.inspect(reading, tensors=args.tensors)
     if args.html:
         _write(args.html, html.page(facts))
     print(json.dumps(facts, indent=1) if args.json else "\n".join(text.lines(facts)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .. import frameworks
@@ -17,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser, what: str = "", prefix: str =
     add = parser.add_argument
     add(f"--{prefix}iteration", type=int, metavar="N", help=f"the iteration{of} to take (default: the latest)")
     add(f"--{prefix}sidecar", type=Path, metavar="DIR", help=f"where param_map*.json or layout_*.json{of} are")
+    add_metadata(add, what, prefix)
+
+
+def add_metadata(add: Callable, what: str = "", prefix: str = "") -> None:
+    """The flag for flat files of metaseq's that lost their metadata."""
+    of = f" of {what}" if what else ""
     add(f"--{prefix}metadata-from", type=Path, metavar="DIR", help=f"shards that describe flat metaseq files{of}")
 
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--into", type=Path, metavar="COPY", help="repair a copy of OUT, to be made here")
     add("--in-place", action="store_true", help="repair OUT itself")
     reading.add_arguments(parser, "SRC, or of OUT without one,")
+    reading.add_metadata(add, "OUT", prefix="output-")
     reading.add_common(parser)
 
 
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.repair and (args.into or args.in_place):
         raise RefusedError("--into and --in-place say where to --repair; give that as well")
     request = Request(output=args.output, against=args.against, iteration=args.iteration, sidecar=args.sidecar,
+                      metadata_from=args.metadata_from, output_metadata_from=args.output_metadata_from,
                       weights_only=args.weights_only, drop=frozenset(args.drop), cast=args.cast, replicas=args.replicas,
                       workers=args.workers)
     verdict, output = verify(request), args.output

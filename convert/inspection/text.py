@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-FRAMEWORKS = {"megatron": "Megatron-LM", "mindspore": "MindSpore"}
+from ..naming import brief
+
+FRAMEWORKS = {"megatron": "Megatron-LM", "mindspore": "MindSpore", "metaseq": "Metaseq", "alpa": "Alpa",
+              "deepspeed": "Megatron-DeepSpeed", "merak": "Merak", "transformers": "Transformers"}
 ROLES = {"weight": "weight", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "model_weight": "model's own weight"}
 SIDECARS = {"layout": "layout files", "maps": "bare maps"}
 BOUNDS = {"layout": "the layout file", "file": "distrib_optim.pt", "map": "the map alone, without the last one's padding"}
@@ -16,7 +19,7 @@ _MODEL: dict[str, Callable[[Any], str]] = {
     "num_query_groups": lambda v: f"{v} query groups", "kv_channels": lambda v: f"head size {v}",
     "vocab_size": lambda v: f"vocabulary {v}", "padded_vocab_size": lambda v: f"padded vocabulary {v}",
     "max_position_embeddings": lambda v: f"{v} positions", "position_embedding_type": lambda v: f"{v} positions",
-    "normalization": str, "swiglu": lambda v: "SwiGLU" if v else "no SwiGLU",
+    "activation": str, "normalization": str, "swiglu": lambda v: "SwiGLU" if v else "no SwiGLU",
     "add_bias_linear": lambda v: "biases" if v else "no biases", "num_experts": lambda v: f"{v} experts",
     "untie_embeddings_and_output_weights": lambda v: "untied output layer" if v else "tied output layer",
 }
@@ -33,16 +36,18 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 
 def title(facts: dict[str, Any]) -> str:
-    return f"{FRAMEWORKS.get(facts['framework'], facts['framework'])} checkpoint, iteration {facts['iteration']}"
+    iteration = f", iteration {facts['iteration']}" if facts["iteration"] else ""
+    return f"{FRAMEWORKS.get(facts['framework'], facts['framework'])} checkpoint{iteration}"
 
 
 def table(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """(label, lines) of all that is known; labels without a line are left out."""
-    rows = [("folder", [facts["folder"]]), ("release", [release(facts)]), ("layout", [layout(facts["layout"])]),
+    rows = [("folder", [facts["folder"]]), ("release", [release(facts)]), ("layout", [layout(facts)]),
             ("stages", [f"pp {stage['pp']}: {stage_text(stage)}" for stage in facts["stages"]]),
             ("model", [", ".join(model(facts["model"]))]), ("parameters", list(parameters(facts["parameters"]))),
             ("states", [state(one) for one in facts["states"]]), ("optimizer", list(optimizer(facts["optimizer"]))),
-            ("buffers", [buffer(one) for one in facts["buffers"]]), ("on disk", list(files(facts["files"]))),
+            ("buffers", [buffer(one) for one in facts["buffers"]]), ("fsdp", list(flats(facts["flat_parameters"]))),
+            ("on disk", list(files(facts["files"]))),
             ("sidecar", [sidecar(facts["sidecar"])]), ("missing", facts["missing"] or ["nothing"])]
     return [(label, values) for label, values in rows if values]
 
@@ -55,7 +60,12 @@ def release(facts: dict[str, Any]) -> str:
     return f"{origin}core {known['core']}, torch {known['torch']}"
 
 
-def layout(sizes: dict[str, Any]) -> str:
+def layout(facts: dict[str, Any]) -> str:
+    sizes = facts["layout"]
+    if facts["framework"] == "alpa":
+        return "one folder of whole tensors"
+    if facts["framework"] == "metaseq":
+        return f"{counted(sizes['tp'], 'model-parallel part')} (tp) × {counted(sizes['dp'], 'FSDP shard')} (dp)"
     shown = [f"{name} {sizes[name]}" for name in ("tp", "pp", "vpp", "ep", "dp", "cp")]
     etp = f" · etp {sizes['etp']}" if sizes["etp"] != sizes["tp"] else ""
     return f"{' × '.join(shown[:2])} · {' · '.join(shown[2:])}{etp} · order {sizes['order']}"
@@ -114,6 +124,9 @@ def optimizer(facts: dict[str, Any]) -> Iterator[str]:
         yield f"distrib_optim.pt: {facts['generation']} ({facts['written_by']})"
     if facts["reason"]:
         yield f"not read{' whole' if facts['states'] else ''}: see missing"
+    if facts["name"] and facts["groups"]:
+        scale = "not scaled" if facts["loss_scale"] is None else f"scaled by {_short(facts['loss_scale'])}"
+        yield f"{facts['name']}, the loss {scale}"
     for number, group in enumerate(facts["groups"]):
         yield f"group {number}: " + ", ".join(f"{name} {_short(group[name])}" for name in group)
 
@@ -137,6 +150,17 @@ def buffer(one: dict[str, Any]) -> str:
     return (f"{buffer_name(one)} on {ranks_text(one['ranks'])}: {counted(len(one['buckets']), 'bucket')}, "
             f"{counted(one['parameters'], 'parameter')}, {counted(one['numel'], 'element')}, of these {one['gaps']:,} in "
             f"gaps and {one['padding']:,} padding (bounds by {BOUNDS[one['bounds']]})")
+
+
+def flats(known: list[dict[str, Any]]) -> Iterator[str]:
+    """Flat parameters of one size stand together."""
+    alike: dict[tuple, list[str]] = {}
+    for one in known:
+        sizes = one["parameters"], one["numel"], one["shards"], one["chunk"], one["padding"], tuple(one["parts"])
+        alike.setdefault(sizes, []).append(one["key"])
+    for (count, numel, shards, chunk, padding, parts), keys in alike.items():
+        yield (f"{brief(keys)} on {'part' if len(parts) == 1 else 'parts'} {spans(parts)}: {counted(count, 'parameter')}, "
+               f"{counted(numel, 'element')} in {counted(shards, 'shard')} of {chunk:,} (padding {padding:,})")
 
 
 def files(kinds: list[dict[str, Any]]) -> Iterator[str]:

@@ -80,6 +80,9 @@ def output(target: Checkpoint, options: Options) -> Output:
                            "metaseq's; --to alpa takes others")
     if options.form == SINGLETON and target.layout.tp != 1:
         raise RefusedError(f"{target.folder}: a singleton has one part and not {target.layout.tp}; ask for tp 1")
+    if options.form == SINGLETON and target.with_optimizer:
+        raise RefusedError(f"{target.folder}: a singleton has no flat parameters, which the optimizer's states are of; "
+                           "convert it --weights-only, or in another form")
     files: list[WantedFile] = []
     for rank in target.rank_folders:
         part = _Part(target, rank[0], options)
