@@ -10,6 +10,8 @@ from .errors import RefusedError
 #: GPT2: norms before attention and MLP, learned positions. OPT: the same with rows of padding before the positions. LLAMA:
 #: RMS norms, rotary positions, gate and up. BLOOM: ALiBi, a norm on the embedding
 GPT2, OPT, LLAMA, BLOOM = "gpt2", "opt", "llama", "bloom"
+#: families that only frameworks descended from Megatron-LM have
+MIXTURE, YUAN = "mixture", "yuan"
 #: rows of the table of positions before the first token's (metaseq, learned_positional_embedding.py: padding_idx + 1)
 ROWS_BEFORE_POSITIONS = {OPT: 2}
 

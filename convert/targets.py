@@ -6,15 +6,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
 from .checkpoint import Checkpoint
 from .errors import RefusedError
 from .frameworks.alpa import serving as alpa
 from .frameworks.alpa import training as alpa_training
+from .frameworks.deepspeed import target as deepspeed
+from .frameworks.megatron import adopt as megatron_adopt
 from .frameworks.megatron import target as megatron
 from .frameworks.megatron_dist import target as megatron_dist
+from .frameworks.merak import target as merak
+from .frameworks.metaseq import adopt as metaseq_adopt
 from .frameworks.metaseq import relayout as metaseq_relayout
 from .frameworks.metaseq import target as metaseq
 from .frameworks.mindspore import target as mindspore
+from .frameworks.transformers import target as transformers
 from .layout import Wish
 from .plan import Output
 from .relayout import relaid
@@ -34,6 +40,9 @@ class Target:
 
     `native` are the frameworks whose checkpoints it takes as they are (empty: any), `adopted` presents those of others as
     its own, and `relaid` lays them out anew; without it the files are the same for every layout.
+
+    `families` are those of the models that the framework has, and `optimizer` says whether its files have room for, and
+    `needs_optimizer` that they make no sense without, the optimizer's states.
     """
 
     output: Callable[[Checkpoint, Any], Output]
@@ -42,6 +51,9 @@ class Target:
     adopted: Callable[[Checkpoint], Checkpoint] | None = None
     relaid: Callable[[Checkpoint, Wish], Checkpoint] | None = None
     sizes: Mapping[str, str] = field(default_factory=dict)
+    families: tuple[str, ...] = ()
+    optimizer: bool = True
+    needs_optimizer: bool = False
 
     def wanted(self, source: Checkpoint, wish: dict[str, int], stage_layers: tuple[int, ...],
                divisible_by: int | None) -> Checkpoint:
@@ -73,10 +85,17 @@ class Target:
 
 _MEGATRON = ("megatron", "megatron-dist", "mindspore")
 TARGETS = {
-    "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, relaid=relaid, sizes={"dp": "dp", "cp": "cp"}),
-    "megatron": Target(lambda target, _: megatron.output(target), native=_MEGATRON, relaid=relaid),
-    "megatron-dist": Target(lambda target, _: megatron_dist.output(target), native=_MEGATRON),
-    "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), relaid=metaseq_relayout.relaid, sizes={"dp": "shards"}),
-    "alpa": Target(alpa.output, alpa.Options),
-    "alpa-training": Target(alpa_training.output, alpa_training.Options),
+    "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, megatron_adopt.adopted, relaid,
+                        {"dp": "dp", "cp": "cp"}, (GPT2, LLAMA, MIXTURE)),
+    "megatron": Target(lambda target, _: megatron.output(target), native=_MEGATRON, adopted=megatron_adopt.adopted,
+                       relaid=relaid, families=(GPT2, LLAMA, MIXTURE, YUAN)),
+    "megatron-dist": Target(lambda target, _: megatron_dist.output(target), native=_MEGATRON,
+                            adopted=megatron_adopt.adopted, families=(GPT2, LLAMA, MIXTURE)),
+    "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), metaseq_adopt.adopted, metaseq_relayout.relaid,
+                      {"dp": "shards"}, (OPT,)),
+    "alpa": Target(alpa.output, alpa.Options, families=(OPT, BLOOM), optimizer=False),
+    "merak": Target(merak.output, merak.Options, sizes={"tp": "tp", "pp": "pp"}, families=(GPT2,), optimizer=False),
+    "alpa-training": Target(alpa_training.output, alpa_training.Options, families=(GPT2, OPT), needs_optimizer=True),
+    "deepspeed": Target(deepspeed.output, families=(GPT2, BLOOM), needs_optimizer=True),
+    "transformers": Target(transformers.output, transformers.Options, families=transformers.FAMILIES, optimizer=False),
 }

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from convert import frameworks
+from convert.cli import main
 from convert.errors import RefusedError
 from convert.execute import run_tasks
 from convert.frameworks.alpa import serving as alpa
 from convert.planner import Planner
 from convert.progress import Progress
 from convert.tensors import MODEL_WEIGHT, WEIGHT
-from tests.lab import alpa_opt
+from tests.lab import alpa_opt, hub
 
 DATA = Path(__file__).parent / "data"
 SERVED = alpa.Options()
@@ -119,7 +120,7 @@ def test_a_longer_vocabulary_repeats_the_last_row(tmp_path):
 
 
 def test_a_vocabulary_is_never_cut(tmp_path):
-    with pytest.raises(RefusedError, match="has a vocabulary of 64, of which --vocab-size 63 would cut off a part"):
+    with pytest.raises(RefusedError, match="has a vocabulary of 64, of which 63 rows would cut off a part"):
         convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(vocab_size=63))
 
 
@@ -129,6 +130,31 @@ def test_a_public_model_has_the_servers_vocabulary(tmp_path):
         convert(source, tmp_path / "np")
     convert(source, tmp_path / "np", alpa.Options(vocab_size=104))
     assert np.load(tmp_path / "np/decoder.embed_tokens.weight").shape == (104, 768)
+
+
+def test_a_bloom_is_served_under_transformers_names(tmp_path):
+    """Each parameter of transformers' BLOOM, whole and as it is, in a file of its own name; and back."""
+    source = hub.save("bloom", tmp_path / "hf")
+    assert main(["convert", str(source), str(tmp_path / "np"), "--to", "alpa", "--dtype", "float32"]) == 0
+    expected = hub.model("bloom").transformer.state_dict()
+    assert {path.name for path in (tmp_path / "np").iterdir()} - {"parammap_manifest.json"} == set(expected)
+    for name, value in expected.items():
+        assert np.array_equal(np.load(tmp_path / "np" / name), value.numpy()), name
+    known = frameworks.architecture_of(frameworks.read(tmp_path / "np"))
+    assert (known.family, known.heads, known.activation, known.positions) == ("bloom", 4, "gelu_new", None)
+    assert main(["convert", str(tmp_path / "np"), str(tmp_path / "back"), "--to", "transformers"]) == 0
+    assert hub.logits(tmp_path / "back").equal(hub.logits(source))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"tie_word_embeddings": False}, "cannot be Alpa's BLOOM: has, unlike it, output.weight"),
+    ({"layer_norm_epsilon": 1e-6}, "cannot be Alpa's BLOOM: its norms have eps 1e-06 and not 1e-05"),
+    ({"apply_residual_connection_post_layernorm": True}, "which Alpa's BLOOM does not compute"),
+])
+def test_another_bloom_is_refused(tmp_path, capsys, changes, message):
+    source = hub.save("bloom", tmp_path / "hf", **changes)
+    assert main(["convert", str(source), str(tmp_path / "np"), "--to", "alpa"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "np").exists()
 
 
 REFUSED = {  # tensors replaced, added or (None) left out; settings; message
@@ -142,7 +168,7 @@ REFUSED = {  # tensors replaced, added or (None) left out; settings; message
                                 "has 1 tensors that have no place in Alpa's OPT: embedding.norm.weight"),
     "a narrow embedding": ({"embed_tokens.weight": torch.zeros(VOCAB, 12)}, {},
                            "cannot be Alpa's OPT: its embedding has 12 columns and its layers 24"),
-    "gelu": ({}, {"activation_fn": "gelu"}, "its activation is gelu and not relu"),
+    "gelu": ({}, {"activation_fn": "gelu"}, "its activation is gelu, which OPT has not"),
     "a scaled embedding": ({}, {"no_scale_embedding": False}, "it was trained with no_scale_embedding False"),
     "alibi": ({}, {"alibi": True}, "it was trained with alibi True"),
 }

@@ -284,8 +284,8 @@ def test_heads_that_nobody_recorded_may_come_together_and_not_be_cut(written, tm
 def test_layouts_that_metaseq_does_not_have_are_refused(tmp_path):
     with pytest.raises(RefusedError, match="metaseq has no pp and no ep"):
         convert_into(Request(source=FP16, target=tmp_path / "out", to="metaseq", sizes={"pp": 2, "ep": 2}))
-    with pytest.raises(RefusedError, match="only checkpoints of metaseq can be written so"):
-        convert_into(Request(source=DATA.parent / "megatron/cac60ce4_mcore_pp2dp2_llama/iter_0000002", weights_only=True,
+    with pytest.raises(RefusedError, match="is a model of the gpt2 family, and metaseq has opt only"):
+        convert_into(Request(source=DATA.parent / "megatron/core_r0.12.0_repo_mcore_tp2pp2_hook", weights_only=True,
                              target=tmp_path / "out", to="metaseq"))
     assert not list(tmp_path.iterdir())
 

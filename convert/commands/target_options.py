@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..errors import RefusedError
 from ..frameworks.alpa import serving as alpa
 from ..frameworks.alpa import training as alpa_training
+from ..frameworks.merak import partition as merak_partition
+from ..frameworks.merak import target as merak
 from ..frameworks.metaseq import target as metaseq
 from ..frameworks.mindspore import target as mindspore
+from ..frameworks.transformers import target as transformers
 from . import positive
 
 #: flag: (its targets, what argparse is told)
@@ -34,11 +38,41 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "--optimizer": (("alpa-training",), {
         "choices": sorted(alpa_training.OPTIMIZERS), "help": "whose state (default: examples, that of Alpa's own)"}),
 }
+FLAGS |= {
+    "--partition-method": (("merak",), {
+        "choices": merak_partition.METHODS, "help": "how modules are cut over stages (default: uniform)"}),
+    "--custom-partition": (("merak",), {
+        "type": merak_partition.cut_list, "metavar": "0,N,…", "help": "the first module of each stage, and their number"}),
+    "--folder": (("merak",), {"choices": merak.FOLDERS, "help": "name of the folder (default: release)"}),
+    "--scheme": (("merak",), {
+        "choices": merak.SCHEMES, "help": "where the one file of tp 1, pp 1 goes (default: all_dp, as up to v2.2.1)"}),
+    "--serialization": (("merak",), {"choices": sorted(merak.FRAMES), "help": "torch's file format (default: zip)"}),
+    "--no-parallel-vocab": (("merak",), {
+        "action": "store_true", "default": None, "help": "the whole vocabulary on each rank"}),
+    "--for-release": (("merak",), {
+        "action": "store_true", "default": None, "help": "zero the counters of consumed samples"}),
+    "--config": (("merak",), {
+        "type": Path, "metavar": "FILE", "help": "a config.json that says what the source does not record"}),
+}
+FLAGS |= {
+    "--dtype": ((*FLAGS["--dtype"][0], "transformers"), FLAGS["--dtype"][1]),
+    "--format": ((*FLAGS["--format"][0], "transformers"), {
+        "choices": [*sorted(mindspore.FRAMES), transformers.BIN], "help": "file format (default: ckpt; safetensors)"}),
+    "--activation": ((*FLAGS["--activation"][0], "transformers"), {
+        "choices": ["relu", "gelu", "gelu_new", "silu"], "help": "of a source that does not record it"}),
+    "--config": ((*FLAGS["--config"][0], "transformers"), FLAGS["--config"][1]),
+    "--max-shard-size": (("transformers",), {
+        "type": transformers.shard_size, "metavar": "SIZE", "help": "of a file of weights, as 5GB or 200MB (default: 5GB)"}),
+}
+#: the file formats of each target that has several
+FORMATS = {"mindspore": mindspore.FRAMES, "transformers": transformers.FRAMES}
 #: target: how its options are made of the flags that were given, by their names
 _MAKE: dict[str, Callable[..., Any]] = {
     "mindspore": lambda dtype=None, generate_all_dp_cp=False, **flags: mindspore.Options(
         cast=dtype, all_dp_cp=generate_all_dp_cp, **flags),
+    "transformers": lambda dtype=None, **flags: transformers.Options(cast=dtype, **flags),
     "metaseq": lambda dtype=None, **flags: metaseq.Options(cast=dtype, **flags),
+    "merak": lambda no_parallel_vocab=False, **flags: merak.Options(parallel_vocab=not no_parallel_vocab, **flags),
     "alpa": lambda dtype="float16", **flags: alpa.Options(dtype, **flags),
     "alpa-training": lambda dtype="float32", **flags: alpa_training.Options(dtype, **flags),
 }
@@ -56,6 +90,8 @@ def of(args: argparse.Namespace) -> Any:
         if args.to not in FLAGS[flag][0]:
             raise RefusedError(f"{flag}: means nothing with --to {args.to}, only with {', '.join(FLAGS[flag][0])}; leave "
                                "it out")
+    if args.format and args.format not in FORMATS[args.to]:
+        raise RefusedError(f"--format {args.format}: is no format of --to {args.to}, only {', '.join(FORMATS[args.to])} are")
     if args.to == "mindspore" and args.dtype and not (args.weights_only and args.dtype == "float32"):
         raise RefusedError(f"--dtype {args.dtype}: an optimizer's states keep their dtype; float32 goes with --to mindspore "
                            "--weights-only")

@@ -1,7 +1,8 @@
 """Megatron-DeepSpeed's pipeline models, GPT and BLOOM, under the names that their modules have without the pipeline.
 
 A pipeline names a parameter by the number of its layer function and its name there: `4.mlp.dense_h_to_4h.weight`; readers
-and writers exchange that for `layers.{i}.…`, `embedding.…` and `final_norm.…`.
+and writers exchange that for `layers.{i}.…`, `embedding.…` and `final_norm.…`, and for `word_embeddings_for_head.weight`,
+the last stage's copy of the word embedding, which is the head of every such model.
 
 Source: bigscience-workshop/Megatron-DeepSpeed main (megatron/model/gpt_model.py, GPTModelPipe; transformer.py).
 """
@@ -21,4 +22,5 @@ TENSORS = {
     "layers.{i}.mlp.fc2.weight": (COLS, "layers.{i}.mlp.dense_4h_to_h.weight"),
     "layers.{i}.mlp.fc2.bias": (REPLICATED, "layers.{i}.mlp.dense_4h_to_h.bias"),
     "final_norm.{w}": (REPLICATED, "final_norm.{w}"),
+    "output.weight": (VOCAB, "word_embeddings_for_head.weight"),
 }

@@ -1,4 +1,5 @@
-"""transformers' decoders: GPT-2, OPT, LLaMA-like models and BLOOM, each a table of names without the base model's prefix.
+"""transformers' decoders: GPT-2, OPT, LLaMA-like models and BLOOM, each a table of names without the base model's prefix,
+in the order of the library's own state dict.
 
 What is not listed as a tensor but as a buffer is computed by the model itself, and saved by old releases.
 
@@ -28,37 +29,37 @@ GPT2 = {
 OPT = {
     "embedding.word.weight": (VOCAB, "decoder.embed_tokens.weight"),
     "embedding.position.weight": (REPLICATED, "decoder.embed_positions.weight"),
+    "project_out.weight": (REPLICATED, "decoder.project_out.weight"),
     "embedding.project_in.weight": (REPLICATED, "decoder.project_in.weight"),
-    "layers.{i}.input_norm.{w}": (REPLICATED, "decoder.layers.{i}.self_attn_layer_norm.{w}"),
-    "layers.{i}.attention.q.{w}": (ROWS, "decoder.layers.{i}.self_attn.q_proj.{w}"),
+    "final_norm.{w}": (REPLICATED, "decoder.final_layer_norm.{w}"),
     "layers.{i}.attention.k.{w}": (ROWS, "decoder.layers.{i}.self_attn.k_proj.{w}"),
     "layers.{i}.attention.v.{w}": (ROWS, "decoder.layers.{i}.self_attn.v_proj.{w}"),
+    "layers.{i}.attention.q.{w}": (ROWS, "decoder.layers.{i}.self_attn.q_proj.{w}"),
     "layers.{i}.attention.out.weight": (COLS, "decoder.layers.{i}.self_attn.out_proj.weight"),
     "layers.{i}.attention.out.bias": (REPLICATED, "decoder.layers.{i}.self_attn.out_proj.bias"),
-    "layers.{i}.post_attention_norm.{w}": (REPLICATED, "decoder.layers.{i}.final_layer_norm.{w}"),
+    "layers.{i}.input_norm.{w}": (REPLICATED, "decoder.layers.{i}.self_attn_layer_norm.{w}"),
     "layers.{i}.mlp.fc1.{w}": (ROWS, "decoder.layers.{i}.fc1.{w}"),
     "layers.{i}.mlp.fc2.weight": (COLS, "decoder.layers.{i}.fc2.weight"),
     "layers.{i}.mlp.fc2.bias": (REPLICATED, "decoder.layers.{i}.fc2.bias"),
-    "final_norm.{w}": (REPLICATED, "decoder.final_layer_norm.{w}"),
-    "project_out.weight": (REPLICATED, "decoder.project_out.weight"),
+    "layers.{i}.post_attention_norm.{w}": (REPLICATED, "decoder.layers.{i}.final_layer_norm.{w}"),
     "output.weight": (VOCAB, "lm_head.weight"),
 }
 
 LLAMA = {
     "embedding.word.weight": (VOCAB, "embed_tokens.weight"),
-    "layers.{i}.input_norm.weight": (REPLICATED, "layers.{i}.input_layernorm.weight"),
     "layers.{i}.attention.q.{w}": (ROWS, "layers.{i}.self_attn.q_proj.{w}"),
     "layers.{i}.attention.k.{w}": (ROWS, "layers.{i}.self_attn.k_proj.{w}"),
     "layers.{i}.attention.v.{w}": (ROWS, "layers.{i}.self_attn.v_proj.{w}"),
-    "layers.{i}.attention.q_norm.weight": (REPLICATED, "layers.{i}.self_attn.q_norm.weight"),
-    "layers.{i}.attention.k_norm.weight": (REPLICATED, "layers.{i}.self_attn.k_norm.weight"),
     "layers.{i}.attention.out.weight": (COLS, "layers.{i}.self_attn.o_proj.weight"),
     "layers.{i}.attention.out.bias": (REPLICATED, "layers.{i}.self_attn.o_proj.bias"),
-    "layers.{i}.post_attention_norm.weight": (REPLICATED, "layers.{i}.post_attention_layernorm.weight"),
+    "layers.{i}.attention.q_norm.weight": (REPLICATED, "layers.{i}.self_attn.q_norm.weight"),
+    "layers.{i}.attention.k_norm.weight": (REPLICATED, "layers.{i}.self_attn.k_norm.weight"),
     "layers.{i}.mlp.gate.{w}": (ROWS, "layers.{i}.mlp.gate_proj.{w}"),
     "layers.{i}.mlp.up.{w}": (ROWS, "layers.{i}.mlp.up_proj.{w}"),
     "layers.{i}.mlp.fc2.weight": (COLS, "layers.{i}.mlp.down_proj.weight"),
     "layers.{i}.mlp.fc2.bias": (REPLICATED, "layers.{i}.mlp.down_proj.bias"),
+    "layers.{i}.input_norm.weight": (REPLICATED, "layers.{i}.input_layernorm.weight"),
+    "layers.{i}.post_attention_norm.weight": (REPLICATED, "layers.{i}.post_attention_layernorm.weight"),
     "final_norm.weight": (REPLICATED, "norm.weight"),
     "output.weight": (VOCAB, "lm_head.weight"),
 }

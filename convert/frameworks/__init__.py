@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from ..architecture import Architecture, check_family
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
 from ..garbage import no_collection
 from ..layout import Numbering
+from .alpa import architecture as alpa_architecture
 from .alpa import reader as alpa_source
+from .deepspeed import architecture as deepspeed_architecture
+from .deepspeed import reader as deepspeed
+from .megatron import architecture as megatron_architecture
 from .megatron import reader as megatron
 from .megatron_dist import reader as megatron_dist
+from .merak import architecture as merak_architecture
+from .merak import reader as merak
+from .metaseq import architecture as metaseq_architecture
 from .metaseq import reader as metaseq
 from .mindspore import reader as mindspore_source
+from .transformers import architecture as transformers_architecture
+from .transformers import reader as transformers_source
+from .transformers.model import Model as TransformersModel
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
-READERS = (mindspore_source, megatron_dist, alpa_source, metaseq, megatron)
+READERS = (mindspore_source, megatron_dist, alpa_source, deepspeed, metaseq, megatron)
+READERS = (merak, *READERS)
+READERS = (*READERS[:-2], transformers_source, *READERS[-2:])
+#: by framework: what tells the architecture of one of its checkpoints
+ARCHITECTURES: dict[str, Callable[[Checkpoint], Architecture]] = {
+    "megatron": megatron_architecture.of,
+    "megatron-dist": megatron_architecture.of,
+    "mindspore": megatron_architecture.of,
+    "metaseq": metaseq_architecture.of,
+    "alpa": alpa_architecture.of,
+    "deepspeed": deepspeed_architecture.of,
+    "merak": merak_architecture.of,
+    "transformers": transformers_architecture.of,
+}
 
 
 @no_collection()
@@ -33,6 +59,8 @@ def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = N
     """
     sizes = sizes or {}
     reader = next((reader for reader in READERS if reader.recognizes(source)), READERS[-1])
+    if metadata_from and reader is merak:
+        return merak.read(source, iteration=iteration, weights_only=weights_only, metadata_from=metadata_from)
     checkpoint = reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop,
                              numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix),
                              **({"metadata_from": metadata_from, "ema": ema} if reader is metaseq else {}))
@@ -43,3 +71,30 @@ def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = N
         if name not in ("dp", "cp") and size != there:
             raise RefusedError(f"{source}: was saved with {name} {there} and not {size}; leave the size out")
     return checkpoint
+
+
+def architecture_of(checkpoint: Checkpoint, activation: str | None = None) -> Architecture:
+    """What a checkpoint's model computes; `activation` is the user's word for one that records none.
+
+    Raises RefusedError for a model that has no architecture in common with another framework's, and where the user's word
+    and the record differ.
+    """
+    known = ARCHITECTURES[checkpoint.framework](checkpoint)
+    if activation and known.activation not in (None, activation):
+        raise RefusedError(f"{checkpoint.folder}: its activation is {known.activation} and not {activation}; leave "
+                           "--activation out")
+    return replace(known, activation=activation or known.activation)
+
+
+def architecture_for(checkpoint: Checkpoint, families: tuple[str, ...], target: str,
+                     activation: str | None = None) -> Architecture:
+    """What a checkpoint's model computes, which the target framework, that has only those families, shall compute as well.
+
+    Raises RefusedError for another family, and for settings that make the model compute otherwise than its family does.
+    """
+    known = architecture_of(checkpoint, activation)
+    check_family(checkpoint, known.family, families, target)
+    if checkpoint.framework == "transformers" and (unlike := TransformersModel(str(checkpoint.folder), known.config).unlike):
+        raise RefusedError(f"{checkpoint.folder}: has {', '.join(unlike)}, which {target} does not compute; only "
+                           "transformers itself has such a model")
+    return known

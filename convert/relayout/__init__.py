@@ -179,7 +179,8 @@ class _Relayout:
         if self.vocab_rows != rows:
             yield f"vocabulary padded to {self.vocab_rows} rows, from {rows}" + (
                 ": the new ones repeat the last one" if self.vocab_rows > rows else "")
-        if self.layout.tp > there.tp or self.layout.pp > there.pp:
+        has_random = any(meta.get("rng_state") for meta in self.source.metas.values())
+        if has_random and (self.layout.tp > there.tp or self.layout.pp > there.pp):
             yield (f"random states: only tp {there.tp} × pp {there.pp} ranks have any, further ranks repeat them; without "
                    "dropout nothing depends on it")
 

@@ -147,7 +147,14 @@ def _add_chunk(model: Model, tree: dict, place: Place, naming: Naming, facts: _F
         key = entry.at(entry.layer, entry.expert).keys
         if key not in seen:
             seen[key] = entry
-            (outside if entry.layer is None else model.layers.setdefault(entry.layer, [])).append(entry)
+            side = model.last if _is_behind(entry) else outside
+            (side if entry.layer is None else model.layers.setdefault(entry.layer, [])).append(entry)
+
+
+def _is_behind(entry: Entry) -> bool:
+    """Whether a tensor stands behind the layers, wherever the state dict names it."""
+    return isinstance(entry.content, Parameter) and (
+        entry.content.is_head or entry.content.canonical.startswith(("output.", "final_norm.")))
 
 
 def _walk(tree: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -1,7 +1,8 @@
 """Reading weights as Alpa's llm_serving has them (see alpa.py), so that an output of ours can be proved.
 
-The names are metaseq's, every tensor is whole, and nothing is kept beside the weights. A folder that ParamMap made has a
-manifest, which tells the rows that the conversion added: before the positions, and behind the words.
+The names are metaseq's, or for BLOOM HF's; every tensor is whole, and nothing is kept beside the weights. A folder that
+ParamMap made has a manifest, which tells the rows that the conversion added, before the positions and behind the words, and
+the number of heads.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ... import families
 from ...checkpoint import Checkpoint
 from ...containers import npy
 from ...errors import RefusedError
-from ...families import METASEQ, WORD_EMBEDDING
+from ...families import HF_BLOOM, METASEQ, WORD_EMBEDDING
 from ...fusion import PADDING, Sizes
 from ...index import Found, Held, Index, Naming
 from ...layout import AS_RECORDED, Layout, Numbering, Place
@@ -25,7 +26,8 @@ from . import serving as alpa
 
 
 def recognizes(source: Path) -> bool:
-    return source.is_dir() and any(families.find(name, METASEQ) for name in os.listdir(source))
+    return source.is_dir() and any(families.find(name, dialect) for name in os.listdir(source)
+                                   for dialect in (METASEQ, HF_BLOOM))
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
@@ -39,23 +41,31 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     names = sorted(set(os.listdir(source)) - {MANIFEST})
     layers = [layer[1] for name in names if (layer := families.layer_of(name))]
     num_layers = 1 + max(layers, default=-1)
-    _check_names(source, set(names), num_layers)
-    rows = _rows_converted(source)
-    naming = Naming(METASEQ, Layout(), None, None, Sizes(vocab=rows.get(WORD_EMBEDDING)), gated=False, tied=True)
+    is_bloom = any(families.find(name, HF_BLOOM) for name in names)
+    _check_names(source, set(names), num_layers, is_bloom)
+    rows, heads = _rows_converted(source), recorded(source).get("num_attention_heads")
+    naming = Naming(HF_BLOOM if is_bloom else METASEQ, Layout(), None, None,
+                    Sizes(heads, heads, vocab=rows.get(WORD_EMBEDDING)), gated=False, tied=True)
     held = [naming.hold(Found(name, Place(), WEIGHT, npy.read(source / name))) for name in names]
     index = Index([_without_added(one, rows) if one.canonical == alpa.POSITIONS else one for one in held], Layout())
     index.check_complete()
     return Checkpoint("alpa", source, 0, Layout(), index, False, num_layers, rank_folders={(0, 0, 0): source}, metas={})
 
 
-def _check_names(source: Path, names: set[str], num_layers: int) -> None:
-    expected = {path for path, _ in alpa._files(num_layers)}
+def _check_names(source: Path, names: set[str], num_layers: int, is_bloom: bool) -> None:
+    model, files = ("BLOOM", alpa.bloom_files) if is_bloom else ("OPT", alpa.opt_files)
+    expected = set(files(num_layers))
     foreign = sorted(names - expected - {f"decoder.{name}" for name in alpa.BUFFERS})
     if foreign:
-        raise RefusedError(f"{source / foreign[0]}: is no parameter of Alpa's OPT; move it to another folder")
+        raise RefusedError(f"{source / foreign[0]}: is no parameter of Alpa's {model}; move it to another folder")
     if missing := sorted(expected - names):
-        raise RefusedError(f"{source}: lacks {len(missing)} parameters of Alpa's OPT of {num_layers} layers: "
+        raise RefusedError(f"{source}: lacks {len(missing)} parameters of Alpa's {model} of {num_layers} layers: "
                            f"{brief(missing)}; copy the whole folder")
+
+
+def recorded(source: Path) -> dict:
+    """What the manifest of a conversion says of the model; {} without one."""
+    return (read_manifest(source) or {}).get("alpa", {})
 
 
 def _rows_converted(source: Path) -> dict[str, int]:

@@ -18,6 +18,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ... import frameworks
+from ...architecture import GPT2, OPT
 from ...checkpoint import Checkpoint
 from ...containers import msgpack, npy
 from ...containers.frames import Literal
@@ -26,9 +28,10 @@ from ...containers.pickles import Global, Opaque
 from ...errors import RefusedError
 from ...families import HEAD, WORD_EMBEDDING
 from ...plan import Output, Wanted, WantedFile, bands_of
+from ...states import States
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
 from ..mindspore.scalars import param_groups
-from .serving import BUFFERS, POSITIONS, States, check_names, check_opt, described, options_of, positions_to_add
+from .serving import BUFFERS, POSITIONS, blocks_of, check_names, checked_opt, described, rows_to_add, states_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,11 @@ def _conv1d(path: str, *names: str) -> dict[str, Leaf]:
 @dataclass(frozen=True, slots=True)
 class Model:
     """The parameters of a flax model by path, `{i}` standing for the layer; `head` is that of one that is not tied, ''
-    if there is none. One that is OPT has rows of padding before its positions, and ReLU."""
+    if there is none. One of OPT's family has rows of padding before its positions, and ReLU."""
 
     leaves: dict[str, Leaf]
     head: str
-    is_opt: bool
+    family: str
 
 
 _L = "layers.{i}."
@@ -79,7 +82,7 @@ MODELS = {
         **_conv1d("transformer.h.{i}.mlp.c_fc", _L + "mlp.fc1"),
         **_conv1d("transformer.h.{i}.mlp.c_proj", _L + "mlp.fc2"),
         **_norm("transformer.ln_f", "final_norm"),
-    }, "lm_head.kernel", False),
+    }, "lm_head.kernel", GPT2),
     "opt": Model({
         "model.decoder.embed_tokens.embedding": Leaf((WORD_EMBEDDING,)),
         "model.decoder.embed_positions.embedding": Leaf((POSITIONS,)),
@@ -92,7 +95,7 @@ MODELS = {
         **_dense("model.decoder.layers.{i}.fc1", _L + "mlp.fc1"),
         **_dense("model.decoder.layers.{i}.fc2", _L + "mlp.fc2"),
         **_norm("model.decoder.final_layer_norm", "final_norm"),
-    }, "lm_head.kernel", True),
+    }, "lm_head.kernel", OPT),
     "llm_serving": Model({
         "params.transformers.embeddings.word_embeddings.embedding": Leaf((WORD_EMBEDDING,)),
         "params.transformers.embeddings.position_embeddings.embedding": Leaf((POSITIONS,)),
@@ -103,7 +106,7 @@ MODELS = {
         **_dense("params.transformers.encoder.{i}.ffn.fc1", _L + "mlp.fc1"),
         **_dense("params.transformers.encoder.{i}.ffn.fc2", _L + "mlp.fc2"),
         **_norm("params.transformers.layer_norm", "final_norm"),
-    }, "", True),
+    }, "", OPT),
 }
 
 _ADAM, _COUNT = object(), object()
@@ -121,7 +124,7 @@ _FIRST_SCALE = 65536.0
 @dataclass(frozen=True, slots=True)
 class Options:
     """`cast` is the dtype that the model computes in; one that is not float32 has a float32 master copy and a dynamic loss
-    scale beside it. `model` and `optimizer` name a table above; model '' is opt for metaseq's and gpt2 for others."""
+    scale beside it. `model` and `optimizer` name a table above; model '' is opt for an OPT and gpt2 for others."""
 
     cast: str = "float32"
     model: str = ""
@@ -132,20 +135,25 @@ class Options:
 
 def output(target: Checkpoint, options: Options = Options()) -> Output:
     """Plan the folder. Raises RefusedError for a model of another architecture or without its optimizer's state."""
-    name = options.model or ("opt" if target.framework == "metaseq" else "gpt2")
-    model, states = MODELS[name], States(target, options.vocab_size)
+    architecture = frameworks.architecture_of(target, options.activation)
+    states = states_of(target, options.vocab_size)
+    name = options.model or ("opt" if architecture.family == OPT else "gpt2")
+    model, rows_before = MODELS[name], rows_to_add(architecture)
     leaves = dict(_leaves(model, states))
     check_names(states, {part for leaf in leaves.values() for part in leaf.names}, f"flax's {name}")
-    if model.is_opt:
-        check_opt(states, options.activation, f"flax's {name}")
-    elif not positions_to_add(states):
+    if model.family == OPT:
+        checked_opt(states, options.activation, f"flax's {name}")
+    elif not rows_before:
         raise RefusedError(f"{target.folder}: cannot be flax's {name}: its positions begin with rows of padding")
-    writer = _Writer(states, leaves, positions_to_add(states) if model.is_opt else 0)
+    if missing := sorted({EXP_AVG, EXP_AVG_SQ} - target.index.roles()):
+        raise RefusedError(f"{target.folder}: holds no {' and '.join(missing)}, which Alpa's training state has of every "
+                           "parameter; --to alpa takes weights alone")
+    writer = _Writer(states, leaves, rows_before if model.family == OPT else 0)
     tree = _train_state(writer, options)
     manifest = WantedFile(f"checkpoint_{target.iteration}", (Literal(msgpack.packb(tree)),), (), completes=True)
     return Output([*writer.files, manifest], [(folder, "") for folder in target.rank_folders.values()], [],
-                  {"alpa": {**described(states), "model": name, "optimizer": options.optimizer, "dtype": options.cast,
-                            "activation": options_of(target).get("activation_fn", options.activation)}},
+                  {"alpa": {**described(states, architecture), "model": name, "optimizer": options.optimizer,
+                            "dtype": options.cast, "activation": architecture.activation}},
                   needless=BUFFERS)
 
 
@@ -202,7 +210,7 @@ class _Writer:
         return self.walk(path, nested)
 
     def parameter(self, path: str, role: str, leaf: Leaf, dtype: str) -> str:
-        parts = [self.states.blocks(role, name, self.positions_before) for name in leaf.names]
+        parts = [blocks_of(self.states, role, name, self.positions_before) for name in leaf.names]
         rows, rest = sum(box.rows for part in parts for _, box in part), self.states.tensor(role, leaf.names[0]).shape[1:]
         spec = TensorSpec(path, dtype, (*rest, rows) if leaf.transposed else (rows, *rest))
         blocks = tuple(block for part in parts for block in part)

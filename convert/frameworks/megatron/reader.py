@@ -29,7 +29,9 @@ from .structure import specified
 
 MODEL_FILE, OPTIMIZER_FILE, TRACKER = "model_optim_rng.pt", "distrib_optim.pt", "latest_checkpointed_iteration.txt"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
-_ITERATION_FOLDER = re.compile(r"iter_(\d{7})$|release$")
+#: the folder of a checkpoint without an iteration, and what the tracker then says
+RELEASE = "release"
+_ITERATION_FOLDER = re.compile(rf"iter_(\d{{7}})$|{RELEASE}$")
 
 @dataclass(slots=True)
 class Rank:
@@ -77,7 +79,7 @@ def find_iteration(source: Path, iteration: int | None = None) -> tuple[Path, in
     name = f"iter_{iteration:07d}" if iteration is not None else _tracked(source)
     if not (source / name).is_dir():
         raise RefusedError(f"{source / name}: no such folder; choose another iteration with --iteration")
-    return source / name, int(name[5:]) if name != "release" else 0
+    return source / name, int(name[5:]) if name != RELEASE else 0
 
 
 def _tracked(source: Path) -> str:
@@ -85,9 +87,9 @@ def _tracked(source: Path) -> str:
     if not tracker.is_file():
         raise RefusedError(f"{source}: not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* folders")
     text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
+    if text != RELEASE and not text.isdigit():
         raise RefusedError(f"{tracker}: holds {text[:20]!r} and not an iteration; choose one with --iteration")
-    return text if text == "release" else f"iter_{int(text):07d}"
+    return text if text == RELEASE else f"iter_{int(text):07d}"
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
@@ -99,6 +101,7 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     folder, number = find_iteration(source, iteration)
     sidecar = None if weights_only else _recorded_sidecar(folder, number, sidecar_folder)
     ranks = _read_ranks(folder, sidecar)
+    weights_only = weights_only or _is_release_of_weights(folder, ranks)
     if sidecar is None and not weights_only:
         made = None if sidecar_folder else megatron_before_core.sidecar_of(folder, ranks)
         sidecar = made or find_sidecar(folder, number, sidecar_folder)
@@ -121,6 +124,12 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
         metas={rank.coordinates: rank.meta() for rank in ranks},
         structures={rank.coordinates: rank.structures() for rank in ranks}, sidecar=sidecar,
         dropped=sorted({one.name for one in found} - {one.name for one in kept}))
+
+
+def _is_release_of_weights(folder: Path, ranks: list[Rank]) -> bool:
+    """Whether it is one that Megatron-LM loads without asking for an optimizer's state, and has none."""
+    return folder.name == RELEASE and not any(
+        (rank.folder / OPTIMIZER_FILE).is_file() or rank.content.get("optimizer") for rank in ranks)
 
 
 def _with_facts(model: list[Found], states: list[Found]) -> list[Found]:

@@ -24,7 +24,7 @@ from ...sidecar import Bucket, Buffer, Sidecar, Slot
 from ...tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
 from . import before_core as megatron_before_core
 from .facts import Facts, grad_dtype
-from .reader import MODEL_FILE, OPTIMIZER_FILE, TRACKER
+from .reader import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
 from .structure import megatron_naming, rank_folder, structures_of
 
 #: the key of each role in distrib_optim.pt, in Megatron's order
@@ -43,11 +43,11 @@ def output(source: Checkpoint) -> Output:
     if writer.missing:
         raise RefusedError(f"{source.folder}: lacks {len(writer.missing)} tensors that Megatron-LM expects: "
                            f"{brief(sorted(writer.missing))}")
-    files += [*_sidecar_files(source, writer.iteration_folder),
-              WantedFile(TRACKER, (Literal(str(source.iteration).encode()),), (), completes=True)]
+    files += [*sidecar_files(source, f"{writer.iteration_folder}/param_map", "param_map"),
+              WantedFile(TRACKER, (Literal(str(source.iteration or RELEASE).encode()),), (), completes=True)]
     converted = [(folder, f"{writer.iteration_folder}/{rank_folder(source.layout, rank)}")
                  for rank, folder in source.rank_folders.items()]
-    return Output(files, converted, [], {})
+    return Output(files, converted, [], {}, roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,))
 
 
 @dataclass(slots=True)
@@ -67,7 +67,8 @@ class _Writer:
 
     @property
     def iteration_folder(self) -> str:
-        return f"iter_{self.source.iteration:07d}"
+        """Without an iteration it is a release, which Megatron-LM loads without asking for an optimizer's state."""
+        return f"iter_{self.source.iteration:07d}" if self.source.iteration else RELEASE
 
     def rank_files(self, rank: Coordinates) -> Iterator[WantedFile]:
         folder = f"{self.iteration_folder}/{rank_folder(self.source.layout, rank)}"
@@ -219,10 +220,12 @@ def _buckets_of_core_0_6(buffer: Buffer, dp: int) -> tuple[Bucket, ...]:
     return tuple(buckets)
 
 
-def _sidecar_files(source: Checkpoint, iteration_folder: str) -> Iterator[WantedFile]:
-    """The sidecar's files in the iteration's folder and as the latest in the root, with this iteration's number."""
+def sidecar_files(source: Checkpoint, *folders: str) -> Iterator[WantedFile]:
+    """The sidecar's files in each of the folders, with this iteration's number; they describe a run that saves in torch
+    format, whatever form the state has here."""
+    as_written = {"iteration": source.iteration, "checkpoint_format": "torch"}
     for name, content in source.sidecar.contents() if source.sidecar else ():
         if name.startswith("layout_"):
-            content = json.dumps({**json.loads(content), "iteration": source.iteration}).encode()
-        for folder in (f"{iteration_folder}/param_map", "param_map"):
+            content = json.dumps({**json.loads(content), **as_written}).encode()
+        for folder in folders:
             yield WantedFile(f"{folder}/{name}", (Literal(content),), ())

@@ -61,6 +61,8 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     folder, number = megatron.find_iteration(source, iteration)
     contents = torch_dist.read(folder)
     common = _common(contents)
+    weights_only = weights_only or (folder.name == megatron.RELEASE and not common.get("optimizer")
+                                    and not any(map(_OPTIMIZER.match, contents.tensors)))
     sidecar = None if weights_only else _sidecar(contents, number, sidecar_folder)
     facts = Facts.of(sidecar, common)
     trained = facts.layout({})

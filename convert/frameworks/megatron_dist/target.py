@@ -24,8 +24,9 @@ from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
 from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
 from ..megatron.facts import Facts, args_of, is_gated
-from ..megatron.reader import TRACKER
+from ..megatron.reader import RELEASE, TRACKER
 from ..megatron.structure import leaves
+from ..megatron.target import sidecar_files
 from .reader import COMMON_FILE
 
 #: a file is closed when it has this many bytes
@@ -46,7 +47,7 @@ _ELSEWHERE = ("rng_state", "parammap_model_structure", "param_name_list")
 
 def output(source: Checkpoint) -> Output:
     """Plan the files. Raises RefusedError where the source holds tensors that no key is known for."""
-    folder = f"iter_{source.iteration:07d}"
+    folder = f"iter_{source.iteration:07d}" if source.iteration else RELEASE
     tensors = _tensors(source)
     rng_states = _rng_states(source, args_of(next(iter(source.metas.values()))))
     dtypes = {(held.found.role, held.canonical): held.found.stored.dtype for held in source.index.held}
@@ -54,9 +55,11 @@ def output(source: Checkpoint) -> Output:
     common = torch_zip.frame(_common(source, bool(rng_states)), COMMON_FILE)
     files += [
         _wanted_file(f"{folder}/{COMMON_FILE}", common.segments, common.tensors, {}),
+        *(sidecar_files(source, f"param_map/{folder}", "param_map") if source.trained is None else ()),
         WantedFile(f"{folder}/metadata.json", (Literal(json.dumps(_BACKENDS).encode()),), ()),
-        WantedFile(TRACKER, (Literal(str(source.iteration).encode()),), ())]
-    return Output(files, [(rank_folder, folder) for rank_folder in source.rank_folders.values()], [], {})
+        WantedFile(TRACKER, (Literal(str(source.iteration or RELEASE).encode()),), ())]
+    return Output(files, [(rank_folder, folder) for rank_folder in source.rank_folders.values()], [], {},
+                  roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,))
 
 
 # ---------------------------------------------------------------------------------------------------------- what to write

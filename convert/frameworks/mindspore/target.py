@@ -67,7 +67,7 @@ def output(source: Checkpoint, options: Options) -> Output:
         links += _links(source, rank, options)
     files += list(_meta_files(source))
     return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike},
-                  roles=options.roles)
+                  roles=options.roles if source.with_optimizer else (WEIGHT,))
 
 
 def _check_names(source: Checkpoint, options: Options) -> None:

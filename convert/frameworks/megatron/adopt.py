@@ -1,0 +1,208 @@
+"""A model of another framework as a checkpoint of megatron-core: one rank, weights only, from which any layout can be made.
+
+Names are those of the layer specification without Transformer Engine (--transformer-impl local), and arguments those that
+Megatron-LM compares and takes over when it loads (training/checkpointing.py, check_checkpoint_args and
+load_args_from_checkpoint, core_r0.6.0 … core_v0.16.0), with those that say its layout (relayout/metas.py). GELU by tanh is
+what Megatron-LM computes where it fuses bias and GELU, its default; see architecture.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ... import frameworks
+from ...architecture import GPT2, LLAMA, Architecture
+from ...checkpoint import Checkpoint
+from ...containers.pickles import Global, Opaque
+from ...errors import RefusedError
+from ...families import WORD_EMBEDDING
+from ...families.gpt import ROWS_OF_TABLE
+from ...fusion import GATE_UP, QKV, VOCAB
+from ...index import Found, Index, atom_name
+from ...layout import Layout, Place
+from ...naming import brief
+from ...states import States
+from ...tensors import WEIGHT, Stored, TensorSpec
+from .architecture import LLAMA3_SCALING
+from .structure import megatron_naming
+
+NAME = "Megatron-LM"
+#: what Megatron-LM's generate_state_dict() stores (core_r0.6.0 … main)
+CHECKPOINT_VERSION = 3.0
+#: Megatron-LM's default of --make-vocab-size-divisible-by
+DIVISIBLE_BY = 128
+_RANK = (0, 0, 0)
+_ATOMS = {QKV: ("q", "k", "v"), GATE_UP: ("gate", "up")}
+#: by family and activation: whether bias and activation are fused
+_FUSED = {(GPT2, "gelu_new"): True, (GPT2, "gelu"): False, (GPT2, None): None, (LLAMA, "silu"): False}
+#: other names of GELU by tanh (transformers, activations.py)
+_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
+
+
+def adopted(source: Checkpoint) -> Checkpoint:
+    """The source as Megatron's, its vocabulary padded by Megatron-LM's rule. Like what Megatron-LM's own tools make of other
+    frameworks' models it is a release, of iteration 0 and without moments.
+
+    Raises RefusedError for a model that Megatron-LM cannot compute, and for one of which nobody recorded how it computes.
+    """
+    architecture = frameworks.architecture_for(source, (GPT2, LLAMA), NAME)
+    states = States(source)
+    _check(source, architecture, states.names())
+    args = _args(source, architecture, states)
+    specs = list(_specs(states, args))
+    empty = Checkpoint(
+        "megatron", source.folder, 0, Layout(), Index([], Layout()), False, source.num_layers,
+        rank_folders={_RANK: source.folder}, metas={_RANK: {
+            "args": Opaque(Global("argparse", "Namespace"), (), new=True, state=args),
+            "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}},
+        structures={_RANK: [{spec.name: spec for spec in specs}]}, dropped=source.dropped,
+        notes=[*source.notes, *_notes(architecture, args, source)])
+    naming = megatron_naming(empty, empty.structures)
+    found = [Found(spec.name, Place(), WEIGHT, Stored(spec.dtype, spec.shape, ())) for spec in specs]
+    return replace(empty, index=Index([naming.hold(one) for one in found], Layout()))
+
+
+# --------------------------------------------------------------------------------------------------------- its tensors
+
+def _specs(states: States, args: dict) -> Iterator[TensorSpec]:
+    """The tensors of the state dict, in megatron-core's names, shapes and order of layers, in the dtype of the weights that
+    the source's optimizer steps."""
+    used: set[str] = set()
+    for canonical, kind, name in _table(states.source.num_layers):
+        atoms = _atoms(states, canonical, kind)
+        if there := [atom for atom in atoms if (WEIGHT, atom) in states.tensors]:
+            if missing := sorted(set(atoms) - set(there)):
+                raise RefusedError(f"{states.source.folder}: lacks {brief(missing)}, a part of {name}")
+            used |= set(atoms)
+            tensors = [states.tensor(WEIGHT, atom) for atom in atoms]
+            rows = args["padded_vocab_size"] if kind == VOCAB else sum(tensor.rows for tensor in tensors)
+            yield TensorSpec(name, tensors[0].dtype, (rows, *tensors[0].shape[1:]))
+    if unplaced := sorted(states.names() - used):
+        raise RefusedError(f"{states.source.folder}: has {len(unplaced)} tensors that {NAME}'s model has no place for: "
+                           f"{brief(unplaced)}; the two models are of different architectures")
+
+
+def _table(num_layers: int) -> Iterator[tuple[str, str, str]]:
+    """(canonical name, arrangement, megatron-core's name) of all that a dense model may have, layer by layer."""
+    rows = [(canonical, kind, core[0]) for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
+            if core and "{e}" not in canonical]
+    in_layer = [row for row in rows if "{i}" in row[0]]
+    first = rows.index(in_layer[0])
+    layers = [(canonical.replace("{i}", str(i)), kind, name.replace("{i}", str(i)))
+              for i in range(num_layers) for canonical, kind, name in in_layer]
+    for canonical, kind, name in [*rows[:first], *layers, *(row for row in rows[first:] if row not in in_layer)]:
+        for w in ("weight", "bias") if "{w}" in canonical else ("",):
+            yield canonical.replace("{w}", w), kind, name.replace("{w}", w)
+
+
+def _atoms(states: States, canonical: str, kind: str) -> tuple[str, ...]:
+    """The logical tensors that make up a tensor of megatron-core's; fc1 is one where the MLP has no gate."""
+    if (WEIGHT, canonical) in states.tensors:
+        return (canonical,)
+    return tuple(atom_name(canonical, kind, part) for part in _ATOMS.get(kind, ("",)))
+
+
+# ---------------------------------------------------------------------------------------------------- what it computes
+
+def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
+    """Refuse what Megatron-LM cannot compute, and what nobody recorded."""
+    needed = ("heads", "positions", *(["rope_theta"] * (model.family == LLAMA)))
+    unknown = [field for field in needed if getattr(model, field) is None]
+    if unknown:
+        raise RefusedError(f"{source.folder}: does not record its {', '.join(unknown)}, which {NAME} must be told; name a "
+                           "checkpoint with its configuration")
+    biased = {name: f"layers.0.{name}.bias" in names for name in ("attention.out", _fc1(model), "mlp.fc2")}
+    layers = {"q": "layers.0.attention.q.bias" in names, **biased}
+    linear = set(biased.values())
+    reasons = {
+        f"its activation is {model.activation}": (model.family, _activation(model)) not in _FUSED,
+        f"has biases of {', '.join(name for name, has in layers.items() if has)} alone":
+            len(linear) > 1 or (linear == {True} and not layers["q"]),
+        "its biases and GELU cannot be fused, as it has none": model.family == GPT2 and linear == {False},
+        f"stretches its rotary positions by {model.rope_scaling}": _scaling(model) is None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise RefusedError(f"{source.folder}: {reason}, which {NAME}'s model cannot compute; the two models are of "
+                               "different architectures")
+
+
+def _fc1(model: Architecture) -> str:
+    return "mlp.gate" if model.family == LLAMA else "mlp.fc1"
+
+
+def _activation(model: Architecture) -> str | None:
+    return _ALIASES.get(model.activation, model.activation)
+
+
+def _scaling(model: Architecture) -> dict | None:
+    """Megatron-LM's arguments for a stretching of rotary positions by transformers' names; None if it has none."""
+    given = dict(model.rope_scaling or {})
+    factor, kind = given.pop("factor", 1.0), given.pop("rope_type", given.pop("type", "default"))
+    if kind == "default":
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None}
+    if kind == "linear" and factor == int(factor):
+        return {"use_rope_scaling": False, "rotary_seq_len_interpolation_factor": int(factor)}
+    if {"rope_type": kind, **given} == LLAMA3_SCALING:
+        return {"use_rope_scaling": True, "rope_scaling_factor": factor, "rotary_seq_len_interpolation_factor": None}
+    return None
+
+
+def _args(source: Checkpoint, model: Architecture, states: States) -> dict:
+    """What Megatron-LM would have saved of such a run at one rank."""
+    names, is_llama = states.names(), model.family == LLAMA
+    words = states.tensor(WEIGHT, WORD_EMBEDDING)
+    groups, head_size = model.groups or model.heads, model.head_size or words.cols // model.heads
+    return {
+        "num_layers": model.layers, "encoder_num_layers": model.layers, "hidden_size": words.cols,
+        "ffn_hidden_size": states.tensor(WEIGHT, "layers.0.mlp.fc2.weight").cols, "num_attention_heads": model.heads,
+        "kv_channels": head_size, "group_query_attention": groups != model.heads, "num_query_groups": groups,
+        "seq_length": model.positions, "encoder_seq_length": model.positions, "max_position_embeddings": model.positions,
+        "position_embedding_type": "rope" if is_llama else "learned_absolute", "add_position_embedding": not is_llama,
+        "use_rotary_position_embeddings": is_llama, "rotary_base": _plain(model.rope_theta) if is_llama else 10000,
+        "rotary_percent": 1.0, "rotary_interleaved": False, "rope_scaling_factor": 8.0, **_scaling(model),
+        "normalization": "RMSNorm" if is_llama else "LayerNorm", "norm_epsilon": model.eps, "apply_layernorm_1p": False,
+        "apply_residual_connection_post_layernorm": False, "apply_query_key_layer_scaling": False,
+        "qk_layernorm": "layers.0.attention.q_norm.weight" in names,
+        "add_bias_linear": "layers.0.mlp.fc2.bias" in names, "add_qkv_bias": "layers.0.attention.q.bias" in names,
+        "swiglu": is_llama, "squared_relu": False, "openai_gelu": False, "onnx_safe": None,
+        "bias_gelu_fusion": _FUSED[model.family, _activation(model)], "bias_swiglu_fusion": is_llama,
+        "untie_embeddings_and_output_weights": "output.weight" in names, "num_experts": None,
+        "vocab_size": words.rows, "padded_vocab_size": -(-words.rows // DIVISIBLE_BY) * DIVISIBLE_BY,
+        "make_vocab_size_divisible_by": DIVISIBLE_BY, "tokenizer_type": None if is_llama else "GPT2BPETokenizer",
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None,
+        "transformer_pipeline_model_parallel_size": 1, "num_layers_per_virtual_pipeline_stage": None,
+        "num_virtual_stages_per_pipeline_rank": None, "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None, "pipeline_model_parallel_layout": None,
+        "context_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1,
+        "data_parallel_size": 1, "world_size": 1, "use_tp_pp_dp_mapping": False,
+        "params_dtype": Global("torch", words.dtype), "bf16": words.dtype == "bfloat16", "fp16": words.dtype == "float16",
+        "use_mcore_models": True, "use_legacy_models": False, "transformer_impl": "local", "use_dist_ckpt": False,
+        "ckpt_format": "torch", "data_parallel_random_init": False, "iteration": 0,
+        "consumed_train_samples": 0, "consumed_valid_samples": 0,
+    }
+
+
+def _plain(number: float) -> float:
+    """--rotary-base is an integer in all releases."""
+    return int(number) if number == int(number) else number
+
+
+def _notes(model: Architecture, args: dict, source: Checkpoint) -> Iterator[str]:
+    flags = [f"--norm-epsilon {model.eps}"] if model.eps is not None else []
+    flags += [f"--rotary-base {args['rotary_base']}"] if model.family == LLAMA else []
+    flags += ["--no-bias-gelu-fusion"] if _activation(model) == "gelu" else []
+    flags += ["--qk-layernorm"] if args["qk_layernorm"] else []
+    flags += ["--use-rope-scaling", f"--rope-scaling-factor {args['rope_scaling_factor']}"] * args["use_rope_scaling"]
+    if stretch := args["rotary_seq_len_interpolation_factor"]:
+        flags.append(f"--rotary-seq-len-interpolation-factor {stretch}")
+    yield (f"run Megatron-LM with {' '.join([*flags, '--transformer-impl local'])}: --use-checkpoint-args takes all else "
+           "from the checkpoint")
+    if unrecorded := [field for field in ("activation", "eps") if getattr(model, field) is None]:
+        yield f"nobody recorded its {' and '.join(unrecorded)}, which Megatron-LM takes from its command line alone"
+    if (rows := args["padded_vocab_size"]) > args["vocab_size"]:
+        yield f"vocabulary padded to {rows} rows, from {args['vocab_size']}: the new ones repeat the last one"
+    if source.with_optimizer or source.iteration:
+        yield (f"a release, of weights only: the iteration {source.iteration} and the optimizer's states stay behind, as "
+               "Megatron-LM's buckets are laid out by a run of its own")

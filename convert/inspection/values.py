@@ -1,0 +1,67 @@
+"""What a checkpoint's files hold, tensor by tensor: names as the files have them, shapes, dtypes and sums of the values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
+
+from ..checks import widen_bits
+from ..containers import torch_legacy
+from ..digest import bits_dtype
+from ..proof import contents
+from ..proof.stream import BAND_BYTES, Files
+from ..tensors import ITEMSIZE, Stored
+
+_PICKLED = (".pt", ".pth", ".bin")
+_TENSORS = (*_PICKLED, ".ckpt", ".safetensors", ".npy")
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sum of a tensor's finite values, in float64, and how many are not finite."""
+
+    sum: float
+    non_finite: int
+
+
+def holds_tensors(file: Path) -> bool:
+    """Whether a file is of a format that holds tensors, by its ending; numpy's may have another one or none."""
+    if file.suffix in _TENSORS:
+        return True
+    with open(file, "rb") as stream:
+        return stream.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
+
+
+def entries_of(file: Path) -> list[tuple[str, Stored]]:
+    """The tensors in a file by name, see `contents`. Raises RefusedError if it is damaged or of no known format."""
+    if file.suffix not in _PICKLED:
+        return contents.entries_of(file)
+    tree = torch_legacy.read_either(file)
+    is_flat = isinstance(tree, dict) and all(isinstance(value, Stored) for value in tree.values())
+    return list(tree.items()) if is_flat else list(contents._leaves(tree, ""))
+
+
+def total(stored: Stored, files: Files) -> Total:
+    """Reads the tensor in pieces of fixed size."""
+    parts = [_total_of(bits, stored.dtype) for bits in _bits(stored, files)]
+    return Total(float(sum(part.sum for part in parts)), sum(part.non_finite for part in parts))
+
+
+def _bits(stored: Stored, files: Files) -> Iterator[np.ndarray]:
+    itemsize = ITEMSIZE[stored.dtype]
+    buffer = np.empty(BAND_BYTES // itemsize, bits_dtype(stored.dtype))
+    for extent in stored.extents:
+        for start in range(0, extent.nbytes, buffer.nbytes):
+            bits = buffer[:min(buffer.nbytes, extent.nbytes - start) // itemsize]
+            files.read(extent.file, extent.offset + start, bits)
+            yield bits
+
+
+def _total_of(bits: np.ndarray, dtype: str) -> Total:
+    values = (widen_bits(bits, dtype).view(np.float32) if dtype == "bfloat16" else bits.view(dtype)).astype(np.float64)
+    finite = np.isfinite(values)
+    return Total(float(values.sum(where=finite)), int(values.size - finite.sum()))
