@@ -169,7 +169,8 @@ def test_fused_kernels_are_those_that_the_server_makes(trained, tmp_path):
 
 REFUSED = {
     "gelu": ({}, {"model": "opt"}, "cannot be flax's opt: its activation is gelu and not relu"),
-    "llama": ({"rmsnorm": True, "swiglu": True, "rope": True, "no_bias": True}, {}, "tensors of flax's gpt2.*architectures"),
+    "llama": ({"rmsnorm": True, "swiglu": True, "rope": True, "no_bias": True}, {},
+              "is a model of the llama family, and Alpa.s training has"),
     "a cut vocabulary": ({}, {"vocab_size": 100}, "has a vocabulary of 250, of which 100 rows would cut off a part"),
     "bfloat16": ({}, {"cast": "bfloat16"}, "numpy has no bfloat16"),
 }

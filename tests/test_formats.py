@@ -4,6 +4,7 @@ What each file means is for the tests of its framework; here the digests of all 
 read again by the reader of the framework that was written for.
 """
 
+import json
 import random
 from pathlib import Path
 
@@ -33,6 +34,8 @@ CUTS = {"megatron": ("tp", "pp"), "mindspore": ("tp", "pp"), "merak": ("tp", "pp
 DTYPED = ("alpa", "alpa-training")
 #: copies that ranks of these files keep and that differ, as training left them
 DRIFTED = [(BLOOM, "deepspeed"), (GPT2, "deepspeed")]
+#: what those files, whose training had no arguments for it, do not say of themselves
+UNRECORDED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 
 
 def digests(source: Path, **reading) -> dict[tuple[str, str], tuple]:
@@ -71,17 +74,29 @@ def source(trained, tmp_path_factory):
     return make
 
 
-def flags_for(family: str, framework: str, to: str, found: dict) -> list[str]:
+def config_of(family: str, start: Path) -> dict:
+    known = frameworks.architecture_of(frameworks.read(start))
+    return {"model_type": family, "n_layer": known.layers, "n_head": known.heads, "vocab_size": known.vocab,
+            **({"n_embd": known.hidden, "n_positions": known.positions} if family == GPT2 else {"hidden_size": known.hidden}),
+            **UNRECORDED}
+
+
+def flags_for(family: str, framework: str, to: str, start: Path, found: dict, folder: Path) -> list[str]:
     dtype = next(dtype for (role, _), (dtype, *_) in found.items() if role == WEIGHT)
     flags = ["--dtype", dtype] if to in DTYPED else []
-    return flags + (["--replicas", "first"] if (family, framework) in DRIFTED else [])
+    if (family, framework) in DRIFTED:
+        flags += ["--replicas", "first"]
+        if to in ("transformers", "merak"):
+            (folder / "config.json").write_text(json.dumps(config_of(family, start)))
+            flags += ["--config", str(folder / "config.json")]
+    return flags
 
 
 @pytest.mark.parametrize(("family", "framework", "to"), list(formats.pairs()))
 def test_every_pair_keeps_every_tensor(source, tmp_path, family, framework, to):
     start = source(family, framework)
     before = digests(start)
-    out = convert(start, tmp_path / "out", to, *flags_for(family, framework, to, before))
+    out = convert(start, tmp_path / "out", to, *flags_for(family, framework, to, start, before, tmp_path))
     if to in UNREAD:
         return
     if formats.goes(family, framework, to) == formats.WEIGHTS:

@@ -19,10 +19,11 @@ from . import positive
 
 #: flag: (its targets, what argparse is told)
 FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "--dtype": (("mindspore", "metaseq", "alpa", "alpa-training"), {
+    "--dtype": (("mindspore", "metaseq", "alpa", "alpa-training", "merak", "transformers"), {
         "choices": ["float32", "float16", "bfloat16"],
         "help": "cast the weights (default: as on disk; float16 for alpa; MindSpore: float32, with --weights-only)"}),
-    "--format": (("mindspore",), {"choices": sorted(mindspore.FRAMES), "help": "file format (default: ckpt)"}),
+    "--format": (("mindspore", "transformers"), {
+        "choices": [*sorted(mindspore.FRAMES), transformers.BIN], "help": "file format (default: ckpt; safetensors)"}),
     "--names": (("mindspore",), {"choices": mindspore.NAMES, "help": "whose tensor names (default: mindspore)"}),
     "--file-prefix": (("mindspore",), {"metavar": "NAME", "help": "file name without ending (default: network)"}),
     "--generate-all-dp-cp": (("mindspore",), {
@@ -31,14 +32,16 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "choices": sorted(metaseq.NAMES), "help": "flat parameters, whole tensors, or one file for all (default: flat)"}),
     "--vocab-size": (("alpa", "alpa-training"), {
         "type": positive, "metavar": "N", "help": "rows of the word embedding (default: the source's)"}),
-    "--activation": (("alpa", "alpa-training"), {
-        "choices": ["relu", "gelu"], "help": "of a source that does not record it"}),
+    "--activation": (("alpa", "alpa-training", "merak", "transformers"), {
+        "choices": ["relu", "gelu", "gelu_new", "silu"], "help": "of a source that does not record it"}),
+    "--config": (("merak", "transformers"), {
+        "type": Path, "metavar": "FILE", "help": "a config.json that says what the source does not record"}),
+    "--max-shard-size": (("transformers",), {
+        "type": transformers.shard_size, "metavar": "SIZE", "help": "of a file of weights, as 5GB or 200MB (default: 5GB)"}),
     "--model": (("alpa-training",), {
         "choices": sorted(alpa_training.MODELS), "help": "whose tree (default: opt for OPT, else gpt2)"}),
     "--optimizer": (("alpa-training",), {
         "choices": sorted(alpa_training.OPTIMIZERS), "help": "whose state (default: examples, that of Alpa's own)"}),
-}
-FLAGS |= {
     "--partition-method": (("merak",), {
         "choices": merak_partition.METHODS, "help": "how modules are cut over stages (default: uniform)"}),
     "--custom-partition": (("merak",), {
@@ -51,18 +54,6 @@ FLAGS |= {
         "action": "store_true", "default": None, "help": "the whole vocabulary on each rank"}),
     "--for-release": (("merak",), {
         "action": "store_true", "default": None, "help": "zero the counters of consumed samples"}),
-    "--config": (("merak",), {
-        "type": Path, "metavar": "FILE", "help": "a config.json that says what the source does not record"}),
-}
-FLAGS |= {
-    "--dtype": ((*FLAGS["--dtype"][0], "transformers"), FLAGS["--dtype"][1]),
-    "--format": ((*FLAGS["--format"][0], "transformers"), {
-        "choices": [*sorted(mindspore.FRAMES), transformers.BIN], "help": "file format (default: ckpt; safetensors)"}),
-    "--activation": ((*FLAGS["--activation"][0], "transformers"), {
-        "choices": ["relu", "gelu", "gelu_new", "silu"], "help": "of a source that does not record it"}),
-    "--config": ((*FLAGS["--config"][0], "transformers"), FLAGS["--config"][1]),
-    "--max-shard-size": (("transformers",), {
-        "type": transformers.shard_size, "metavar": "SIZE", "help": "of a file of weights, as 5GB or 200MB (default: 5GB)"}),
 }
 #: the file formats of each target that has several
 FORMATS = {"mindspore": mindspore.FRAMES, "transformers": transformers.FRAMES}
@@ -72,7 +63,8 @@ _MAKE: dict[str, Callable[..., Any]] = {
         cast=dtype, all_dp_cp=generate_all_dp_cp, **flags),
     "transformers": lambda dtype=None, **flags: transformers.Options(cast=dtype, **flags),
     "metaseq": lambda dtype=None, **flags: metaseq.Options(cast=dtype, **flags),
-    "merak": lambda no_parallel_vocab=False, **flags: merak.Options(parallel_vocab=not no_parallel_vocab, **flags),
+    "merak": lambda dtype=None, no_parallel_vocab=False, **flags: merak.Options(
+        cast=dtype, parallel_vocab=not no_parallel_vocab, **flags),
     "alpa": lambda dtype="float16", **flags: alpa.Options(dtype, **flags),
     "alpa-training": lambda dtype="float32", **flags: alpa_training.Options(dtype, **flags),
 }

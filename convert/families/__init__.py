@@ -94,8 +94,8 @@ def rows_of(dialect: str) -> dict[str, tuple[str, Row]]:
 def missing(canonicals: set[str], num_layers: int) -> list[str]:
     """The canonical names that a complete model of `num_layers` layers has and `canonicals` lacks, by the family that
     fits best."""
-    required = [family.REQUIRED + [f"layers.{i}.{name}" for i in range(num_layers) for name in family.REQUIRED_IN_LAYER]
-                for family in FAMILIES]
+    lists = [(family.REQUIRED, family.REQUIRED_IN_LAYER) for family in FAMILIES] + hugging_face.REQUIRED
+    required = [once + [f"layers.{i}.{name}" for i in range(num_layers) for name in in_layer] for once, in_layer in lists]
     return min(([name for name in names if name not in canonicals] for names in required), key=len)
 
 

@@ -83,3 +83,13 @@ BLOOM = {
 PREFIX = {"gpt2": "transformer.", "opt": "model.", "llama": "model.", "bloom": "transformer."}
 #: ends of the names of buffers that old releases saved
 BUFFERS = {"gpt2": (".attn.bias", ".attn.masked_bias"), "opt": (), "llama": (".rotary_emb.inv_freq",), "bloom": ()}
+
+_ATTENTION = ["input_norm.weight", *(f"attention.{part}.weight" for part in ("q", "k", "v", "out")),
+              "post_attention_norm.weight"]
+#: for models that no other family's lists fit, those of LLaMA and of OPT with projections: the canonical tensors that every
+#: one has once, and in each layer
+REQUIRED = [
+    (["embedding.word.weight", "final_norm.weight"], [*_ATTENTION, "mlp.gate.weight", "mlp.up.weight", "mlp.fc2.weight"]),
+    (["embedding.word.weight", "embedding.project_in.weight", "project_out.weight"],
+     [*_ATTENTION, "mlp.fc1.weight", "mlp.fc2.weight"]),
+]

@@ -28,9 +28,9 @@ from .transformers import reader as transformers_source
 from .transformers.model import Model as TransformersModel
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
-READERS = (mindspore_source, megatron_dist, alpa_source, deepspeed, metaseq, megatron)
-READERS = (merak, *READERS)
-READERS = (*READERS[:-2], transformers_source, *READERS[-2:])
+READERS = (merak, mindspore_source, megatron_dist, alpa_source, deepspeed, transformers_source, metaseq, megatron)
+#: what else a reader can be told
+_LENT = {metaseq: ("metadata_from", "ema"), merak: ("metadata_from",)}
 #: by framework: what tells the architecture of one of its checkpoints
 ARCHITECTURES: dict[str, Callable[[Checkpoint], Architecture]] = {
     "megatron": megatron_architecture.of,
@@ -54,18 +54,17 @@ def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = N
     `sizes` is what the user says of its layout: dp and cp number MindSpore's rank folders, the others are checked. `noop`
     are the layers that do nothing, which MindSpeed-Core-MS counts and Megatron-LM does not have; `suffix` (.ckpt or
     .safetensors) chooses among its files. `metadata_from` is where metaseq's flat parameters are described whose files lost
-    it, and `ema` asks for the averaged weights in them.
+    it, or a config.json of what Merak saved without one; `ema` asks for the averaged weights in metaseq's files.
     Raises RefusedError if it is no checkpoint, damaged, or of other sizes.
     """
     sizes = sizes or {}
     reader = next((reader for reader in READERS if reader.recognizes(source)), READERS[-1])
-    if metadata_from and reader is merak:
-        return merak.read(source, iteration=iteration, weights_only=weights_only, metadata_from=metadata_from)
+    lent = {"metadata_from": metadata_from, "ema": ema}
+    taken = {name: lent[name] for name in _LENT.get(reader, ())}
+    if foreign := [name for name, value in lent.items() if value and name not in taken]:
+        raise RefusedError(f"{source}: is no checkpoint that takes --{foreign[0].replace('_', '-')}; leave it out")
     checkpoint = reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop,
-                             numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix),
-                             **({"metadata_from": metadata_from, "ema": ema} if reader is metaseq else {}))
-    if (metadata_from or ema) and reader is not metaseq:
-        raise RefusedError(f"{source}: is no checkpoint of metaseq, to which alone metadata and averaged weights belong")
+                             numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix), **taken)
     for name, size in sizes.items():
         there = getattr(checkpoint.layout, name)
         if name not in ("dp", "cp") and size != there:

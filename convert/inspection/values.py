@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from ..checks import widen_bits
-from ..containers import torch_legacy
 from ..digest import bits_dtype
 from ..proof import contents
 from ..proof.stream import BAND_BYTES, Files
 from ..tensors import ITEMSIZE, Stored
 
-_PICKLED = (".pt", ".pth", ".bin")
-_TENSORS = (*_PICKLED, ".ckpt", ".safetensors", ".npy")
+_TENSORS = (*contents.PICKLED, ".ckpt", ".safetensors", ".npy")
+#: the key of a tensor of a state dict
+_NAME = re.compile(r"\['([^']+)'\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,11 @@ def holds_tensors(file: Path) -> bool:
 
 
 def entries_of(file: Path) -> list[tuple[str, Stored]]:
-    """The tensors in a file by name, see `contents`. Raises RefusedError if it is damaged or of no known format."""
-    if file.suffix not in _PICKLED:
-        return contents.entries_of(file)
-    tree = torch_legacy.read_either(file)
-    is_flat = isinstance(tree, dict) and all(isinstance(value, Stored) for value in tree.values())
-    return list(tree.items()) if is_flat else list(contents._leaves(tree, ""))
+    """The tensors in a file: of a state dict by their names, else as `contents` has them. Raises RefusedError if the file is
+    damaged or of no known format."""
+    entries = contents.entries_of(file)
+    names = [_NAME.fullmatch(key) for key, _ in entries]
+    return [(name[1], stored) for name, (_, stored) in zip(names, entries, strict=True)] if all(names) else entries
 
 
 def total(stored: Stored, files: Files) -> Total:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from numpy.lib.format import MAGIC_PREFIX
 
-from ..containers import mindspore_ckpt, npy, safetensors, torch_zip, zip_records
+from ..containers import mindspore_ckpt, npy, safetensors, torch_legacy, zip_records
 from ..errors import RefusedError
 from ..tensors import Stored
+
+#: endings of files that torch.save writes
+PICKLED = (".pt", ".pth", ".bin")
 
 
 def entries_of(file: Path) -> list[tuple[str, Stored]]:
@@ -24,7 +27,9 @@ def entries_of(file: Path) -> list[tuple[str, Stored]]:
 
 def structure_at(file: Path, offset: int) -> str:
     """What lies at a byte that belongs to no tensor."""
-    if _format(file) != ".pt":
+    if torch_legacy.is_legacy(file):
+        return "a pickle, or the size of a storage"
+    if _format(file) not in PICKLED:
         return _STRUCTURE.get(_format(file), "no part of a tensor")
     for name, extent in zip_records.read(file).items():
         if extent.offset <= offset < extent.offset + extent.nbytes:
@@ -56,7 +61,7 @@ def _flat(read: Callable) -> Callable[[Path], Iterator[tuple[str, Stored]]]:
 
 
 def _tree(file: Path) -> Iterator[tuple[str, Stored]]:
-    return _leaves(torch_zip.read(file), "")
+    return _leaves(torch_legacy.read_either(file), "")
 
 
 def _leaves(tree: object, path: str) -> Iterator[tuple[str, Stored]]:
@@ -80,4 +85,5 @@ def _array(file: Path) -> Iterator[tuple[str, Stored]]:
     yield file.name, npy.read(file)
 
 
-_READERS = {".ckpt": _flat(mindspore_ckpt.read), ".safetensors": _flat(safetensors.read), ".pt": _tree, ".npy": _array}
+_READERS = {".ckpt": _flat(mindspore_ckpt.read), ".safetensors": _flat(safetensors.read), ".npy": _array,
+            **dict.fromkeys(PICKLED, _tree)}

@@ -75,8 +75,6 @@ class Options:
 
 def output(target: Checkpoint, options: Options = Options()) -> Output:
     """Plan the folder. Raises RefusedError for a model of another architecture, and for a dtype that numpy lacks."""
-    if target.framework == "alpa":
-        raise RefusedError(f"{target.folder}: is Alpa's already; convert what it was made from")
     states = states_of(target, options.vocab_size)
     is_bloom = frameworks.architecture_of(target, options.activation).family == BLOOM
     architecture, tensors = (_bloom if is_bloom else _opt)(states, options)

@@ -135,7 +135,7 @@ class Options:
 
 def output(target: Checkpoint, options: Options = Options()) -> Output:
     """Plan the folder. Raises RefusedError for a model of another architecture or without its optimizer's state."""
-    architecture = frameworks.architecture_of(target, options.activation)
+    architecture = frameworks.architecture_for(target, (GPT2, OPT), "Alpa's training", options.activation)
     states = states_of(target, options.vocab_size)
     name = options.model or ("opt" if architecture.family == OPT else "gpt2")
     model, rows_before = MODELS[name], rows_to_add(architecture)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from ... import frameworks
-from ...architecture import BLOOM, GPT2, Architecture, check_family
+from ...architecture import BLOOM, GPT2, Architecture
 from ...checkpoint import Checkpoint
 from ...containers.pickles import Global, Opaque
 from ...errors import RefusedError
@@ -42,8 +42,7 @@ _EMBEDDING, _FIRST_LAYER, _TO_NORM = 1, 3, 2
 def contents(source: Checkpoint) -> Contents:
     """What the universal checkpoint is made of. Raises RefusedError for a model that Megatron-DeepSpeed does not have, and
     for parameters that no optimizer steps."""
-    model = frameworks.architecture_of(source)
-    check_family(source, model.family, (GPT2, BLOOM), "Megatron-DeepSpeed")
+    model = frameworks.architecture_for(source, (GPT2, BLOOM), "Megatron-DeepSpeed")
     states = States(source)
     _check(source, model, states)
     functions = {_EMBEDDING: EMBEDDING,

@@ -28,7 +28,7 @@ def of(source: Checkpoint) -> Architecture:
     """The architecture of a metaseq checkpoint. One without settings is taken for OPT; heads and whether its head is tied
     are then None. Raises RefusedError for a model that computes otherwise than OPT."""
     states = States(source)
-    setting = partial(metaseq._setting, next(iter(source.metas.values()), {}))
+    setting = partial(metaseq.setting, next(iter(source.metas.values()), {}))
     said = {name: value for name in _AS_OPT if (value := setting(name)) is not None}
     unlike = [name for name, value in said.items() if value != _AS_OPT[name]]
     if unlike:

@@ -75,11 +75,11 @@ def naming_of(source: Checkpoint) -> Naming:
 
 def _naming(layout: Layout, metas: dict) -> Naming:
     meta = next(iter(metas.values()))
-    heads = _setting(meta, "decoder_attention_heads")
+    heads = setting(meta, "decoder_attention_heads")
     shared = [(meta.get("shard_metadata") or {}).get("param_metadata", ()) for meta in metas.values()]
     tied = any(join(entry["fsdp_path"], other) == _HEAD for entries in shared for entry in entries
                for _, other in entry.get("shared_param_info", ()))
-    tied = tied or _setting(meta, "share_decoder_input_output_embed")
+    tied = tied or setting(meta, "share_decoder_input_output_embed")
     return Naming(DIALECT, layout, None, None, Sizes(heads, heads), gated=False, tied=tied)
 
 
@@ -134,7 +134,7 @@ def _current(raw: dict, weights: dict[str, Stored]) -> dict | None:
     return {**raw, "param_metadata": entries}
 
 
-def _setting(meta: dict, name: str) -> Any:
+def setting(meta: dict, name: str) -> Any:
     """A setting of the model: of `cfg.model` (a dict, an argparse.Namespace or omegaconf's), or of `args`; None if neither
     has it."""
     for tree in (_fields(meta.get("cfg")).get("model"), meta.get("args")):
