@@ -77,7 +77,8 @@ def source(trained, tmp_path_factory):
 def config_of(family: str, start: Path) -> dict:
     known = frameworks.architecture_of(frameworks.read(start))
     return {"model_type": family, "n_layer": known.layers, "n_head": known.heads, "vocab_size": known.vocab,
-            **({"n_embd": known.hidden, "n_positions": known.positions} if family == GPT2 else {"hidden_size": known.hidden}),
+            **({"n_embd": known.hidden, "n_positions": known.positions} if family == GPT2 else
+               {"hidden_size": known.hidden}),
             **UNRECORDED}
 
 
