@@ -25,7 +25,8 @@ fi
 merak() { "$PYTHON" convert/convert_merak_gpt2_checkpoint.py --workers "$WORKERS" "$@"; }
 
 echo "1. Megatron-DeepSpeed to Merak"
-"$PYTHON" -m convert convert "$DS_PATH" "$OUT/ds_to_merak" --to merak --tp 2 --pp 4 --workers "$WORKERS"
+"$PYTHON" convert/deepspeed_to_transformers.py --merak_tp 2 --merak_pp 4 --input_folder "$DS_PATH" \
+    --output_folder "$OUT/ds_to_merak" --workers "$WORKERS"
 
 echo "2. Merak to Merak"
 merak --merak_tp 4 --merak_pp 4 --load_path "$OUT/ds_to_merak/release" --save_path "$OUT/merak_to_merak" --convert_type merak

@@ -131,8 +131,8 @@ def test_megatron_lm_is_told_what_it_compares_and_takes_over(tmp_path):
         "ffn_hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "world_size", "vocab_size",
         "padded_vocab_size", "add_position_embedding", "position_embedding_type", "rotary_base", "normalization", "swiglu",
         "add_bias_linear", "untie_embeddings_and_output_weights", "max_position_embeddings", "norm_epsilon")} == {
-        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "group_query_attention": True,
-        "kv_channels": 8, "ffn_hidden_size": 48, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+        "num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "num_query_groups": 4, "group_query_attention": True,
+        "kv_channels": 4, "ffn_hidden_size": 48, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
         "world_size": 4, "vocab_size": 96, "padded_vocab_size": 256, "add_position_embedding": False,
         "position_embedding_type": "rope", "rotary_base": 5000, "normalization": "RMSNorm", "swiglu": True,
         "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "max_position_embeddings": 16,
