@@ -18,9 +18,9 @@ from .writer import Outcome
 class Findings:
     """The outcomes of all files, put together, with what the manifest of earlier parts of the conversion says (`before`).
 
-    `misfits`, `unequal`, `non_finite` and `overflown` are by tensor; `digests` are the manifest's entries, and `partial`
-    those of which elements are still to come; `differing` names the tensors of which ranks kept copies of their own that
-    differ.
+    `misfits`, `unequal`, `non_finite` and `overflown` are by tensor; `digests` are the manifest's entries, `written` those
+    of tensors as a cast made them, and `partial` those of which elements are still to come; `differing` names the tensors
+    of which ranks kept copies of their own that differ.
     """
 
     def __init__(self, index: Index, outcomes: Iterable[Outcome], before: dict | None = None) -> None:
@@ -39,7 +39,10 @@ class Findings:
             for (tensor, replica), (digest, count) in outcome.digests.items():
                 before = sums.setdefault(tensor, {}).get(replica, (0, 0))
                 sums[tensor][replica] = (before[0] + digest) & (1 << 64) - 1, before[1] + count
-        self.digests, self.partial, self.differing = _digests(sums)
+        entries, self.partial, self.differing = _digests(sums)
+        read = {(tensor.role, tensor.name, tensor.dtype) for tensor in index.boxes}
+        self.digests, self.written = ([entry for entry in entries if ((entry["role"], entry["name"], entry["dtype"]) in read)
+                                       == was_read] for was_read in (True, False))
         names = {tensor.name for tensor in self.misfits}
         tell_permuted(list(self.misfits.values()), {
             tensor.name: [piece for pieces in index.boxes[tensor].values() for piece in pieces]
@@ -96,7 +99,8 @@ class Findings:
                            "first": [{"row": r, "column": c, "value": value, "file": file}
                                      for r, c, value, file in one.positions]}
                           for one in self.overflown.values()] + self.before.get("overflown", []),
-            "replicas_that_differ": self.differing, "digests": self.digests, "digests_of_parts": self.partial}
+            "replicas_that_differ": self.differing, "digests": self.digests,
+            "digests_of_casts": self.written, "digests_of_parts": self.partial}
 
 
 def status_of(kinds: set[str], request: Request, others: bool) -> int:
@@ -123,7 +127,7 @@ _Sums = dict[Tensor, dict[int, tuple[int, int]]]
 
 def _sums(manifest: dict) -> _Sums:
     sums: _Sums = {}
-    for entry in [*manifest.get("digests", []), *manifest.get("digests_of_parts", [])]:
+    for entry in (entry for key in ("digests", "digests_of_casts", "digests_of_parts") for entry in manifest.get(key, [])):
         tensor = Tensor(entry["role"], entry["name"], entry["dtype"], tuple(entry["shape"]))
         sums[tensor] = {0: (int(entry["digest"], 16), entry.get("elements", tensor.rows * tensor.cols))}
     return sums
@@ -143,4 +147,4 @@ def _digests(sums: _Sums) -> tuple[list[dict], list[dict], list[str]]:
                             "digests_of_other_copies": [f"{other:016x}" for other in others]})
         elif 0 in replicas:
             partial.append({**known, "digest": f"{replicas[0][0]:016x}", "elements": replicas[0][1]})
-    return entries, partial, sorted(differing)
+    return entries, partial, sorted(set(differing))

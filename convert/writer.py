@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
@@ -27,8 +28,8 @@ _GAP_BYTES = 16 << 10
 
 @dataclass(slots=True)
 class Outcome:
-    """What a task found out: per (tensor, replica) the digest and the number of its elements; misfits; replicas that
-    differ; what is not finite; what a cast to float16 made infinite; bytes written."""
+    """What a task found out: per (tensor, replica) the digest and the number of its elements, as they are and as a cast made
+    them; misfits; replicas that differ; what is not finite or became so; bytes written."""
 
     path: str
     nbytes: int
@@ -37,6 +38,11 @@ class Outcome:
     unequal: dict[Tensor, Unequal] = field(default_factory=dict)
     non_finite: dict[Tensor, NonFinite] = field(default_factory=dict)
     overflown: dict[Tensor, Overflown] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=64)
+def _as(tensor: Tensor, dtype: str) -> Tensor:
+    return replace(tensor, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,13 +256,18 @@ class Writer:
             self._take(self.outcome.non_finite, copy, parts, lambda part: non_finite(
                 part.tensor, part.box, part.of(bits), copy.file))
             for part in parts:
-                key = part.tensor, copy.replica
-                digest, count = self.outcome.digests.get(key, (0, 0))
-                digest += box_digest(part.of(bits), part.box, copy.turned)
-                self.outcome.digests[key] = digest & MASK, count + part.box.numel
+                self._digest(part.tensor, copy, part.of(bits), part.box)
+                if self.dtype != copy.dtype:
+                    self._digest(_as(part.tensor, self.dtype), copy, cast(part.of(bits), copy.dtype, self.dtype), part.box)
         if self.dtype == "float16" != copy.dtype:
             self._take(self.outcome.overflown, copy, parts, lambda part: overflown(
                 part.tensor, part.box, part.of(bits), copy.file))
+
+    def _digest(self, tensor: Tensor, copy: Copy, bits: np.ndarray, box: Box) -> None:
+        """Add the digest of what was read of a tensor, or of what that is written as."""
+        digest, count = self.outcome.digests.get((tensor, copy.replica), (0, 0))
+        digest += box_digest(bits, box, copy.turned)
+        self.outcome.digests[tensor, copy.replica] = digest & MASK, count + box.numel
 
     def _compare_others(self, copy: Copy, parts: list[_Part], bits: np.ndarray,
                         repeated: Callable[[Twin], np.ndarray]) -> None:

@@ -84,11 +84,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a conversion wrote down of its output, in whose folder `root` it lies."""
+    """What a conversion wrote down of its output, in whose folder `root` it lies: digests of the source's tensors by role
+    and name, and of what casts made of them."""
 
     root: Path
     files: dict[str, int]
     digests: dict[tuple[str, str], dict]
+    casts: dict[tuple[str, str, str], dict]
     scalars: list[dict]
     options: dict
 
@@ -110,6 +112,7 @@ class Manifest:
                 if root == output or is_alone or output.is_dir() and any(
                         Path(file).parts[0] == output.name for file in files):
                     return cls(root, files, {(entry["role"], entry["name"]): entry for entry in content["digests"]},
+                               {(one["role"], one["name"], one["dtype"]): one for one in content["digests_of_casts"]},
                                content.get("scalars", []), content.get("options", {}))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
@@ -309,7 +312,9 @@ def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], work
                    verdict: Verdict) -> Iterator[Problem]:
     there = {(tensor.role, tensor.name): tensor for tensor in output.index.boxes}
     listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
-    known = {there[key]: manifest.digests[other] for key, other in listed.items() if other in manifest.digests}
+    declared = {key: entry for key, entry in manifest.casts.items() if key[2] in casts}
+    known = {there[key]: declared.get((*other, there[key].dtype), manifest.digests[other])
+             for key, other in listed.items() if other in manifest.digests}
     extra = {(tensor.role, tensor.name) for tensor in output.index.boxes
              if tensor not in known and tensor.role != MODEL_WEIGHT and not is_padding(tensor)}
     for what, keys in (("is missing", manifest.digests.keys() - there.keys()), ("is not of the source", extra)):
