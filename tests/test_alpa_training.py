@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert import frameworks
+from convert.cli import main
 from convert.containers import msgpack, npy
 from convert.errors import RefusedError
 from convert.execute import run_tasks
@@ -222,3 +223,9 @@ def test_every_kind_of_value_is_packed_as_msgpack_packs_it():
 def test_nothing_else_is_packed(tree):
     with pytest.raises(TypeError, match="has no place in such a tree"):
         msgpack.packb({"x": tree})
+
+
+def test_what_is_not_read_is_said(trained, tmp_path, capsys):
+    convert(trained(**GPT).path, tmp_path / "out", DEFAULT)
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    assert "training checkpoints of Alpa, which are written here and not read" in capsys.readouterr().err

@@ -26,8 +26,13 @@ from . import serving as alpa
 
 
 def recognizes(source: Path) -> bool:
-    return source.is_dir() and any(families.find(name, dialect) for name in os.listdir(source)
-                                   for dialect in (METASEQ, HF_BLOOM))
+    return source.is_dir() and (_is_training(source) or any(
+        families.find(name, dialect) for name in os.listdir(source) for dialect in (METASEQ, HF_BLOOM)))
+
+
+def _is_training(source: Path) -> bool:
+    """Whether a folder holds training checkpoints of alpa.serialization (see training.py)."""
+    return any(source.glob("checkpoint_*")) and any(source.glob("state.*/metadata_*"))
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
@@ -36,6 +41,9 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
 
     Raises RefusedError for an iteration asked for, a parameter that is missing, a file that is none, and a damaged one.
     """
+    if _is_training(source):
+        raise RefusedError(f"{source}: holds training checkpoints of Alpa, which are written here and not read; read what "
+                           "they were made from")
     if iteration is not None or sidecar_folder is not None:
         raise RefusedError(f"{source}: holds Alpa's weights, which have no iteration and no sidecar; leave these flags out")
     names = sorted(set(os.listdir(source)) - {MANIFEST})
