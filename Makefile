@@ -11,6 +11,9 @@ WORKERS ?= 2
 SIZES   := $(foreach size,TP PP VPP EP ETP DP CP,$(if $($(size)),--$(shell echo $(size) | tr A-Z a-z) $($(size))))
 SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 
+# a file's tests stay together, for the runs and checkpoints that they share
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: help setup convert demo test test-full bench bench-megatron bench-metaseq plan-scale patches lint clean
 .DEFAULT_GOAL := help
 
@@ -38,10 +41,10 @@ demo: $(READY)  ## train a tiny Megatron model, convert it, compare what MindSpo
 	$(RUN) -m examples.demo .cache/demo --workers $(WORKERS)
 
 test: $(READY)  ## the tests
-	$(RUN) -m pytest -m "not full"
+	$(RUN) -m pytest -m "not full" $(PARALLEL)
 
 test-full: $(READY)  ## all tests, with the matrix of Megatron releases
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 bench:  ## all measurements, one after the other: the three that follow
 	$(MAKE) --no-print-directory --keep-going -j1 bench-megatron bench-metaseq plan-scale
