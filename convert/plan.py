@@ -170,9 +170,10 @@ class Weave:
 @dataclass(frozen=True, slots=True)
 class Transpose:
     """Panels of rows × cols each, transposed and interleaved: element [row, col] of panel k is element [col, row, k] of
-    their tensor. Each copy of a panel has its `pitch` set and goes to a box of the panel."""
+    their tensor. Each copy of a panel has its `pitch` set; its columns, from the first on, fill boxes of the panel that have
+    its rows."""
 
-    panels: tuple[tuple[tuple[Box, Copy], ...], ...]
+    panels: tuple[tuple[tuple[tuple[Box, ...], Copy], ...], ...]
     rows: int
     cols: int
 
@@ -185,11 +186,9 @@ class Transpose:
         return len(self.panels) * self.rows * self.cols
 
     def is_followed_by(self, other: object) -> bool:
-        """Whether it is one copy, with which that one of which `other` is lies side by side at the source."""
-        if not isinstance(other, Transpose) or self.rows != other.rows:
-            return False
-        mine, theirs = list(self.reads()), list(other.reads())
-        return len(mine) == len(theirs) == 1 and mine[0].is_beside(theirs[0])
+        """Whether its panels go on in those of `other`."""
+        return (isinstance(other, Transpose) and self.rows == other.rows
+                and next(self.reads()).dtype == next(other.reads()).dtype)
 
 
 @dataclass(frozen=True, slots=True)

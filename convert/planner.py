@@ -178,8 +178,8 @@ class Planner:
                 lying = self._lying(tensor, box)
                 for part, pieces in self._parts(tensor, box):
                     copy = self._copy(part, pieces, place)
-                    panel.append((Box(rows + part.row - lying.row, part.rows, part.col - lying.col, part.cols),
-                                  replace(copy, pitch=copy.pitch or part.cols)))
+                    there = Box(rows + part.row - lying.row, part.rows, part.col - lying.col, part.cols)
+                    panel.append(((there,), replace(copy, pitch=copy.pitch or part.cols)))
                 rows += lying.rows
             panels.append(tuple(panel))
         return Transpose(tuple(panels), rows, *wide)
@@ -208,7 +208,7 @@ class Planner:
                     turned=piece.transposed)
         if not piece.transposed:
             return copy
-        return Transpose((((Box(0, part.rows, 0, 1), replace(copy, pitch=piece.pitch)),),), part.rows, 1)
+        return Transpose(((((Box(0, part.rows, 0, 1),), replace(copy, pitch=piece.pitch)),),), part.rows, 1)
 
     def _known(self, role: str, name: str) -> Tensor:
         if (role, name) not in self._tensors:
@@ -315,13 +315,41 @@ def _pitch(piece: Piece, box: Box) -> int:
 
 def _merged(copies: Iterable[Copy | Weave | Transpose],
             blocks: tuple[tuple[Tensor | None, Box], ...]) -> Iterator[Copy | Weave | Transpose]:
-    """The copies with those that follow each other at the source made one; `blocks` is shared where it is all of them."""
+    """The copies with those that follow each other at the source made one, and so those of which each is a Transpose;
+    `blocks` is shared where it is all of them."""
     for run in _runs(copies, lambda one, other: one.is_followed_by(other)):
-        if isinstance(run[0], Transpose) and len(run) > 1:
-            copy = _joined([copy for one in run for copy in one.reads()], blocks)
-            yield Transpose((((Box(0, copy.rows, 0, copy.cols), copy),),), copy.rows, copy.cols)
-        else:
-            yield _joined(run, blocks)
+        yield _side_by_side(run) if isinstance(run[0], Transpose) else _joined(run, blocks)
+
+
+def _side_by_side(run: list[Transpose]) -> Transpose:
+    """One of several whose panels lie side by side."""
+    panels: list[list[tuple[Box, Copy]]] = [[] for _ in run[0].panels]
+    col = 0
+    for one in run:
+        for panel, mine in zip(panels, one.panels, strict=True):
+            panel += [(replace(place, col=place.col + col), copy) for (place,), copy in mine]
+        col += one.cols
+    return Transpose(tuple(tuple(_scattered(panel)) for panel in panels), run[0].rows, col)
+
+
+def _scattered(panel: list[tuple[Box, Copy]]) -> Iterator[tuple[tuple[Box, ...], Copy]]:
+    """The copies of a panel, each with its places: those that lie side by side at the source made one."""
+    lying = sorted(panel, key=lambda one: (one[1].file, one[1].offset))
+    for run in _runs(lying, lambda one, other: one[0].row == other[0].row and one[1].is_beside(other[1])):
+        places, copies = zip(*run, strict=True)
+        blocks = _widened(block for copy in copies for block in copy.blocks)
+        yield places, replace(copies[0], numel=sum(copy.numel for copy in copies), blocks=tuple(blocks))
+
+
+def _widened(blocks: Iterable[tuple[Tensor, Box]]) -> Iterator[tuple[Tensor, Box]]:
+    """Blocks of equally many rows, side by side, with those that lie so in their tensor made one."""
+    def goes_on(one: tuple[Tensor, Box], other: tuple[Tensor, Box]) -> bool:
+        (tensor, box), (its, next_box) = one, other
+        return (tensor, box.row, box.col + box.cols) == (its, next_box.row, next_box.col)
+
+    for run in _runs(blocks, goes_on):
+        tensor, box = run[0]
+        yield tensor, replace(box, cols=sum(box.cols for _, box in run))
 
 
 def _joined_beside(copies: list[Copy]) -> list[Copy]:

@@ -159,13 +159,22 @@ class Writer:
         strip, step = np.empty((cols, last - first), bits_dtype(dtype)), len(whole.panels)
         for number, panel in enumerate(whole.panels):
             low, high = (-((number - edge) // step) for edge in (first, last))
-            for place, copy in panel:
-                part = place.intersect(Box(low, high - low, col, cols))
-                for row, rows in _row_runs(part, copy) if part else ():
-                    bits = self._panel(copy, row - place.row, rows, part.col - place.col, part.cols)
-                    at = row * step + number - first
-                    strip[part.col - col:part.col - col + part.cols, at:at + rows * step:step] = bits.T
+            for places, copy in panel:
+                for part, bits in self._turned_parts(places, copy, Box(low, high - low, col, cols)):
+                    at = part.row * step + number - first
+                    strip[part.col - col:part.col - col + part.cols, at:at + part.rows * step:step] = bits
         return strip.reshape(-1)
+
+    def _turned_parts(self, places: tuple[Box, ...], copy: Copy, inside: Box) -> Iterator[tuple[Box, np.ndarray]]:
+        """What a copy that fills places of a panel gives of a box of it: the parts, each with its bits, of shape
+        [cols, rows]."""
+        for start, parts in _runs_inside(places, inside):
+            wide = sum(part.cols for part in parts)
+            for row, rows in _row_runs(parts[0], wide, copy):
+                bits, left = self._panel(copy, row - places[0].row, rows, start, wide).T, 0
+                for part in parts:
+                    yield Box(row, rows, part.col, part.cols), bits[left:left + part.cols]
+                    left += part.cols
 
     def _panel(self, panel: Copy, row: int, rows: int, col: int, cols: int) -> np.ndarray:
         """Rows [row, row + rows) × columns [col, col + cols) of a panel, its own first ones being 0; shape [rows, cols]."""
@@ -308,9 +317,25 @@ def _reach(panel: Copy, cols: int) -> int:
     return panel.pitch if panel.pitch and gap <= _GAP_BYTES else cols
 
 
-def _row_runs(part: Box, copy: Copy) -> Iterator[tuple[int, int]]:
-    """The rows of a part of a copy's box, as many at a time as fit a buffer: (row, rows)."""
-    rows = max(BUFFER_BYTES // ITEMSIZE[copy.dtype] // _reach(copy, part.cols), 1)
+def _runs_inside(places: tuple[Box, ...], inside: Box) -> list[tuple[int, list[Box]]]:
+    """What of the places of a copy's columns is inside a box: the parts that lie side by side at the source together, each
+    such run with the copy's column that it begins at."""
+    runs: list[tuple[int, list[Box]]] = []
+    left, end = 0, -1
+    for place in places:
+        if part := place.intersect(inside):
+            start = left + part.col - place.col
+            if start != end:
+                runs.append((start, []))
+            runs[-1][1].append(part)
+            end = start + part.cols
+        left += place.cols
+    return runs
+
+
+def _row_runs(part: Box, cols: int, copy: Copy) -> Iterator[tuple[int, int]]:
+    """The rows of a part of a panel, as many at a time as fit a buffer if so many columns are read: (row, rows)."""
+    rows = max(BUFFER_BYTES // ITEMSIZE[copy.dtype] // _reach(copy, cols), 1)
     return ((row, min(rows, part.row + part.rows - row)) for row in range(part.row, part.row + part.rows, rows))
 
 

@@ -21,7 +21,7 @@ from convert.containers.frames import Hole
 from convert.digest import box_digest
 from convert.errors import RefusedError
 from convert.families import HF_GPT2, HF_OPT, MERAK_CUT
-from convert.fusion import COLS, QKV, ROWS, STACKED_QKV, VOCAB, Sizes, blocks, local_shape
+from convert.fusion import COLS, ROWS, STACKED_QKV, VOCAB, Sizes, blocks, local_shape
 from convert.index import Found, Held, Index, Naming, atoms
 from convert.layout import Layout, Place
 from convert.plan import Plan, Transpose, Wanted, WantedFile, bands_of
@@ -162,24 +162,6 @@ def test_any_cut_from_any_cut(stored, wants, seed, tmp_path, buffers) -> None:
     assert all(count == tensor.rows * tensor.cols for (tensor, _), (_, count) in outcome.digests.items())
 
 
-def by_head(fused: torch.Tensor) -> torch.Tensor:
-    """[q; k; v] as Megatron-LM has it: q, k and v of one head after the other."""
-    return fused.view(3, HEADS, HIDDEN // HEADS, HIDDEN).transpose(0, 1).reshape(3 * HIDDEN, HIDDEN)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("wants", [False, True])
-def test_parts_side_by_side_are_taken_apart_by_heads(wants, seed, tmp_path, buffers):
-    name, draw = "layers.0.attention.qkv.weight", random.Random(seed)
-    layer, to = Layer(tmp_path, seed, draw.choice([1, 2, 3])), draw.choice([1, 2, 4])
-    layer.save(True)
-    results, outcome, _ = written(layer.index, [wanted(name, wants, to, rank, QKV) for rank in range(to)], draw=draw)
-    for rank, result in enumerate(results):
-        assert np.array_equal(result, bits(turned(by_head(layer.weights[name]).chunk(to)[rank], wants)))
-    assert {tensor.name: digest for (tensor, _), (digest, _) in outcome.digests.items()}.items() <= logical_digests(
-        layer.weights).items()
-
-
 def test_the_same_tensor_is_one_copy_and_its_parts_are_read_together(tmp_path):
     layer, names = Layer(tmp_path), ("layers.0.attention.qkv.weight", "layers.0.mlp.fc1.weight")
     layer.save(True)
@@ -301,14 +283,14 @@ def test_a_twin_whose_parts_are_tensors_of_their_own(stored, wants, tmp_path, mo
     assert np.array_equal(result, bits(turned(layer.weights[name], wants)))
 
 
-@pytest.mark.parametrize("wants", [False, True])
+@WAYS
 @pytest.mark.parametrize("replicas", [OWN, FIRST, MEAN])
-def test_copies_are_compared_at_the_right_elements(wants, replicas, tmp_path, buffers, monkeypatch):
+def test_copies_are_compared_at_the_right_elements(stored, wants, replicas, tmp_path, buffers, monkeypatch):
     monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     layer = Layer(tmp_path, 2, tp=1 if replicas == OWN else 2, ep=2)
     other, where = changed(layer.weights, random.Random(0), 5)
-    layer.save(True)
-    layer.save(True, weights=other, ep=1)
+    layer.save(stored)
+    layer.save(stored, weights=other, ep=1)
     mine, outcome, _ = written(layer.index, [wanted(name, wants) for name in TENSORS], replicas, ep=1)
     means = {name: (weight.double() + other[name].double()).div(2).float() for name, weight in layer.weights.items()}
     taken = {OWN: other, FIRST: layer.weights, MEAN: means}[replicas]
