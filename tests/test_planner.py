@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -190,6 +191,9 @@ def test_casts_on_the_way(tmp_path, buffers, seed, stored_as, wanted_as):
     blocks: list[Block] = [(tensor, tile) for tile in lab.tiles(whole(tensor), 5)]
     written = lab.convert([wanted(blocks, wanted_as)])
     assert np.array_equal(written.tensors[0], cast(lab.side_by_side(blocks, 1), stored_as, wanted_as))
+    made = cast(lab.matrices[tensor].reshape(-1), stored_as, wanted_as)
+    found = written.outcome.digests.pop((replace(tensor, dtype=wanted_as), 0))
+    assert found == (box_digest(made, whole(tensor)), tensor.rows * tensor.cols)
     assert_all_digested(lab, written)
 
 
