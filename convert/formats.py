@@ -45,7 +45,7 @@ def goes(family: str, source: str, to: str) -> str | None:
     is_native = source in target.native
     if target.needs_optimizer and not reader.optimizer or (target.native and not is_native and not target.adopted):
         return None
-    return WHOLE if reader.optimizer and target.optimizer and (is_native or not target.native) else WEIGHTS
+    return WHOLE if reader.optimizer and target.optimizer else WEIGHTS
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:

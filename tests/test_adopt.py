@@ -146,13 +146,17 @@ def test_the_user_is_told_what_stays_behind_and_what_to_say(tmp_path, capsys):
         archive.extractall(tmp_path / "ds", filter="data")
     source = next(path.parent for path in (tmp_path / "ds").rglob("latest"))
     before = digests(source)
-    out = convert(source, tmp_path / "out", "megatron", "--tp", "4", "--replicas", "first")
+    out = convert(source, tmp_path / "out", "megatron", "--tp", "4", "--replicas", "first", "--weights-only")
     told = capsys.readouterr().out
-    assert "a release, of weights only: the iteration" in told and "left out: " in told and "(exp_avg)" in told
+    assert "a release, of weights only: the iteration 3 stays behind" in told and (out / "release").is_dir()
     assert "run Megatron-LM with --transformer-impl local" in told and "vocabulary padded to" in told
     assert "nobody recorded its activation and eps" in told
-    manifest = json.loads((out / "parammap_manifest.json").read_text())
-    assert any("(exp_avg_sq)" in name for name in manifest["dropped"])
+    whole = convert(source, tmp_path / "whole", "megatron", "--tp", "4", "--replicas", "first")
+    told = capsys.readouterr().out
+    assert "run Megatron-LM with --no-load-rng --transformer-impl local" in told
+    assert "the optimizer goes on from step 3: in torch format its buckets are those of megatron-core 0.16.1" in told
+    manifest = json.loads((whole / "parammap_manifest.json").read_text())
+    assert not any("exp_avg" in name for name in manifest["dropped"]) and (whole / "iter_0000003").is_dir()
     after = digests(out)
     assert {name: one[1] for name, one in after.items()} == {name: one[1] for name, one in before.items()}
 

@@ -15,7 +15,7 @@ from convert.architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
 from convert.cli import main
 from convert.fusion import PADDING
 from convert.proof import verify
-from convert.tensors import MODEL_WEIGHT, WEIGHT
+from convert.tensors import EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT
 from tests.lab import deepspeed_goldens, hub
 from tests.test_relayout import RUNS
 
@@ -111,7 +111,9 @@ def test_every_pair_keeps_every_tensor(source, tmp_path, family, framework, to):
     if family in formats.SOURCES[framework].families and not formats.goes(family, framework, to)
     and family != YUAN])
 def test_every_other_pair_is_refused(source, tmp_path, capsys, family, framework, to):
-    assert main(["convert", str(source(family, framework)), str(tmp_path / "out"), "--to", to]) == 2
+    start = source(family, framework)
+    capsys.readouterr()
+    assert main(["convert", str(start), str(tmp_path / "out"), "--to", to]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
@@ -138,6 +140,20 @@ def test_a_walk_of_six_conversions_comes_back(tmp_path, family, seed):
         here = convert(here, tmp_path / "back", "transformers")
     assert digests(here) == before, path
     assert hub.logits(here).equal(hub.logits(tmp_path / "0")), path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_walk_with_the_optimizer_comes_back(source, tmp_path, seed):
+    """The same from a trained run on, by frameworks that keep the whole state."""
+    rng, here, framework = random.Random(f"optimizer {seed}"), source(GPT2, "megatron"), "megatron"
+    before, path = digests(here), [framework]
+    for hop in range(1, HOPS + 1):
+        to = rng.choice([to for to in formats.SOURCES if to in formats.TARGETS and to != framework
+                         and formats.goes(GPT2, framework, to) == formats.WHOLE])
+        sizes = [part for size in CUTS.get(to, ()) for part in (f"--{size}", str(rng.choice([1, 2, 4])))]
+        here, framework = convert(here, tmp_path / str(hop), to, *sizes), to
+        path.append(f"{to} {' '.join(sizes)}")
+        assert digests(here) == before and EXP_AVG_SQ in {role for role, _ in before}, path
 
 
 def test_the_table_in_the_docs_is_the_one_of_the_code(capsys):

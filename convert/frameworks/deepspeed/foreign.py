@@ -23,18 +23,15 @@ from ...naming import brief
 from ...states import States
 from ...tensors import EXP_AVG, WEIGHT
 from ..megatron.facts import args_of
-from ..mindspore.scalars import param_groups
+from ..mindspore.scalars import param_groups, steps_taken
 from .layers import EMBEDDING, NORM, optimizer_name
-from .universal import Contents, Parameter
+from .universal import SCHEDULER, Contents, Parameter
 
 #: the release whose form this is
 _VERSION = "0.19.8"
 _GROUPS = 3
 #: what a group says of Adam, beside how its weights decay
 _GROUP_KEYS = ("lr", "betas", "eps", "bias_correction", "step")
-#: the scheduler's state, by the names of Megatron-LM's
-_SCHEDULER = {"max_lr": "max_lr", "min_lr": "min_lr", "num_steps": "num_steps", "lr_warmup_steps": "warmup_steps",
-              "lr_decay_steps": "decay_steps", "lr_decay_style": "decay_style"}
 #: the numbers of the first layer's function, and how many stand between the last one's and the final norm's
 _EMBEDDING, _FIRST_LAYER, _TO_NORM = 1, 3, 2
 
@@ -75,11 +72,7 @@ def _groups(source: Checkpoint) -> list[dict]:
     groups = [group for meta in source.metas.values() for group in param_groups(meta.get("optimizer"))]
     if not groups or "lr" not in groups[0]:
         raise RefusedError(f"{source.folder}: keeps no param_groups of its optimizer, without whose steps Adam cannot go on")
-    steps = {group["step"] for group in groups if isinstance(group.get("step"), (int, float))}
-    if len(steps) > 1:
-        raise RefusedError(f"{source.folder}: parameters have taken different numbers of steps {sorted(steps)}")
-    step = int(steps.pop()) if steps else source.iteration
-    own = {**{key: groups[0][key] for key in _GROUP_KEYS if key in groups[0]}, "step": step}
+    own = {**{key: groups[0][key] for key in _GROUP_KEYS if key in groups[0]}, "step": steps_taken(source, groups)}
     return [{**own, "params": []} for _ in range(_GROUPS)]
 
 
@@ -104,18 +97,20 @@ def _scheduler(meta: dict, tokens: dict) -> dict | None:
     state = meta.get("opt_param_scheduler")
     if not state:
         return None
-    return {**{own: state[name] for name, own in _SCHEDULER.items() if name in state},
+    return {**{own: state[name] for name, own in SCHEDULER.items() if name in state},
             **({"num_tokens": tokens["tokens"]} if tokens else {})}
 
 
 def _args(args: dict, model: Architecture) -> Opaque:
-    """The arguments by which the model is known again, and the samples that were consumed; plain values only."""
+    """The arguments by which the model is known again, how its weights decay, the samples that were consumed; plain values
+    only."""
     activation = {} if model.activation is None else {
         "openai_gelu": model.activation == "gelu_new", "bias_gelu_fusion": False}
     known = {
         "num_layers": model.layers, "hidden_size": model.hidden, "ffn_hidden_size": model.ffn,
         "num_attention_heads": model.heads, "kv_channels": model.head_size, "max_position_embeddings": model.positions,
         "padded_vocab_size": model.vocab, "layernorm_epsilon": model.eps, "seq_length": args.get("seq_length"),
+        **{name: args.get(name) for name in ("bf16", "fp16", "weight_decay")},
         "consumed_train_samples": args.get("consumed_train_samples", 0),
         "consumed_valid_samples": args.get("consumed_valid_samples", 0)}
     told = {name: value for name, value in known.items() if value is not None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,31 @@ class Rank:
         return list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
 
     def meta(self) -> dict:
-        """What the rank keeps beside the model; its optimizer's groups as others have them, and `zero`, all of it."""
+        """What the rank keeps beside the model; its optimizer's groups and its scheduler as others have them, and `zero`,
+        all of it."""
         rest = {key: value for key, value in self.content.items() if key not in ("module", "optimizer")}
+        if schedule := self._schedule():
+            rest["opt_param_scheduler"] = schedule
         if self.functions:
             rest["functions"] = self.functions.prefixes
         if not self.states.tensors:
             return rest
-        groups = [{"step": int(step), **group} if step is not None else group
-                  for group, step in zip(self.states.rest["param_groups"], self._steps(), strict=False)]
-        return {**rest, "optimizer": {"optimizer": {"param_groups": groups}}, "zero": self.states.rest,
+        return {**rest, "optimizer": {"optimizer": {"param_groups": list(self._groups())}}, "zero": self.states.rest,
                 "steps": self.states.steps}
 
-    def _steps(self) -> list[float | None]:
-        first = [next(iter(group), None) for group in self.shapes()]
-        return [zero.value_of(self.states.steps[name]) if name in self.states.steps else None for name in first]
+    def _schedule(self) -> dict:
+        """What Megatron-LM's scheduler would say; nothing of one that decays by tokens, or is of another kind."""
+        state = self.content.get("lr_scheduler")
+        if not isinstance(state, dict) or args_of(self.content).get("lr_decay_tokens"):
+            return {}
+        return {name: state[own] for name, own in universal.SCHEDULER.items() if own in state}
+
+    def _groups(self) -> Iterator[dict]:
+        """The optimizer's groups, with the steps that the first parameter of each has taken, where that is known."""
+        groups = self.states.rest["param_groups"]
+        for group, names in zip_longest(groups, self.shapes()[:len(groups)]):
+            step = self.states.steps.get(next(iter(names or ()), None))
+            yield group if step is None else {"step": int(zero.value_of(step)), **group}
 
 
 def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | None = None, weights_only: bool = False,
@@ -83,7 +95,7 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     """Read a checkpoint's headers and metadata. SRC is a save root or the folder of one step.
 
     `metas` holds per rank the mp_rank file without the model, and of its optimizer `zero` (see zero.States.rest), `steps`
-    by parameter, and `optimizer` with its groups as Megatron-LM has them.
+    by parameter, and `optimizer` with its groups and `opt_param_scheduler` as Megatron-LM has them.
     Raises RefusedError for anything missing, damaged, contradictory, or of ZeRO stage 3.
     """
     if sidecar_folder is not None:

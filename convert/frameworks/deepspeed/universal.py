@@ -23,6 +23,9 @@ from .layers import Functions, is_pipeline
 #: the files of a parameter's states
 FILES = {WEIGHT: "fp32.pt", EXP_AVG: "exp_avg.pt", EXP_AVG_SQ: "exp_avg_sq.pt"}
 STEP_FILE = "step.pt"
+#: the state of Megatron-LM's scheduler and, in BigScience's older one (megatron/learning_rates.py, AnnealingLR), the same
+SCHEDULER = {"max_lr": "max_lr", "min_lr": "min_lr", "num_steps": "num_steps", "lr_warmup_steps": "warmup_steps",
+             "lr_decay_steps": "decay_steps", "lr_decay_style": "decay_style"}
 #: the key of a file's tensor, and where the tied modules' parameters are
 PARAM, _TIED = "param", "tied_modules."
 #: stands for the embedding among the layer functions, all of which have greater numbers

@@ -1,4 +1,6 @@
-"""A model of another framework as a checkpoint of megatron-core: one rank, weights only, from which any layout can be made.
+"""A model of another framework as a checkpoint of megatron-core: one rank, from which any layout can be made.
+
+With the optimizer where the source has one (adopt_optimizer.py); without, it is a release as Megatron-LM's own tools make.
 
 Names are those of the layer specification without Transformer Engine (--transformer-impl local), and arguments those that
 Megatron-LM compares and takes over when it loads (training/checkpointing.py, check_checkpoint_args and
@@ -9,7 +11,7 @@ what Megatron-LM computes where it fuses bias and GELU, its default; see archite
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ... import frameworks
 from ...architecture import GPT2, LLAMA, Architecture
@@ -20,10 +22,12 @@ from ...families import WORD_EMBEDDING
 from ...families.gpt import ROWS_OF_TABLE
 from ...fusion import GATE_UP, QKV, VOCAB
 from ...index import Found, Index, atom_name
-from ...layout import Layout, Place
+from ...layout import Layout, Place, Wish
 from ...naming import brief
+from ...relayout import relaid
 from ...states import States
 from ...tensors import WEIGHT, Stored, TensorSpec
+from . import adopt_optimizer
 from .architecture import LLAMA3_SCALING
 from .structure import megatron_naming
 
@@ -41,33 +45,50 @@ _ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "
 
 
 def adopted(source: Checkpoint) -> Checkpoint:
-    """The source as Megatron's, its vocabulary padded by Megatron-LM's rule. Like what Megatron-LM's own tools make of other
-    frameworks' models it is a release, of iteration 0 and without moments.
+    """The source as Megatron's, its vocabulary padded by Megatron-LM's rule: with its iteration, the optimizer's states and
+    a sidecar where it has an optimizer, else a release, of iteration 0.
 
-    Raises RefusedError for a model that Megatron-LM cannot compute, and for one of which nobody recorded how it computes.
+    Raises RefusedError for a model that Megatron-LM cannot compute, for one of which nobody recorded how it computes, and
+    for an optimizer that Megatron-LM's cannot be.
     """
     architecture = frameworks.architecture_for(source, (GPT2, LLAMA), NAME)
     states = States(source)
     _check(source, architecture, states.names())
-    args = _args(source, architecture, states)
-    specs = list(_specs(states, args))
+    stepped = source.with_optimizer
+    args = {**_args(source, architecture, states), **(adopt_optimizer.args(source) if stepped else {})}
+    tensors = list(_tensors(states, args))
+    specs = [tensor.spec for tensor in tensors]
+    iteration = source.iteration if stepped else 0
+    if stepped:
+        adopt_optimizer.check(states)
     empty = Checkpoint(
-        "megatron", source.folder, 0, Layout(), Index([], Layout()), False, source.num_layers,
+        "megatron", source.folder, iteration, Layout(), Index([], Layout()), stepped, source.num_layers,
         rank_folders={_RANK: source.folder}, metas={_RANK: {
             "args": Opaque(Global("argparse", "Namespace"), (), new=True, state=args),
-            "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0}},
+            "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration,
+            **(adopt_optimizer.meta(source) if stepped else {})}},
         structures={_RANK: [{spec.name: spec for spec in specs}]}, dropped=source.dropped,
+        sidecar=adopt_optimizer.sidecar(source, args, specs) if stepped else None,
         notes=[*source.notes, *_notes(architecture, args, source)])
     naming = megatron_naming(empty, empty.structures)
-    found = [Found(spec.name, Place(), WEIGHT, Stored(spec.dtype, spec.shape, ())) for spec in specs]
-    return replace(empty, index=Index([naming.hold(one) for one in found], Layout()))
+    found = [Found(tensor.spec.name, Place(), role, Stored(states.tensor(role, tensor.first).dtype, tensor.spec.shape, ()))
+             for role in (adopt_optimizer.ROLES if stepped else (WEIGHT,)) for tensor in tensors]
+    whole = replace(empty, index=Index([naming.hold(one) for one in found], Layout()))
+    return relaid(whole, Wish(layout=Layout())) if stepped else whole
 
 
 # --------------------------------------------------------------------------------------------------------- its tensors
 
-def _specs(states: States, args: dict) -> Iterator[TensorSpec]:
-    """The tensors of the state dict, in megatron-core's names, shapes and order of layers, in the dtype of the weights that
-    the source's optimizer steps."""
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the state dict, and the first of the logical tensors that make it up."""
+
+    spec: TensorSpec
+    first: str
+
+
+def _tensors(states: States, args: dict) -> Iterator[_Tensor]:
+    """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that the model computes in."""
     used: set[str] = set()
     for canonical, kind, name in _table(states.source.num_layers):
         atoms = _atoms(states, canonical, kind)
@@ -77,23 +98,30 @@ def _specs(states: States, args: dict) -> Iterator[TensorSpec]:
             used |= set(atoms)
             tensors = [states.tensor(WEIGHT, atom) for atom in atoms]
             rows = args["padded_vocab_size"] if kind == VOCAB else sum(tensor.rows for tensor in tensors)
-            yield TensorSpec(name, tensors[0].dtype, (rows, *tensors[0].shape[1:]))
+            spec = TensorSpec(name, adopt_optimizer.model_dtype(states, atoms[0]), (rows, *tensors[0].shape[1:]))
+            yield _Tensor(spec, atoms[0])
     if unplaced := sorted(states.names() - used):
         raise RefusedError(f"{states.source.folder}: has {len(unplaced)} tensors that {NAME}'s model has no place for: "
                            f"{brief(unplaced)}; the two models are of different architectures")
 
 
 def _table(num_layers: int) -> Iterator[tuple[str, str, str]]:
-    """(canonical name, arrangement, megatron-core's name) of all that a dense model may have, layer by layer."""
+    """(canonical name, arrangement, megatron-core's name) of all that a dense model may have, layer by layer, in the order
+    of named_parameters(), by which buckets are filled."""
     rows = [(canonical, kind, core[0]) for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
             if core and "{e}" not in canonical]
-    in_layer = [row for row in rows if "{i}" in row[0]]
+    in_layer = sorted((row for row in rows if "{i}" in row[0]), key=_order)
     first = rows.index(in_layer[0])
     layers = [(canonical.replace("{i}", str(i)), kind, name.replace("{i}", str(i)))
               for i in range(num_layers) for canonical, kind, name in in_layer]
     for canonical, kind, name in [*rows[:first], *layers, *(row for row in rows[first:] if row not in in_layer)]:
         for w in ("weight", "bias") if "{w}" in canonical else ("",):
             yield canonical.replace("{w}", w), kind, name.replace("{w}", w)
+
+
+def _order(row: tuple[str, str, str]) -> int:
+    """An attention's output projection comes first in it (megatron-core, transformer/attention.py, core_r0.6.0 … 0.16.1)."""
+    return next((place for place, part in enumerate((".input_norm.", ".attention.out.")) if part in row[0]), 2)
 
 
 def _atoms(states: States, canonical: str, kind: str) -> tuple[str, ...]:
@@ -152,7 +180,7 @@ def _scaling(model: Architecture) -> dict | None:
 def _args(source: Checkpoint, model: Architecture, states: States) -> dict:
     """What Megatron-LM would have saved of such a run at one rank."""
     names, is_llama = states.names(), model.family == LLAMA
-    words = states.tensor(WEIGHT, WORD_EMBEDDING)
+    words, dtype = states.tensor(WEIGHT, WORD_EMBEDDING), adopt_optimizer.model_dtype(states, WORD_EMBEDDING)
     groups, head_size = model.groups or model.heads, model.head_size or words.cols // model.heads
     return {
         "num_layers": model.layers, "encoder_num_layers": model.layers, "hidden_size": words.cols,
@@ -177,7 +205,7 @@ def _args(source: Checkpoint, model: Architecture, states: States) -> dict:
         "decoder_last_pipeline_num_layers": None, "pipeline_model_parallel_layout": None,
         "context_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1,
         "data_parallel_size": 1, "world_size": 1, "use_tp_pp_dp_mapping": False,
-        "params_dtype": Global("torch", words.dtype), "bf16": words.dtype == "bfloat16", "fp16": words.dtype == "float16",
+        "params_dtype": Global("torch", dtype), "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
         "use_mcore_models": True, "use_legacy_models": False, "transformer_impl": "local", "use_dist_ckpt": False,
         "ckpt_format": "torch", "data_parallel_random_init": False, "iteration": 0,
         "consumed_train_samples": 0, "consumed_valid_samples": 0,
@@ -197,12 +225,14 @@ def _notes(model: Architecture, args: dict, source: Checkpoint) -> Iterator[str]
     flags += ["--use-rope-scaling", f"--rope-scaling-factor {args['rope_scaling_factor']}"] * args["use_rope_scaling"]
     if stretch := args["rotary_seq_len_interpolation_factor"]:
         flags.append(f"--rotary-seq-len-interpolation-factor {stretch}")
+    flags += ["--no-load-rng"] * source.with_optimizer
     yield (f"run Megatron-LM with {' '.join([*flags, '--transformer-impl local'])}: --use-checkpoint-args takes all else "
            "from the checkpoint")
     if unrecorded := [field for field in ("activation", "eps") if getattr(model, field) is None]:
         yield f"nobody recorded its {' and '.join(unrecorded)}, which Megatron-LM takes from its command line alone"
     if (rows := args["padded_vocab_size"]) > args["vocab_size"]:
         yield f"vocabulary padded to {rows} rows, from {args['vocab_size']}: the new ones repeat the last one"
-    if source.with_optimizer or source.iteration:
-        yield (f"a release, of weights only: the iteration {source.iteration} and the optimizer's states stay behind, as "
-               "Megatron-LM's buckets are laid out by a run of its own")
+    if source.with_optimizer:
+        yield from adopt_optimizer.notes(source, args["params_dtype"].name)
+    elif source.iteration:
+        yield f"a release, of weights only: the iteration {source.iteration} stays behind"

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from ...checkpoint import Checkpoint
 from ...containers.pickles import Opaque
 from ...errors import RefusedError
 from ...tensors import TensorSpec
@@ -65,6 +66,15 @@ def param_groups(optimizer: object) -> list[dict]:
         return list((optimizer["optimizer"] or {}).get("param_groups", []))
     links = optimizer.values() if isinstance(optimizer, dict) else optimizer or []
     return [group for link in links if isinstance(link, (dict, list)) for group in param_groups(link)]
+
+
+def steps_taken(source: Checkpoint, groups: list[dict]) -> int:
+    """The steps that all parameters of a checkpoint have taken; the iteration where no group says. Raises RefusedError where
+    groups differ."""
+    steps = {group["step"] for group in groups if isinstance(group.get("step"), (int, float))}
+    if len(steps) > 1:
+        raise RefusedError(f"{source.folder}: parameters have taken different numbers of steps {sorted(steps)}")
+    return int(steps.pop()) if steps else source.iteration
 
 
 def _step(scalars: Scalars, steps: set[float]) -> None:
