@@ -316,3 +316,11 @@ def test_trained_checkpoints_are_proved_there_and_back(trained_variant, tmp_path
     digests = [{(e["role"], e["name"]): e["digest"] for e in run(capsys, "digest", folder)[1]["digests"]}
                for folder in (source, out, back)]
     assert digests[0] == digests[2] and digests[1].items() <= digests[0].items() and len(digests[1]) > 20
+
+
+@pytest.mark.parametrize("flags", [("--make-vocab-size-divisible-by", "300"), ("--tp", "1")])
+def test_a_vocabulary_padded_anew_is_no_difference(trained, tmp_path, capsys, flags):
+    source = trained(core="0.16.1", layers=4, hidden=64, heads=8, bucket=20_000, tp=2, pp=2, dp=2).path
+    out = convert(source, tmp_path / "out", "megatron", *flags)
+    status, found = run(capsys, "verify", out)
+    assert (status, found["problems"]) == (0, []) and found["tensors_compared"] > 30

@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..checks import cast_bits, widen_bits
 from ..digest import MASK, box_digest
 from ..errors import RefusedError
+from ..fusion import PADDING
 from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
@@ -314,10 +315,12 @@ def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], work
     listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
     declared = {key: entry for key, entry in manifest.casts.items() if key[2] in casts}
     known = {there[key]: declared.get((*other, there[key].dtype), manifest.digests[other])
-             for key, other in listed.items() if other in manifest.digests}
+             for key, other in listed.items() if other in manifest.digests
+             and (not is_padding(there[key]) or list(there[key].shape) == manifest.digests[other]["shape"])}
     extra = {(tensor.role, tensor.name) for tensor in output.index.boxes
              if tensor not in known and tensor.role != MODEL_WEIGHT and not is_padding(tensor)}
-    for what, keys in (("is missing", manifest.digests.keys() - there.keys()), ("is not of the source", extra)):
+    lacking = {key for key in manifest.digests.keys() - there.keys() if not key[1].endswith(f".{PADDING}")}
+    for what, keys in (("is missing", lacking), ("is not of the source", extra)):
         yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
     cast = {tensor: entry["dtype"] for tensor, entry in known.items() if tensor.dtype in casts - {entry["dtype"]}}
     narrow = {tensor: dtype for tensor, dtype in cast.items() if ITEMSIZE[tensor.dtype] > ITEMSIZE[dtype]}
