@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convert.containers import torch_zip
+from convert.containers import torch_zip, zip_records
 from convert.containers.pickles import Global, Opaque
 from convert.errors import RefusedError
-from convert.tensors import ITEMSIZE, Stored
+from convert.tensors import ITEMSIZE, Extent, Stored
 
 GOLDENS = sorted((Path(__file__).parent / "data" / "megatron").glob("*/iter_*/mp_rank_*/*.pt"))
 IDS = ["/".join(path.parts[-4:]) for path in GOLDENS]
@@ -304,6 +304,16 @@ def test_a_damaged_file_is_read_within_its_bounds_or_refused(honest, flips):
     for stored in found:
         (extent,) = stored.extents
         assert extent.file == path and 0 <= extent.offset <= extent.offset + extent.nbytes <= len(content)
+
+
+@pytest.mark.parametrize("offset", [2**63, 2**64 - 1, 10**9, -1])
+def test_a_record_said_to_lie_outside_is_refused(honest, offset):
+    content, path = honest
+    Path(path).write_bytes(content)
+    info = zipfile.ZipInfo("honest/data.pkl")
+    info.header_offset = offset
+    with open(path, "rb") as stream, pytest.raises(RefusedError, match="not where the directory says"):
+        zip_records._extent(zip_records._Window(stream.fileno(), Extent(path, 0, len(content))), info)
 
 
 _EXTENT_FORGED = b"""\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n\

@@ -69,7 +69,7 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         nbytes = min(len(buffer), max(self.extent.nbytes - self._position, 0))
-        data = os.pread(self.fd, nbytes, self.extent.offset + self._position)
+        data = os.pread(self.fd, nbytes, self.extent.offset + self._position) if nbytes else b""
         buffer[:len(data)] = data
         self._position += len(data)
         return len(data)
@@ -100,7 +100,8 @@ def _extent(window: _Window, info: zipfile.ZipInfo) -> Extent:
     file, start = window.extent.file, window.extent.offset
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED or info.compress_size != info.file_size:
         raise RefusedError(f"{file}: record {info.filename!r} is packed or encrypted; save it again with torch.save")
-    header = os.pread(window.fd, _LOCAL.size, start + info.header_offset)
+    is_inside = 0 <= info.header_offset < window.extent.nbytes
+    header = os.pread(window.fd, _LOCAL.size, start + info.header_offset) if is_inside else b""
     if len(header) < _LOCAL.size or not header.startswith(_LOCAL_MAGIC):
         raise RefusedError(f"{file}: record {info.filename!r} is not where the directory says; the file is damaged")
     *_, name_nbytes, extra_nbytes = _LOCAL.unpack(header)
