@@ -92,7 +92,6 @@ def test_the_universal_checkpoint_is_that_of_deepspeeds_own_tool(name, runs):
         assert parameter == "head.weight" or same(ours[parameter], own), parameter
 
 
-@pytest.mark.full
 def test_deepspeed_resumes_in_other_layouts(runs):
     """All states are as they were, and the next losses are those of the run that was not interrupted: the same bits in the
     same layout, the same up to the order of sums in others."""
