@@ -95,6 +95,15 @@ def test_a_singleton_is_put_into_the_folder_of_its_parts(flat, tmp_path):
     assert script("convert_to_singleton", location, "--overwrite").returncode == 0
 
 
+def test_raw_parts_and_shards_become_a_singleton_as_well(raw):
+    folder = raw(FP16)
+    assert convert_to_singleton([str(folder)]) == 0
+    made, name = torch_load(folder / "restored.pt")["model"], "decoder.layers.0.self_attn.{}_proj.weight"
+    thirds = [truth[name.format("qkv")].chunk(3) for truth in truths(FP16, 2)]
+    for own, parts in zip("kvq", zip(*thirds, strict=True), strict=True):
+        assert torch.equal(made[name.format(own)], torch.cat(parts))
+
+
 def test_a_singleton_can_be_loaded_without_metaseq(tmp_path):
     shutil.copytree(FP16 / "up/rf1", tmp_path / "opt")
     assert convert_to_singleton([str(tmp_path / "opt"), "--drop-metaseq-req"]) == 0
