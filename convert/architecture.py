@@ -22,7 +22,8 @@ class Architecture:
 
     `vocab` is the true vocabulary's size; `groups` are the heads of keys and values; `activation` is transformers' name of
     it (gelu is the exact one, gelu_new the one with tanh); `eps` the norms' own; `bias` says whether the layers' linear maps
-    have one; `config` is the whole config.json of a source that has one, so that it can be written again as it was.
+    have one; `config` is the whole config.json of a source that has one, so that it can be written again as it was;
+    `unlike` are settings by which it computes otherwise than its family's models do in other frameworks.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Architecture:
     bias: bool | None = None
     head_size: int | None = None
     config: dict = field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
 
     @property
     def rows_before_positions(self) -> int:

@@ -61,7 +61,7 @@ class States:
         """
         used: set[str] = set()
         for canonical, (name, row) in _expanded(dialect, self.source.num_layers):
-            kind, parts = self._parts(canonical, row.arrangement)
+            kind, parts = self.parts(canonical, row.arrangement)
             there = [part for part in parts if (WEIGHT, part) in self.tensors]
             if not there:
                 continue
@@ -85,7 +85,7 @@ class States:
         spec = TensorSpec(name or parameter.name, dtype or stored, shape[::-1] if is_transposed else shape)
         return Wanted(spec, atoms(role, parameter.canonical, parameter.kind, stored, arranged), transposed=is_transposed)
 
-    def _parts(self, canonical: str, arrangement: str) -> tuple[str, tuple[str, ...]]:
+    def parts(self, canonical: str, arrangement: str) -> tuple[str, tuple[str, ...]]:
         """How a tensor of the dialect is put together of the source's, and of which: a model without gates has plain fc1."""
         if arrangement == GATE_UP and (WEIGHT, canonical) in self.tensors:
             return ROWS, (canonical,)
@@ -97,7 +97,7 @@ class States:
         return (rows, *tensors[0].shape[1:])
 
     def _dtype(self, role: str, parameter: Parameter) -> str:
-        _, parts = self._parts(parameter.canonical, parameter.row.arrangement)
+        _, parts = self.parts(parameter.canonical, parameter.row.arrangement)
         return self.tensor(role, parts[0]).dtype
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from convert.containers import pickle_writer, pickles, torch_zip, zip_records
+from convert.containers import pickle_writer, pickles, torch_zip
 from convert.containers.frames import FrameBuilder
 from convert.containers.pickles import Opaque
 from convert.containers.torch_zip import Frame, Storage
@@ -69,7 +69,7 @@ def is_legacy(path: str | os.PathLike) -> bool:
 
 def read_either(path: str | os.PathLike) -> Any:
     """The pickled object of a torch.save of either kind, with a Stored in place of each tensor, or a Strided."""
-    return read(path) if is_legacy(path) else _read_zip(os.fspath(path))
+    return read(path) if is_legacy(path) else torch_zip.read(path, kind=_Views)
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -158,18 +158,7 @@ def _storages(file: str, stream: BinaryIO, keys: list, kinds: dict[str, tuple]) 
     return records
 
 
-def _read_zip(file: str) -> Any:
-    """As torch_zip.read, for tensors that may be strided."""
-    records = zip_records.read(file)
-    prefix = torch_zip._archive_name(file, records)
-    byte_order, pickled = records.get(f"{prefix}/byteorder"), records[f"{prefix}/data.pkl"]
-    if (byte_order and zip_records.read_record(byte_order) != b"little") or pickled.nbytes > pickles.MAX_PICKLE_NBYTES:
-        return torch_zip.read(file)  # which says what is wrong
-    reader = _Views(file, prefix, records)
-    return pickles.loads(zip_records.read_record(pickled), file, reader.calls(), reader.storage)
-
-
-class _Views(torch_zip._Reader):
+class _Views(torch_zip.Reader):
     """Resolves tensors that may be strided matrices."""
 
     def _box(self, extent: Extent, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Stored:

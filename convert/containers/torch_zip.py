@@ -51,10 +51,10 @@ class Storage:
     extent: Extent
 
 
-def read(path: str | os.PathLike, within: Extent | None = None) -> Any:
+def read(path: str | os.PathLike, within: Extent | None = None, kind: type[Reader] | None = None) -> Any:
     """The pickled object, with a Stored in place of each tensor and parameter; reads headers and the pickle only.
 
-    `within` is the part of the file that is the archive, if not all of it.
+    `within` is the part of the file that is the archive, if not all of it; `kind` is who makes a Stored of a tensor.
     Everything that is not plain Python is inert (see `pickles`). Whether a tensor required a gradient, was a Parameter,
     carried Python attributes or lay on which device is not kept; tensors that share a storage have overlapping extents.
     Raises RefusedError if the file is missing, truncated, of another format, big-endian, or holds a tensor that is not
@@ -69,7 +69,7 @@ def read(path: str | os.PathLike, within: Extent | None = None) -> Any:
     pickled = records[f"{prefix}/data.pkl"]
     if pickled.nbytes > pickles.MAX_PICKLE_NBYTES:
         raise RefusedError(f"{file}: its data.pkl has {pickled.nbytes} bytes; tensors belong outside the pickle")
-    reader = _Reader(file, prefix, records)
+    reader = (kind or Reader)(file, prefix, records)
     return pickles.loads(zip_records.read_record(pickled), file, reader.calls(), reader.storage)
 
 
@@ -80,7 +80,7 @@ def _archive_name(file: str, records: Mapping[str, Extent]) -> str:
     return names[0]
 
 
-class _Reader:
+class Reader:
     """Resolves the storages and tensors that one archive's pickle names."""
 
     def __init__(self, file: str, prefix: str, records: Mapping[str, Extent]) -> None:

@@ -36,6 +36,9 @@ METASEQ = {
     "version": (REPLICATED, "decoder.version"),
 }
 
+#: what a checkpoint of metaseq's may have without a model computing with it
+BUFFERS = frozenset({"version"})
+
 #: the canonical tensors that every model with k, v and q apart has in each layer, and once; one with qkv has gpt.py's
 REQUIRED_IN_LAYER = ["input_norm.weight", "attention.q.weight", "attention.k.weight", "attention.v.weight",
                      "attention.out.weight", "post_attention_norm.weight", "mlp.fc1.weight", "mlp.fc2.weight"]

@@ -25,7 +25,6 @@ from .metaseq import reader as metaseq
 from .mindspore import reader as mindspore_source
 from .transformers import architecture as transformers_architecture
 from .transformers import reader as transformers_source
-from .transformers.model import Model as TransformersModel
 
 #: readers in the order in which they are asked whether a folder is theirs; the last one explains what is missing
 READERS = (merak, mindspore_source, megatron_dist, alpa_source, deepspeed, transformers_source, metaseq, megatron)
@@ -93,7 +92,7 @@ def architecture_for(checkpoint: Checkpoint, families: tuple[str, ...], target: 
     """
     known = architecture_of(checkpoint, activation)
     check_family(checkpoint, known.family, families, target)
-    if checkpoint.framework == "transformers" and (unlike := TransformersModel(str(checkpoint.folder), known.config).unlike):
-        raise RefusedError(f"{checkpoint.folder}: has {', '.join(unlike)}, which {target} does not compute; only "
+    if known.unlike:
+        raise RefusedError(f"{checkpoint.folder}: has {', '.join(known.unlike)}, which {target} does not compute; only "
                            "transformers itself has such a model")
     return known

@@ -20,6 +20,7 @@ from ...checkpoint import Checkpoint
 from ...containers import npy
 from ...errors import RefusedError
 from ...families import HEAD, HF_BLOOM, WORD_EMBEDDING, Row, rows_of
+from ...families.opt import BUFFERS
 from ...fusion import PADDING, REPLICATED, VOCAB, Sizes
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
@@ -43,8 +44,6 @@ _FILES = {
     _LAYER + "fc2.{w}": "layers.{i}.mlp.fc2.{w}",
     _LAYER + "final_layer_norm.{w}": "layers.{i}.post_attention_norm.{w}",
 }
-#: what a model may have without computing with it
-BUFFERS = frozenset({"version"})
 
 
 @dataclass(frozen=True, slots=True)

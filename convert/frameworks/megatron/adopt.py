@@ -20,8 +20,8 @@ from ...containers.pickles import Global, Opaque
 from ...errors import RefusedError
 from ...families import WORD_EMBEDDING
 from ...families.gpt import ROWS_OF_TABLE
-from ...fusion import GATE_UP, QKV, VOCAB
-from ...index import Found, Index, atom_name
+from ...fusion import VOCAB
+from ...index import Found, Index
 from ...layout import Layout, Place, Wish
 from ...naming import brief
 from ...relayout import relaid
@@ -37,7 +37,6 @@ CHECKPOINT_VERSION = 3.0
 #: Megatron-LM's default of --make-vocab-size-divisible-by
 DIVISIBLE_BY = 128
 _RANK = (0, 0, 0)
-_ATOMS = {QKV: ("q", "k", "v"), GATE_UP: ("gate", "up")}
 #: by family and activation: whether bias and activation are fused
 _FUSED = {(GPT2, "gelu_new"): True, (GPT2, "gelu"): False, (GPT2, None): None, (LLAMA, "silu"): False}
 #: other names of GELU by tanh (transformers, activations.py)
@@ -91,7 +90,7 @@ def _tensors(states: States, args: dict) -> Iterator[_Tensor]:
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that the model computes in."""
     used: set[str] = set()
     for canonical, kind, name in _table(states.source.num_layers):
-        atoms = _atoms(states, canonical, kind)
+        _, atoms = states.parts(canonical, kind)
         if there := [atom for atom in atoms if (WEIGHT, atom) in states.tensors]:
             if missing := sorted(set(atoms) - set(there)):
                 raise RefusedError(f"{states.source.folder}: lacks {brief(missing)}, a part of {name}")
@@ -122,13 +121,6 @@ def _table(num_layers: int) -> Iterator[tuple[str, str, str]]:
 def _order(row: tuple[str, str, str]) -> int:
     """An attention's output projection comes first in it (megatron-core, transformer/attention.py, core_r0.6.0 … 0.16.1)."""
     return next((place for place, part in enumerate((".input_norm.", ".attention.out.")) if part in row[0]), 2)
-
-
-def _atoms(states: States, canonical: str, kind: str) -> tuple[str, ...]:
-    """The logical tensors that make up a tensor of megatron-core's; fc1 is one where the MLP has no gate."""
-    if (WEIGHT, canonical) in states.tensors:
-        return (canonical,)
-    return tuple(atom_name(canonical, kind, part) for part in _ATOMS.get(kind, ("",)))
 
 
 # ---------------------------------------------------------------------------------------------------- what it computes

@@ -16,8 +16,7 @@ from ...architecture import OPT, Architecture
 from ...checkpoint import Checkpoint
 from ...errors import RefusedError
 from ...families import HEAD, METASEQ
-from ...fusion import KVQ
-from ...index import Found, Index, atom_name
+from ...index import Found, Index
 from ...layout import Layout, Place
 from ...naming import brief
 from ...states import States
@@ -58,8 +57,7 @@ def _found(states: States) -> Iterator[Found]:
     for canonical, i in [*((name, None) for name in _ROOT), *((name, i) for i in range(states.source.num_layers)
                                                               for name in _LAYER)]:
         name, row = rows[canonical]
-        parts = ("k", "v", "q") if row.arrangement == KVQ else ("",)
-        atoms = [atom_name(canonical.format(i=i), row.arrangement, part) for part in parts]
+        _, atoms = states.parts(canonical.format(i=i), row.arrangement)
         if canonical == HEAD and (WEIGHT, HEAD) not in states.tensors:
             continue
         tensors = [states.tensor(WEIGHT, atom) for atom in atoms]

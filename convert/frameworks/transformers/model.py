@@ -181,7 +181,7 @@ class Model:
                                "of them is wrong")
         derived = {"groups": groups, "head_size": hidden // heads, "ffn": 4 * hidden}
         return Architecture(family=self.family, **{**derived, **CONSTANT[self.family], **known},
-                            bias=self._has("layers.0.mlp.fc2.bias"), config=dict(self.config))
+                            bias=self._has("layers.0.mlp.fc2.bias"), config=dict(self.config), unlike=tuple(self.unlike))
 
     @property
     def unlike(self) -> list[str]:

@@ -23,6 +23,7 @@ from ...containers import safetensors, torch_zip
 from ...containers.frames import FrameBuilder, Literal
 from ...errors import RefusedError
 from ...families import HEAD, WORD_EMBEDDING, rows_of
+from ...families.opt import BUFFERS
 from ...fusion import Sizes
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
@@ -39,8 +40,6 @@ _ALONG = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "
           "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 #: where a configuration says the dtype; releases from 4.56 on know both
 _DTYPE_SETTINGS = ("torch_dtype", "dtype")
-#: metaseq's buffer that no model computes with
-_NEEDLESS = frozenset({"version"})
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -75,7 +74,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         raise RefusedError(f"{target.folder}: does not record its number of attention heads, by which queries, keys and "
                            "values are told apart; convert a checkpoint that has its arguments or layout files")
     own = completed(own, load(options.config)) if options.config else own
-    parameters = list(states.parameters(own.family, _NEEDLESS))
+    parameters = list(states.parameters(own.family, BUFFERS))
     model = _model(target, replace(own, vocab=states.vocab_rows), states, options)
     _check(target, model, parameters)
     tensors = {one.canonical: states.wanted(one, WEIGHT, Sizes(own.heads, own.groups), dtype=options.cast,
@@ -84,7 +83,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     return Output([*_weights(model, tensors, options), *_along(target, model)],
                   [(folder, "") for folder in target.rank_folders.values()], [],
                   {"transformers": {"model_type": model.config.get("model_type"), "format": options.format}},
-                  roles=(WEIGHT,), needless=_NEEDLESS)
+                  roles=(WEIGHT,), needless=BUFFERS)
 
 
 def _model(target: Checkpoint, own: Architecture, states: States, options: Options) -> Model:
