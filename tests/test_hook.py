@@ -114,7 +114,7 @@ LAYOUT_ONLY = """
 import runpy, sys
 from hooks import param_layout, param_map
 param_map.save_param_map = param_layout.save_param_layout
-runpy.run_path(sys.argv[1], run_name="__main__")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
