@@ -21,24 +21,25 @@ CALL = "    save_param_map(args, iteration, model, optimizer, checkpoint_name)\n
 
 class _HookedLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
-        from hooks.param_map import save_param_map
-        module.save_param_map = save_param_map
+        from .param_map import save_param_map
+        vars(module)["save_param_map"] = save_param_map
         super().exec_module(module)
 
     def get_code(self, fullname: str) -> CodeType:
-        source = self.get_source(fullname)
+        source = self.get_source(fullname) or ""
         if source.count(MARKER) == 1:
             source = source.replace(MARKER, CALL)
         else:
             print(f"param_map: no sidecars: {self.path} does not have the line '{MARKER.strip()}' once", flush=True)
-        return compile(source, self.path, "exec", dont_inherit=True)
+        code: CodeType = compile(source, self.path, "exec", dont_inherit=True)
+        return code
 
 
 class _HookedFinder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Sequence[str] | None,
                   target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, path, target) if fullname == TARGET else None
-        if spec is not None:
+        if spec is not None and spec.origin is not None:
             spec.loader = _HookedLoader(fullname, spec.origin)
         return spec
 
@@ -49,6 +50,6 @@ def install() -> None:
     Raises RuntimeError if megatron.training.checkpointing is already imported: it would save without them.
     """
     if TARGET in sys.modules:
-        raise RuntimeError(f"hooks.install() comes too late: {TARGET} is imported; call it before importing Megatron")
+        raise RuntimeError(f"install() comes too late: {TARGET} is imported; call it before importing Megatron")
     if not any(isinstance(finder, _HookedFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _HookedFinder())

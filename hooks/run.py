@@ -9,15 +9,15 @@ import os
 import runpy
 import sys
 
-import hooks
+from . import install
 
 
 def main() -> None:
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m hooks.run SCRIPT [ARGUMENTS]")
+        sys.exit(f"usage: python -m {__spec__.name} SCRIPT [ARGUMENTS]")
     del sys.argv[0]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    hooks.install()
+    install()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

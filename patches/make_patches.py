@@ -1,5 +1,8 @@
 """Generate the patches of this folder from hooks/, the single source of what they install.
 
+A file of hooks/ is installed as it is, so its imports of its neighbours are relative; into Megatron-LM with the line on
+top that tools/check_copyright.py wants there.
+
 `python patches/make_patches.py` rewrites them; `--check` only says (exit status 1) which one has drifted.
 """
 
@@ -48,14 +51,20 @@ def new_file(path: str, content: str) -> str:
             f"--- /dev/null\n+++ b/{path}\n@@ -0,0 +1,{len(lines)} @@\n{added}")
 
 
-def patch(call: str, module: str, hook: str) -> str:
-    """The diff that installs `hook` as the new file `module` and calls it."""
-    return call + new_file(module, (ROOT / hook).read_text())
+def patch(call: str, folder: str, files: dict[str, str], header: str = "") -> str:
+    """The diff that adds `files`, name in `folder` -> name in hooks/, each after `header`, and calls what they hold."""
+    return call + "".join(new_file(f"{folder}/{name}", header + (ROOT / "hooks" / hook).read_text())
+                          for name, hook in files.items())
 
+
+SHARED = "sidecar_files.py"  # what the hooks of all frameworks share
+MEGATRON_FILES = {name: name for name in ("param_facts.py", "param_layout.py", "param_map.py", SHARED)}
+METASEQ_FILES = {"param_map.py": "metaseq_param_map.py", SHARED: SHARED}
+MEGATRON_HEADER = "# Copyright (c) 2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved.\n"
 
 PATCHES = {
-    "param_map.patch": partial(patch, MEGATRON_CALL, "megatron/training/param_map.py", "hooks/param_map.py"),
-    "metaseq_param_map.patch": partial(patch, METASEQ_CALL, "metaseq/param_map.py", "hooks/metaseq_param_map.py"),
+    "param_map.patch": partial(patch, MEGATRON_CALL, "megatron/training", MEGATRON_FILES, MEGATRON_HEADER),
+    "metaseq_param_map.patch": partial(patch, METASEQ_CALL, "metaseq", METASEQ_FILES),
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +21,8 @@ import pytest
 import torch
 
 import hooks
-from hooks import param_map
+from examples.tiny.options import command_line
+from hooks import param_facts, param_layout, param_map, sidecar_files
 from tests.conftest import every_run
 from tests.lab import check_sidecar
 from tests.lab.variants import DEFECTS, VARIANTS
@@ -30,7 +33,7 @@ BYTES_PER_PARAM = 1024
 
 @pytest.fixture(autouse=True)
 def forget_what_was_said():
-    param_map._said.clear()
+    sidecar_files._warned.clear()
 
 
 @every_run(*SOUND)
@@ -77,9 +80,54 @@ def test_args_are_written_as_pickle_and_as_json(core, variant, trained_variant):
 @every_run("tp2pp2")
 def test_what_buckets_were_made_by_is_recorded(core, variant, trained_variant):
     layout = json.loads((trained_variant(core, variant).iteration_folder / "param_map/layout_tp00_pp000.json").read_text())
-    made_by = {"bucket_size": 100_000, "overlap_grad_reduce": True, "pad_buckets_for_high_nccl_busbw": False}
+    made_by = {"bucket_size": 100_000, "overlap_grad_reduce": True, "pad_buckets_for_high_nccl_busbw": False,
+               "num_distributed_optimizer_instances": 1}
     assert layout["ddp"] == (None if core == "0.6.0" else made_by)
     assert [entry["data_parallel_group_idx"] for entry in layout["optimizers"]] == [0]
+
+
+@every_run("tp2pp2", "moe_ep2")
+def test_what_the_model_is_made_of_is_recorded(core, variant, trained_variant):
+    layouts = (trained_variant(core, variant).iteration_folder / "param_map").glob("layout_*.json")
+    for layout in (json.loads(file.read_text()) for file in layouts):
+        modules = {param["name"]: param["module"] for _, param in check_sidecar.layout_params(layout)}
+        assert {entry["inner_class"] for entry in layout["optimizers"] if entry} == {"FusedAdam"}
+        assert all(module == "ColumnParallelLinear" for name, module in modules.items() if "linear_fc1" in name)
+        assert all(module == "VocabParallelEmbedding" for name, module in modules.items() if "word_embeddings" in name)
+        model = layout["model"]
+        assert model["transformer_impl"] == "local"  # though from 0.14 on the configuration's default says otherwise
+        assert model["params_dtype"] == "bfloat16" and model["activation_func"] == "gelu"
+        assert model["moe_grouped_gemm"] is False and model["moe_router_topk"] == 2
+        assert model["multi_latent_attention"] is (None if core == "0.6.0" else False) and model["kv_lora_rank"] is None
+        assert all(chunk["frozen"] == [] for chunk in layout["chunks"])
+
+
+def test_a_parameter_without_gradient_is_named_with_its_chunk():
+    chunks = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)) for _ in range(2)]
+    chunks[1][0].weight.requires_grad = chunks[1][1].weight.requires_grad = False
+    owners = param_layout._owners(chunks)
+    described = [param_layout._describe_chunk(vpp, chunk, owners) for vpp, chunk in enumerate(chunks)]
+    assert [chunk["frozen"] for chunk in described] == [[], ["0.weight", "1.weight"]]
+
+
+LAYOUT_ONLY = """
+import runpy, sys
+from hooks import param_layout, param_map
+param_map.save_param_map = param_layout.save_param_layout
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_the_layout_alone_is_the_same_layout_and_nothing_else(ckpt_format, trained, tmp_path):
+    options = {"layers": 2, "core": "0.16.1", "ckpt_format": ckpt_format}
+    root = Path(hooks.__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", LAYOUT_ONLY, "examples/train_tiny.py", "--out", tmp_path, *command_line(options)],
+                   cwd=root, check=True)
+    whole = trained(options.pop("core"), **options).path
+    alone, = tmp_path.rglob("param_map/**/*.*")
+    assert alone.name == "layout_tp00_pp000.json"
+    assert alone.read_bytes() == (whole / alone.relative_to(tmp_path)).read_bytes()
 
 
 def test_torch_dist_finds_its_folder_empty_and_its_sidecars_beside_it(trained):
@@ -147,21 +195,37 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
-def test_what_it_does_not_know_it_names_in_one_line(case, tmp_path, capsys):
+def test_what_it_does_not_know_it_names_in_one_line(case, tmp_path, caplog):
     args, optimizer, name, word = UNKNOWN[case]
     for _ in range(2):
         param_map.save_param_map(args, 1, [torch.nn.Linear(1, 1)], optimizer, str(tmp_path / name))
-    line, = capsys.readouterr().out.splitlines()
+    line, = caplog.messages
     assert line.startswith("param_map: no sidecar") and word in line
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("optimizer", [DistributedOptimizer(), DistributedOptimizer(data_parallel_group=3)])
-def test_a_failure_is_said_once_and_training_goes_on(optimizer, tmp_path, capsys):
+def test_a_failure_is_said_once_and_training_goes_on(optimizer, tmp_path, caplog):
     for _ in range(2):
         param_map.save_param_map(Namespace(), 1, [torch.nn.Linear(1, 1)], optimizer, str(tmp_path / TORCH_FILE))
-    line, = capsys.readouterr().out.splitlines()
+    line, = caplog.messages
     assert "training goes on" in line and "Error" in line
+
+
+def test_the_environment_turns_it_off(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("SAVE_PARAM_MAP", "0")
+    param_map.save_param_map(Namespace(), 1, [torch.nn.Linear(1, 1)], DistributedOptimizer(), str(tmp_path / TORCH_FILE))
+    assert not caplog.messages and not list(tmp_path.iterdir())
+
+
+def test_ranks_whose_files_would_have_one_name_are_refused(monkeypatch):
+    """Megatron names files by tp, pp and ep: with etp > tp two ranks hold experts of one name."""
+    sizes = {"tensor_model": 1, "context": 1, "data": 2, "pipeline_model": 1, "expert_tensor": 2}
+    mpu = Namespace(**{f"get_{name}_parallel_world_size": lambda size=size: size for name, size in sizes.items()})
+    monkeypatch.setitem(sys.modules, "megatron", Namespace())
+    monkeypatch.setitem(sys.modules, "megatron.core", Namespace(parallel_state=mpu))
+    with pytest.raises(sidecar_files.NoSidecar, match="expert tensor parallel size 2 > 1"):
+        param_facts.parallel_sizes(1)
 
 
 @contextlib.contextmanager
@@ -179,7 +243,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     target = tmp_path / "layout_tp00_pp000.json"
     target.write_bytes(b"old")
     with no_file_may_grow_beyond(1024), pytest.raises(OSError):
-        param_map._write_atomically(str(target), b"new" * 1024)
+        sidecar_files.write_atomically(str(target), b"new" * 1024)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -197,22 +261,22 @@ def test_the_latest_is_replaced_with_and_without_hard_links(can_link, tmp_path, 
     assert latest.read_bytes() == b"new" and sorted(tmp_path.iterdir()) == [latest, source]
 
 
-def test_what_was_written_is_synced(tmp_path, monkeypatch, capsys):
+def test_what_was_written_is_synced(tmp_path, monkeypatch, caplog):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
     file = tmp_path / "file"
     file.touch()
-    param_map._sync_in_background([str(file), str(tmp_path / "gone"), str(tmp_path)])
+    sidecar_files.sync_in_background([str(file), str(tmp_path / "gone"), str(tmp_path)])
     for thread in threading.enumerate():
         if thread.name == "param_map sync":
             thread.join()
     assert synced == [str(file), str(tmp_path)]
-    assert "could not sync" in capsys.readouterr().out
+    assert "could not sync" in caplog.text
 
 
-def test_python_3_8_can_compile_it():
-    import ast
-    ast.parse(Path(param_map.__file__).read_text(), feature_version=(3, 8))
+@pytest.mark.parametrize("file", sorted(Path(hooks.__file__).parent.glob("*.py")), ids=lambda file: file.name)
+def test_python_3_8_can_compile_it(file):
+    ast.parse(file.read_text(), feature_version=(3, 8))
 
 
 # --------------------------------------------------------------------------------------------- the folder of the latest
@@ -224,7 +288,7 @@ RANKS = {0: {"global": 0, "tp": 0, "pp": 0, "ep": 0}, 1: {"global": 1, "tp": 1, 
 def names_after_clearing(folder: Path, present: set[str], rank: int, keep: set[str]) -> set[str]:
     for name in present:
         (folder / name).write_text(name)
-    param_map._clear_stale(str(folder), keep, SIZES, RANKS[rank])
+    param_map._clear_stale(str(folder), keep, {"parallel": SIZES, "rank": RANKS[rank]})
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
@@ -260,7 +324,7 @@ class Color(Enum):
 def test_the_json_twin_is_json_whatever_args_hold(tmp_path):
     values = {"dtype": torch.bfloat16, "enum": Color.red, "inf": float("inf"), "tuple": (1, (2.5, None)),
               "dict": {3: True}, "function": len, "text": "é", "nested": [Color.red, float("nan")]}
-    assert json.loads(param_map._json(param_map._plain(values))) == {
+    assert json.loads(sidecar_files.to_json(sidecar_files.to_plain(values))) == {
         "dtype": "bfloat16", "enum": "red", "inf": "inf", "tuple": [1, [2.5, None]], "dict": {"3": True},
         "function": "<built-in function len>", "text": "é", "nested": ["red", "nan"]}
 
@@ -288,8 +352,8 @@ def fake_megatron(tmp_path):
                 "from megatron.training.checkpointing import save_checkpoint\n"
                 "save_checkpoint(None, 1, [], None, 'save/iter_0000001/mp_rank_00/model_optim_rng.pt')")
         root = str(Path(hooks.__file__).resolve().parent.parent)
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])})
+        run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])})
         return run.stdout.splitlines()
 
     return make
@@ -309,6 +373,16 @@ def test_install_after_megatron_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, hooks.TARGET, sys)
     with pytest.raises(RuntimeError, match="too late"):
         hooks.install()
+
+
+def test_it_works_inside_another_package(tmp_path):
+    """ParamMap may install it as parammap.hooks."""
+    shutil.copytree(Path(hooks.__file__).parent, tmp_path / "parammap/hooks")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom parammap.hooks import metaseq_param_map, param_map\nprint('hooks' in sys.modules)")
+    run = subprocess.run([sys.executable, "-m", "parammap.hooks.run", script], capture_output=True, text=True, check=True,
+                         cwd=tmp_path)
+    assert run.stdout == "False\n"
 
 
 def test_launcher_runs_a_script_as_main(tmp_path):

@@ -20,6 +20,7 @@ import torch
 from convert.cli import main
 from examples.mindspore_proof import PREFIXES, lowest_rank, mindspore_name
 from examples.tiny.trained import Trained
+from patches.make_patches import MEGATRON_HEADER
 from tests.lab import check_sidecar, mlm_entry
 from tests.lab.mindspore_load import load
 from tests.lab.torch_load import torch_load
@@ -96,6 +97,15 @@ def test_patch_applies(release, tmp_path):
     call = "    save_param_map(args, iteration, model, optimizer, checkpoint_name)\n\n    # Collect args, model, RNG.\n"
     assert patched.count("save_param_map(") == body.count(call) == 1
     compile(patched, "checkpointing.py", "exec")
+
+
+@needs_checkout
+def test_added_files_begin_as_megatron_s_own_check_wants():
+    file = f"{mlm_entry.resolve(CHECKOUT, 'main')}:tools/check_copyright.py"
+    check = subprocess.run(["git", "-C", CHECKOUT, "show", file], check=True, capture_output=True, text=True)
+    rules: dict[str, Any] = {"__name__": "check_copyright"}
+    exec(check.stdout, rules)
+    assert rules["EXPECTED_HEADER"].format(2026) + "\n" == MEGATRON_HEADER
 
 
 @needs_checkout

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -21,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hooks import metaseq_param_map as hook
-from hooks import param_map as megatron_hook
+from hooks import sidecar_files
 from tests.lab import metaseq_train
 from tests.test_metaseq_patch import CHECKOUT, PATCH, needs_checkout
 
@@ -37,7 +35,7 @@ needs_its_packages = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def forget_what_was_said():
-    hook._said.clear()
+    sidecar_files._warned.clear()
 
 
 # ----------------------------------------------------------------------------------------- what sidecars say, and files
@@ -242,20 +240,20 @@ SILENT = {
 
 
 @pytest.mark.parametrize("case", SILENT)
-def test_what_it_cannot_describe_it_names_in_one_line(case, tmp_path, capsys):
+def test_what_it_cannot_describe_it_names_in_one_line(case, tmp_path, caplog):
     trainer, changes, pattern = SILENT[case]
     state_dict = contents(standing_in(), **changes)
     for _ in range(2):
         hook.save_param_map(trainer, state_dict, str(tmp_path / "checkpoint_7.pt"))
-    line, = capsys.readouterr().out.splitlines()
+    line, = caplog.messages
     assert re.match(f"param_map: .*{pattern}", line)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rank_that_saves_nothing_writes_nothing(tmp_path, capsys):
+def test_a_rank_that_saves_nothing_writes_nothing(tmp_path, caplog):
     trainer = standing_in(should_save_checkpoint_on_current_rank=False)
     hook.save_param_map(trainer, contents(trainer), str(tmp_path / "checkpoint_7.pt"))
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and not caplog.messages
 
 
 @pytest.mark.parametrize("saved", [{"last_optimizer_state": None}, {"last_optimizer_state": {"state": {}}}])
@@ -284,14 +282,3 @@ def test_args_are_json_whatever_the_configuration_holds(tmp_path):
     assert json.loads((tmp_path / "param_map/args_checkpoint_7.json").read_text()) == {"cfg": {
         "model": {"dtype": "float16", "betas": [0.9, 0.95]}, "inf": "inf", "3": None,
         "function": "<built-in function len>"}}
-
-
-@pytest.mark.parametrize("name", [
-    "_say_once", "_global_rank", "_dtype", "_json", "_write_atomically", "_sync_in_background"])
-def test_what_the_two_hooks_have_in_common_is_the_same(name):
-    """Each is one file in another project, so they cannot share it; how it behaves is tested in test_hook.py."""
-    assert inspect.getsource(getattr(hook, name)) == inspect.getsource(getattr(megatron_hook, name))
-
-
-def test_python_3_8_can_compile_it():
-    ast.parse(Path(hook.__file__).read_text(), feature_version=(3, 8))

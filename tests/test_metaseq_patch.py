@@ -1,4 +1,4 @@
-"""patches/metaseq_param_map.patch adds one call and one file, to metaseq main and to all its branches but one."""
+"""patches/metaseq_param_map.patch adds one call and two files, to metaseq main and to all its branches but one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from patches.make_patches import METASEQ_FILES
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCH = ROOT / "patches/metaseq_param_map.patch"
@@ -25,7 +27,7 @@ needs_checkout = pytest.mark.skipif(not CHECKOUT, reason="METASEQ does not name 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("lines_before", [373, 382, 464])
-def test_it_adds_one_call_and_one_file(command, lines_before, tmp_path):
+def test_it_adds_one_call_and_the_files_of_the_hook(command, lines_before, tmp_path):
     package = tmp_path / "metaseq"
     package.mkdir()
     padding = [f"# {number}" for number in range(lines_before)]
@@ -33,8 +35,9 @@ def test_it_adds_one_call_and_one_file(command, lines_before, tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     subprocess.run([*COMMANDS[command], PATCH], cwd=tmp_path, check=True, capture_output=True)
     assert (package / "trainer.py").read_text().splitlines() == padding + BEFORE[:4] + CALL + BEFORE[4:]
-    assert (package / "param_map.py").read_bytes() == (ROOT / "hooks/metaseq_param_map.py").read_bytes()
-    assert sorted(file.name for file in package.iterdir()) == ["param_map.py", "trainer.py"]
+    assert {file.name for file in package.iterdir()} == {"trainer.py", *METASEQ_FILES}
+    for name, hook in METASEQ_FILES.items():
+        assert (package / name).read_bytes() == (ROOT / "hooks" / hook).read_bytes()
 
 
 def git(*arguments: str) -> str:

@@ -1,7 +1,8 @@
-"""The patch file is what hooks/ says, and git and patch both accept it. (On real releases: test_megatron_lm.py.)"""
+"""The patches are what hooks/ says, and git and patch both accept them. (On real releases: test_megatron_lm.py.)"""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ PATCH = ROOT / "patches/param_map.patch"
 BEFORE = ["def save_checkpoint():", "    args = None", "", "    # Collect args, model, RNG.", "    return args", ""]
 CALL = ["    from megatron.training.param_map import save_param_map",
         "    save_param_map(args, iteration, model, optimizer, checkpoint_name)", ""]
+COPYRIGHT = "# Copyright (c) 2026 NVIDIA CORPORATION & AFFILIATES. All rights reserved."
 COMMANDS = {"git": ["git", "apply"], "patch": ["patch", "-p1", "--no-backup-if-mismatch", "-i"]}
 
 
@@ -29,7 +31,7 @@ def test_drift_is_seen(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("lines_before", [280, 290, 786])
-def test_it_adds_one_call_and_one_file(command, lines_before, tmp_path):
+def test_it_adds_one_call_and_the_files_of_the_hook(command, lines_before, tmp_path):
     training = tmp_path / "megatron/training"
     training.mkdir(parents=True)
     padding = [f"# {number}" for number in range(lines_before)]
@@ -38,5 +40,17 @@ def test_it_adds_one_call_and_one_file(command, lines_before, tmp_path):
     subprocess.run([*COMMANDS[command], PATCH], cwd=tmp_path, check=True, capture_output=True)
     expected = padding + BEFORE[:3] + CALL + BEFORE[3:]
     assert (training / "checkpointing.py").read_text().splitlines() == "\n".join(expected).splitlines()
-    assert (training / "param_map.py").read_bytes() == (ROOT / "hooks/param_map.py").read_bytes()
-    assert sorted(file.name for file in training.iterdir()) == ["checkpointing.py", "param_map.py"]
+    assert {file.name for file in training.iterdir()} == {"checkpointing.py", *make_patches.MEGATRON_FILES}
+    for name in make_patches.MEGATRON_FILES:
+        header, rest = (training / name).read_text().split("\n", 1)
+        assert header == COPYRIGHT
+        assert rest == (ROOT / "hooks" / name).read_text()
+
+
+@pytest.mark.parametrize("hook", ["param_map.py", "metaseq_param_map.py"])
+def test_a_hook_imports_no_neighbour_that_its_patch_leaves_out(hook):
+    installed = {"param_map.py": make_patches.MEGATRON_FILES, "metaseq_param_map.py": make_patches.METASEQ_FILES}[hook]
+    for file in installed.values():
+        imports = [node for node in ast.walk(ast.parse((ROOT / "hooks" / file).read_text()))
+                   if isinstance(node, ast.ImportFrom) and node.level]
+        assert {f"{node.module}.py" for node in imports} <= set(installed)
