@@ -1,7 +1,8 @@
 """Whether a checkpoint has all that its own model must have: no tensor of it may go missing in silence.
 
 Readers compare with what their framework records of each parameter (sidecars, param_shapes, shard metadata). What is left to
-judge is the model itself: layers are of a few kinds, and a layer that has a part of what another has is none of them.
+judge here is the model itself, as far as a family knows its tensors: layers are of a few kinds, and one that has a part of
+what another one has is none of them. A whole attention or a whole MLP may be left out of a layer: such models exist.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from .errors import RefusedError
 from .naming import brief
 from .tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT
 
-#: the list of the layers that a family knows
-_KNOWN = "layers"
+#: what a family's canonical names of layers begin with
+_LAYERS = "layers."
 _WEIGHT, _BIAS = ".weight", ".bias"
 #: canonical names within a layer of which each has its meaning only with the others
 _TOGETHER = [
@@ -32,57 +33,40 @@ _TOGETHER = [
 #: what tells that a layer has attention and an MLP, each behind its norm
 _ATTENTION, _MLP = "attention.out.weight", {"mlp.fc2.weight", "mlp.router.weight"}
 _NORMS = {"input_norm.weight", "post_attention_norm.weight"}
+#: the halves of a layer, each of which a layer may be without
+_HALVES = (("attention.", "input_norm."), ("mlp.", "post_attention_norm."))
 
 
 def check(source: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors or states."""
-    there = _names(source)
-    weights = there.get(WEIGHT, set()) | there.get(MODEL_WEIGHT, set())
-    lacking = dict.fromkeys([*_of_layers(source), *_of_model(weights), *_of_pairs(weights), *_of_states(there)])
+    known = {held.canonical for held in source.index.held if held.row and held.found.role in (WEIGHT, MODEL_WEIGHT)}
+    lacking = dict.fromkeys([*_of_layers(source, known), *_of_model(source, known), *_of_pairs(known), *_of_states(source)])
     if lacking:
         raise RefusedError(f"{source.folder}: {len(lacking)} tensors are missing: {brief(lacking)}; copy the whole "
                            "checkpoint")
 
 
-def _names(source: Checkpoint) -> dict[str, set[str]]:
-    """The fused canonical names by role, without the place that those of unknown arrangement have behind them."""
-    there: dict[str, set[str]] = {}
-    for held in source.index.held:
-        there.setdefault(held.found.role, set()).add(held.canonical.partition(" ")[0])
-    return there
-
-
-def _layers(source: Checkpoint) -> dict[str, dict[int, set[str]]]:
-    """What each layer has, experts counted once, by the path of the list that it is in and its number. Tensors that no
-    family knows are of the layers of those that one knows, if the checkpoint's names have them in the same list."""
-    held = [one for one in source.index.held if one.found.role in (WEIGHT, MODEL_WEIGHT) and one.layer is not None]
-    known = {path: _KNOWN for one in held if one.row and (path := _path(one.found.name))}
-    lists: dict[str, dict[int, set[str]]] = {}
-    for one in held:
-        canonical = one.canonical.partition(" ")[0]
-        path, number = families.layer_of(canonical)
-        path = path if one.row else known.get(_path(one.found.name), path)
-        name = families.renumber(canonical, None, 0).partition(f".{number}.")[2]
-        lists.setdefault(path, {}).setdefault(number, set()).add(name)
-    return lists
-
-
-def _path(name: str) -> str | None:
-    layer = families.layer_of(name)
-    return layer and layer[0]
-
-
-def _of_layers(source: Checkpoint) -> Iterator[str]:
+def _of_layers(source: Checkpoint, known: set[str]) -> Iterator[str]:
     """What a layer lacks of the tensors of another one, all of whose others it has, and what belongs to others that it has;
     whole layers."""
-    for path, layers in _layers(source).items():
-        kinds = set(map(frozenset, layers.values()))
-        for number, own in layers.items():
-            larger = min((kind for kind in kinds if own < kind), key=len, default=frozenset())
-            lacking = (larger - own) | (_belonging(own) if path == _KNOWN else set())
-            yield from sorted(f"{path}.{number}.{name}" for name in lacking)
-        if path == _KNOWN:
-            yield from (f"{path}.{number}" for number in range(source.num_layers) if number not in layers)
+    layers: dict[int, set[str]] = {}
+    for name in known:
+        if name.startswith(_LAYERS):
+            number, _, local = families.renumber(name, None, 0).removeprefix(_LAYERS).partition(".")
+            layers.setdefault(int(number), set()).add(local)
+    kinds = set(map(frozenset, layers.values()))
+    for number, own in sorted(layers.items()):
+        larger = min((kind for kind in kinds if own < kind), key=len, default=frozenset())
+        yield from sorted(f"{_LAYERS}{number}.{name}" for name in _halves_begun(own, larger - own) | _belonging(own))
+    if layers:
+        there = {held.layer for held in source.index.held}
+        yield from (f"{_LAYERS}{number}" for number in range(source.num_layers) if number not in there)
+
+
+def _halves_begun(own: set[str], lacking: set[str]) -> set[str]:
+    """What is lacking, without the halves of a layer of which it has nothing at all."""
+    left_out = tuple(name for half in _HALVES if not any(one.startswith(half) for one in own) for name in half)
+    return {name for name in lacking if not name.startswith(left_out)}
 
 
 def _belonging(own: set[str]) -> set[str]:
@@ -98,28 +82,32 @@ def _signs(together: set[str]) -> set[str]:
     return {name for name in together if sum(name in other for other in _TOGETHER) == 1}
 
 
-def _of_model(weights: set[str]) -> Iterator[str]:
-    """What a model of such layers has once. OPT-350M, whose output is projected, has no last norm."""
-    if not any(name.startswith("layers.") and name.endswith(_ATTENTION) for name in weights):
+def _of_model(source: Checkpoint, known: set[str]) -> Iterator[str]:
+    """What a model of such layers has once, if all that it has once is known. OPT-350M, whose output is projected, has no
+    last norm."""
+    if (any(held.row is None and held.layer is None for held in source.index.held)
+            or not any(name.startswith(_LAYERS) and name.endswith(_ATTENTION) for name in known)):
         return
-    if families.WORD_EMBEDDING not in weights:
+    if families.WORD_EMBEDDING not in known:
         yield families.WORD_EMBEDDING
-    if "final_norm.weight" not in weights and "project_out.weight" not in weights:
+    if "final_norm.weight" not in known and "project_out.weight" not in known:
         yield "final_norm.weight"
-    if {"layers.0.input_norm.bias", "final_norm.weight"} <= weights and "final_norm.bias" not in weights:
+    if {f"{_LAYERS}0.input_norm.bias", "final_norm.weight"} <= known and "final_norm.bias" not in known:
         yield "final_norm.bias"
 
 
-def _of_pairs(weights: set[str]) -> Iterator[str]:
-    """The weights of which only the bias is there."""
-    for name in sorted(weights):
-        if name.endswith(_BIAS) and (weight := name.removesuffix(_BIAS) + _WEIGHT) not in weights:
+def _of_pairs(known: set[str]) -> Iterator[str]:
+    """The weights of which only the bias is there; an output layer that is the word embedding may have a bias of its own."""
+    for name in sorted(known):
+        weight = name.removesuffix(_BIAS) + _WEIGHT
+        if name.endswith(_BIAS) and weight not in known and weight != families.HEAD:
             yield weight
 
 
-def _of_states(there: dict[str, set[str]]) -> Iterator[str]:
+def _of_states(source: Checkpoint) -> Iterator[str]:
     """The one moment of tensors that have the other, and the weights of those that have moments."""
-    first, second = there.get(EXP_AVG, set()), there.get(EXP_AVG_SQ, set())
-    yield from sorted(f"{name} ({EXP_AVG})" for name in second - first)
-    yield from sorted(f"{name} ({EXP_AVG_SQ})" for name in first - second)
-    yield from sorted(f"{name} ({WEIGHT})" for name in (first | second) - there.get(WEIGHT, set()))
+    there: dict[str, set[str]] = {role: set() for role in (WEIGHT, EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT)}
+    for held in source.index.held:
+        there[held.found.role].add(held.canonical)
+    stepped = there[EXP_AVG] | there[EXP_AVG_SQ]
+    yield from sorted(f"{name} ({role})" for role in (WEIGHT, EXP_AVG, EXP_AVG_SQ) for name in stepped - there[role])

@@ -49,10 +49,11 @@ def check(folder: Path, files: Sequence[Owned]) -> None:
 
 def fits(layout: Layout, args: dict, tp: int, pp: int, ep: int = 0) -> Callable[[int], bool]:
     """Whether a rank of Megatron-LM's is one of (tp, pp, ep), whichever of their data- and context-parallel ranks it is; all
-    are where the arguments say a world of another size, as then the order is not known."""
-    if args.get("world_size") != layout.tp * layout.pp * layout.cp * layout.dp:
+    are where the arguments say a world of another size, or the rank is of a larger one, as then its order is not known."""
+    world = layout.tp * layout.pp * layout.cp * layout.dp
+    if args.get("world_size") != world:
         return lambda rank: True
-    return lambda rank: (tp, pp, ep) in layout.places_of(rank)
+    return lambda rank: rank >= world or (tp, pp, ep) in layout.places_of(rank)
 
 
 def _was_relaid_without(folder: Path) -> bool:
