@@ -25,7 +25,7 @@ _TOGETHER = [
     {"attention.qk.weight", "attention.filter.conv1.weight", "attention.filter.conv2.weight", "attention.filter.norm.weight",
      "attention.v.weight", "attention.out.weight"},
     {"mlp.fc1.weight", "mlp.fc2.weight"}, {"mlp.gate.weight", "mlp.up.weight", "mlp.fc2.weight"},
-    {"mlp.fc1.bias", "mlp.fc2.bias"},
+    {"mlp.fc1.bias", "mlp.fc2.bias"}, {"mlp.gate.bias", "mlp.up.bias", "mlp.fc2.bias"},
     {"mlp.experts.0.fc1.weight", "mlp.experts.0.fc2.weight"}, {"mlp.experts.grouped.fc1", "mlp.experts.grouped.fc2"},
     {"mlp.shared_experts.fc1.weight", "mlp.shared_experts.fc2.weight"},
     {"input_norm.bias", "post_attention_norm.bias"},
@@ -40,7 +40,7 @@ _HALVES = (("attention.", "input_norm."), ("mlp.", "post_attention_norm."))
 def check(source: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors or states."""
     known = {held.canonical for held in source.index.held if held.row and held.found.role in (WEIGHT, MODEL_WEIGHT)}
-    lacking = dict.fromkeys([*_of_layers(source, known), *_of_model(source, known), *_of_pairs(known), *_of_states(source)])
+    lacking = dict.fromkeys([*_of_layers(source, known), *_of_model(source, known), *_of_pairs(source, known), *_of_states(source)])
     if lacking:
         raise RefusedError(f"{source.folder}: {len(lacking)} tensors are missing: {brief(lacking)}; copy the whole "
                            "checkpoint")
@@ -48,16 +48,20 @@ def check(source: Checkpoint) -> None:
 
 def _of_layers(source: Checkpoint, known: set[str]) -> Iterator[str]:
     """What a layer lacks of the tensors of another one, all of whose others it has, and what belongs to others that it has;
-    whole layers."""
+    whole layers. A layer with tensors that no family knows may have any."""
     layers: dict[int, set[str]] = {}
+    strange = _strange_layers(source)
     for name in known:
         if name.startswith(_LAYERS):
             number, _, local = families.renumber(name, None, 0).removeprefix(_LAYERS).partition(".")
             layers.setdefault(int(number), set()).add(local)
-    kinds = set(map(frozenset, layers.values()))
+    kinds, has_norms = set(map(frozenset, layers.values())), _has_norms(known)
     for number, own in sorted(layers.items()):
+        if number in strange:
+            continue
         larger = min((kind for kind in kinds if own < kind), key=len, default=frozenset())
-        yield from sorted(f"{_LAYERS}{number}.{name}" for name in _halves_begun(own, larger - own) | _belonging(own))
+        lacking = _halves_begun(own, larger - own) | _belonging(own, has_norms)
+        yield from sorted(f"{_LAYERS}{number}.{name}" for name in lacking)
     if layers:
         there = {held.layer for held in source.index.held}
         yield from (f"{_LAYERS}{number}" for number in range(source.num_layers) if number not in there)
@@ -69,10 +73,20 @@ def _halves_begun(own: set[str], lacking: set[str]) -> set[str]:
     return {name for name in lacking if not name.startswith(left_out)}
 
 
-def _belonging(own: set[str]) -> set[str]:
+def _strange_layers(source: Checkpoint) -> set[int | None]:
+    """The layers with tensors that no family knows; None: what stands outside of layers."""
+    return {held.layer for held in source.index.held if not held.row}
+
+
+def _has_norms(known: set[str]) -> bool:
+    """Whether norms have parameters at all: OPT's can be without (layer_norm_elementwise_affine)."""
+    return any("norm." in name for name in known)
+
+
+def _belonging(own: set[str], has_norms: bool) -> set[str]:
     """What a layer lacks of what belongs to the tensors that it has."""
     sets = [one for one in _TOGETHER if _signs(one) & own]
-    if _ATTENTION in own and _MLP & own:
+    if has_norms and _ATTENTION in own and _MLP & own:
         sets.append(_NORMS)
     return set().union(*sets) - own
 
@@ -90,15 +104,16 @@ def _of_model(source: Checkpoint, known: set[str]) -> Iterator[str]:
         return
     if families.WORD_EMBEDDING not in known:
         yield families.WORD_EMBEDDING
-    if "final_norm.weight" not in known and "project_out.weight" not in known:
+    if _has_norms(known) and "final_norm.weight" not in known and "project_out.weight" not in known:
         yield "final_norm.weight"
     if {f"{_LAYERS}0.input_norm.bias", "final_norm.weight"} <= known and "final_norm.bias" not in known:
         yield "final_norm.bias"
 
 
-def _of_pairs(known: set[str]) -> Iterator[str]:
+def _of_pairs(source: Checkpoint, known: set[str]) -> Iterator[str]:
     """The weights of which only the bias is there; an output layer that is the word embedding may have a bias of its own."""
-    for name in sorted(known):
+    strange = _strange_layers(source)
+    for name in sorted({held.canonical for held in source.index.held if held.layer not in strange} & known):
         weight = name.removesuffix(_BIAS) + _WEIGHT
         if name.endswith(_BIAS) and weight not in known and weight != families.HEAD:
             yield weight
