@@ -40,7 +40,8 @@ _HALVES = (("attention.", "input_norm."), ("mlp.", "post_attention_norm."))
 def check(source: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors or states."""
     known = {held.canonical for held in source.index.held if held.row and held.found.role in (WEIGHT, MODEL_WEIGHT)}
-    lacking = dict.fromkeys([*_of_layers(source, known), *_of_model(source, known), *_of_pairs(source, known), *_of_states(source)])
+    lacking = dict.fromkeys([*_of_layers(source, known), *_of_model(source, known), *_of_pairs(source, known),
+                             *_of_states(source)])
     if lacking:
         raise RefusedError(f"{source.folder}: {len(lacking)} tensors are missing: {brief(lacking)}; copy the whole "
                            "checkpoint")
