@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,9 +15,11 @@ from .cluster import run_tasks_on_ray
 from .errors import RefusedError
 from .execute import run_tasks
 from .findings import Findings, status_of
+from .fingerprint import fingerprint
 from .fusion import PADDING
 from .garbage import no_collection
 from .naming import brief
+from .owners import MANIFEST_KEY
 from .parts import Part, part_of
 from .plan import FileTask, Output, Plan, Transpose
 from .planner import OWN, Planner
@@ -45,8 +44,8 @@ def convert(request: Request) -> Report:
                         for task in plan.tasks for spec in task.specs))
     if request.dry_run:
         return Report(0, _describe(source, target, plan, request))
-    fingerprint = _fingerprint(plan, request)
-    before = published(request.target, fingerprint)
+    this = fingerprint(plan, _shaping(planned, request))
+    before = published(request.target, this)
     if before and not request.overwrite:
         return Report(_status_before(before, request),
                       [f"{request.target}: holds the result of this very conversion already"], planned.converted)
@@ -54,7 +53,7 @@ def convert(request: Request) -> Report:
                  [request.source, *([request.sidecar] if request.sidecar else [])])
     request.target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    staging = Staging(request.target, fingerprint, request.overwrite)
+    staging = Staging(request.target, this, request.overwrite)
     outcomes = _execute(plan, staging, request)
     findings = Findings(source.index, outcomes, part.before)
     if refusal := findings.refusal(source.folder, request):
@@ -68,12 +67,13 @@ def convert(request: Request) -> Report:
         "framework": {"from": source.framework, "to": request.to},
         "layout": asdict(target.layout), "source_layout": asdict(source.trained or source.layout),
         "whole": part.whole, "is_whole": part.is_last,
-        "fingerprints": [*(part.before["fingerprints"] if part.before else []), fingerprint],
+        "fingerprints": [*(part.before["fingerprints"] if part.before else []), this],
         "files": [*({"path": o.path, "bytes": o.nbytes} for o in outcomes),
                   *(file for file in (part.before["files"] if part.before else []) if file["path"] in part.kept)],
         "links": linked, "dropped": dropped,
         "options": {"weights_only": request.weights_only, "drop": sorted(request.drop), "cast": _options(request).cast,
                     "replicas": request.replicas},
+        MANIFEST_KEY: True,
         **findings.entries(), "scalars": _scalars(plan), **planned.notes})
     lines = [*target.notes, *findings.lines(request), *_replicas(plan), *_summary(plan, request, dropped, started)]
     return Report(status, lines, planned.converted)
@@ -157,6 +157,11 @@ def _options(request: Request) -> Any:
     return request.options or TARGETS[request.to].options()
 
 
+def _shaping(planned: Output, request: Request) -> list[object]:
+    """What shapes the output beside the plan."""
+    return [request.to, _options(request), request.weights_only, sorted(request.drop), request.replicas, planned.links]
+
+
 def _status_before(manifest: dict, request: Request) -> int:
     return status_of({misfit["kind"] for misfit in manifest["misfits"]}, request,
                      bool(manifest["replicas_that_differ"] or manifest.get("overflown")))
@@ -170,16 +175,6 @@ def _scalars(plan: Plan) -> list[dict]:
         if values:
             files.setdefault(values, []).append(task.path)
     return [{"files": paths, "values": dict(values)} for values, paths in files.items()]
-
-
-def _fingerprint(plan: Plan, request: Request) -> str:
-    """What makes a conversion this one: the sources' files as they are now, and every option that shapes the output."""
-    files = sorted(set().union(*(task.files() for task in plan.tasks)))
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in files]
-    layout = [(task.path, task.nbytes, len(task.specs)) for task in plan.tasks]
-    options = [str(_options(request)), request.to, request.weights_only, sorted(request.drop), request.replicas]
-    literals = hashlib.sha256(b"".join(s.data for t in plan.tasks for s in t.segments if hasattr(s, "data")))
-    return hashlib.sha256(json.dumps([__version__, stats, layout, options, literals.hexdigest()]).encode()).hexdigest()
 
 
 def _describe(source: Checkpoint, target: Checkpoint, plan: Plan, request: Request) -> list[str]:

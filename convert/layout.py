@@ -28,6 +28,22 @@ class Layout:
         """The rank at these coordinates, in the order tp-cp-ep-dp-pp; `ep` is the fast part of `dp`."""
         return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
+    def first_rank(self, tp: int, pp: int, ep: int) -> int:
+        """The lowest rank at these coordinates, in this layout's order."""
+        if self.order == RANK_ORDER:
+            return self.global_rank(tp, pp, ep)
+        return (pp * self.ep + ep) * self.cp * self.tp + tp
+
+    def places_of(self, rank: int) -> set[tuple[int, int, int]]:
+        """The (tp, pp, ep) that a global rank can be of. Megatron-LM counts ep after cp up to core 0.8, and, from 0.9 on,
+        experts' ranks without a cp of their own (parallel_state.py, RankGenerator)."""
+        dense, experts = self.tp * self.cp, self.tp
+        if self.order == RANK_ORDER:
+            stages = {rank // (dense * self.dp)}
+        else:
+            stages = {rank // dense % self.pp, rank // (dense * self.ep) % self.pp}
+        return {(rank % self.tp, pp, rank // size % self.ep) for pp in stages for size in (dense, experts)}
+
 
 @dataclass(frozen=True, slots=True)
 class Numbering:

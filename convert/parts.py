@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RefusedError
+from .fingerprint import program
 from .plan import Output, WantedFile
 from .publish import read_manifest
 from .request import Request
@@ -49,5 +50,6 @@ def _is_named(file: WantedFile, request: Request) -> bool:
 
 def _identity(output: Output, request: Request) -> str:
     files = [(file.path, sum(segment.nbytes for segment in file.segments)) for file in output.files if file.place]
-    what = [str(Path(request.source).resolve()), request.to, str(request.options), request.weights_only, request.replicas]
+    what = [program(), str(Path(request.source).resolve()), request.to, str(request.options), request.weights_only,
+            request.replicas]
     return hashlib.sha256(json.dumps([what, files]).encode()).hexdigest()

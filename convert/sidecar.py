@@ -95,6 +95,14 @@ class Sidecar:
                 yield f"layout{_suffix(rank, known.layout)}.json", json.dumps(_layout_content(known)).encode()
                 yield from _map_contents(rank, known, self.ranks[rank[0], rank[1], 0].optimizers[0] or ())
 
+    def slots(self, rank: Coordinates) -> Iterator[tuple[int, Slot]]:
+        """The chunk and the slot of each parameter of a rank's model that is stepped. Dense ones of which only the first
+        expert rank's optimizer holds the state are every expert rank's."""
+        for coordinates in dict.fromkeys(((rank[0], rank[1], 0), rank)):
+            for buffers in self.ranks[coordinates].optimizers if coordinates in self.ranks else ():
+                for buffer in buffers or ():
+                    yield from ((buffer.chunk, slot) for slot in buffer.slots if coordinates == rank or not slot.expert)
+
     def any_layout(self) -> dict | None:
         return next((rank.layout for rank in self.ranks.values() if rank.layout), None)
 

@@ -185,7 +185,7 @@ def test_the_arguments_tell_the_new_layout(tmp_path):
     changed = {name: after[name] for name in before if before[name] != after[name]}
     assert changed == {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
                        "transformer_pipeline_model_parallel_size": 2, "pipeline_model_parallel_blocks": "4,2",
-                       "pipeline_blocks": [4, 2]}
+                       "pipeline_blocks": [4, 2], "rank": 129}
     assert (before["pipeline_model_parallel_method"], before["padded_vocab_size"]) == ("block", 128)
     assert len(model(tmp_path / "out", 0, 0, 2)["language_model.embedding.word_embeddings.weight"]) == 64
 

@@ -1,6 +1,7 @@
 """Writes the object trees that `pickles` reads: inert records go back as the globals and calls that they record.
 
-Pickle protocol 2, as torch.save writes, so that every Python and torch that reads the source reads the result.
+Pickle protocol 2, as torch.save writes, so that every Python and torch that reads the source reads the result. Only what
+`allowed` lists is named.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from convert.containers import allowed
 from convert.containers.pickles import GETATTR, Global, Opaque, Size
 
 PROTOCOL = 2
@@ -36,7 +38,7 @@ def dumps(tree: Any, substitutes: Mapping[type, Callable[[Any], Opaque]] | None 
     """The pickle of `tree`: plain Python values, Global, Opaque, Size, PersistentId.
 
     A leaf of a type in `substitutes` is written as the record that its function gives.
-    Raises TypeError for a value of any other type, as its pickle would name a class that the reader need not have.
+    Raises RefusedError for a record of what is not allowed, and TypeError for a value of any other type.
     """
     stream = io.BytesIO()
     _Pickler(stream, substitutes or {}).dump(tree)
@@ -63,15 +65,19 @@ class _Pickler(pickle._Pickler):
         raise TypeError(f"a {type(obj).__module__}.{type(obj).__qualname__} cannot be written into a checkpoint")
 
     def _save_global(self, target: Global) -> None:
-        parent, dot, member = target.name.rpartition(".")
-        if dot:
-            self._save_as(target, Opaque(GETATTR, (Global(target.module, parent), member)))
-            return
-        self.write(pickle.GLOBAL + f"{target.module}\n{target.name}\n".encode("ascii"))
+        allowed.check(target)
+        self._write_global(target)
         self.memoize(target)
 
+    def _write_global(self, target: Global) -> None:
+        self.write(pickle.GLOBAL + f"{target.module}\n{target.name}\n".encode("ascii"))
+
     def _save_opaque(self, record: Opaque) -> None:
-        self.save(record.target)
+        allowed.check_call(record)
+        if record.target == GETATTR:
+            self._write_global(GETATTR)
+        else:
+            self.save(record.target)
         self.save(record.args)
         if record.kwargs:
             self.save(record.kwargs)

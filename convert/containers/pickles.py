@@ -3,8 +3,7 @@
 A global that the pickle names becomes a `Global` (two strings), and a call becomes an `Opaque` record of the call. Only
 the few calls listed in `_VALUES` (and those a container adds) yield real values. Globals of third parties stay inert
 whatever they are; globals of the standard library are refused unless listed, as no checkpoint has a reason to name
-them. An `Opaque` is written back by `pickle_writer` exactly as it came: whoever later loads that file with open
-unpickling runs what the source would have run.
+them. An `Opaque` is written back by `pickle_writer` as it came, if all that it names is allowed there (see `allowed`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.errors import RefusedError
@@ -27,10 +26,12 @@ MAX_PICKLE_NBYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class, function or constant by its name; torch dtypes come as Global("torch", "float32")."""
+    """A class, function or constant by its name; torch dtypes come as Global("torch", "float32"). `file` is the one whose
+    pickle names it."""
 
     module: str
     name: str
+    file: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -168,7 +169,7 @@ def loads(data: bytes, file: str, calls: Mapping[Global, Callable[..., Any]] | N
         raise RefusedError(f"{file}: its pickle has {len(data)} bytes, more than {MAX_PICKLE_NBYTES}; tensors belong"
                            " outside the pickle: save it with torch.save")
     try:
-        return _Unpickler(data, calls or {}, persistent_load).load()
+        return _Unpickler(data, file, calls or {}, persistent_load).load()
     except _Refusal as refusal:
         raise RefusedError(f"{file}: its pickle {refusal}; do not load this file if you do not trust it") from refusal
     except _DAMAGED as error:
@@ -199,9 +200,10 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, data: bytes, calls: Mapping[Global, Callable[..., Any]],
+    def __init__(self, data: bytes, file: str, calls: Mapping[Global, Callable[..., Any]],
                  persistent_load: Callable[[Any], Any] | None) -> None:
         super().__init__(io.BytesIO(data))
+        self._file = file
         self._values = {**_VALUES, **calls}
         if persistent_load:
             self.persistent_load = persistent_load
@@ -210,8 +212,10 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Global:
         known = self._globals.get((module, name))
         if known is None:
-            target = _renamed(module, name) if self.proto < 3 else Global(module, name)
-            known = self._globals[module, name] = _checked(target)
+            target = _checked(renamed(module, name))
+            if self.proto >= 3:
+                target = _checked(Global(module, name))
+            known = self._globals[module, name] = replace(target, file=self._file)
         return known
 
     def get_extension(self, code: int) -> None:
@@ -258,7 +262,7 @@ class _Unpickler(pickle._Unpickler):
         return value(*args) if value else Opaque(target, args, kwargs, new)
 
 
-def _renamed(module: str, name: str) -> Global:
+def renamed(module: str, name: str) -> Global:
     """Python 2's names, which pickles up to protocol 2 use (`__builtin__ xrange`), as Python 3 has them."""
     if (module, name) in _compat_pickle.NAME_MAPPING:
         return Global(*_compat_pickle.NAME_MAPPING[module, name])

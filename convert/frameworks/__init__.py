@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from .. import completeness
 from ..architecture import Architecture, check_family
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
@@ -64,6 +65,7 @@ def read(source: Path, *, iteration: int | None = None, sidecar: Path | None = N
         raise RefusedError(f"{source}: is no checkpoint that takes --{foreign[0].replace('_', '-')}; leave it out")
     checkpoint = reader.read(source, iteration=iteration, sidecar_folder=sidecar, weights_only=weights_only, drop=drop,
                              numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix), **taken)
+    completeness.check(checkpoint)
     for name, size in sizes.items():
         there = getattr(checkpoint.layout, name)
         if name not in ("dp", "cp") and size != there:

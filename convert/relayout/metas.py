@@ -125,17 +125,19 @@ def relaid_meta(source: Checkpoint, target: Target, rank: Coordinates, expert_di
     kinds of its dense parameter groups where they come in an order of its own."""
     meta = dict(source.metas[nearest(source, target.layout, rank)])
     if "args" in meta:
-        meta["args"] = _relaid_args(meta["args"], target)
+        meta["args"] = _relaid_args(meta["args"], target, rank)
     if meta.get("optimizer") is not None:
         optimizer = _in_order(meta["optimizer"], needed, [one.get("optimizer") for one in source.metas.values()])
         meta["optimizer"] = _relaid_groups(optimizer, target.layout.ep > 1, expert_dims)
     return meta
 
 
-def _relaid_args(args: object, target: Target) -> object:
+def _relaid_args(args: object, target: Target, rank: Coordinates) -> object:
     if not isinstance(args, Opaque) or not isinstance(args.state, dict):
         return args
     known = {name: say(target) for name, say in ARGUMENTS.items() if name in args.state}
+    if "rank" in args.state:
+        known["rank"] = target.layout.first_rank(*rank)
     return replace(args, state={**args.state, **{name: value for name, value in known.items()
                                                  if value is not None or args.state[name] is not None}})
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from convert.containers import allowed
 from convert.tensors import Stored
 
 DATA = Path(__file__).parent.parent / "data/deepspeed"
@@ -42,6 +43,7 @@ class _Unpickler(pickle.Unpickler):
         parent = sys.modules.setdefault(own, types.ModuleType(own))
         if not hasattr(parent, name):
             setattr(parent, name, type(name, (Any_,), {"__module__": own}))
+            allowed.GLOBALS[own] = allowed.GLOBALS.get(own, frozenset()) | {name}  # as what it stands for is
         return getattr(parent, name)
 
 

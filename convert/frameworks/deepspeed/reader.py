@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ... import families
+from ... import families, owners
 from ...checkpoint import Checkpoint
 from ...containers import torch_zip
 from ...errors import RefusedError
@@ -59,8 +59,7 @@ class Rank:
 
     def shapes(self) -> list[dict]:
         """The shapes of the parameters that are stepped, by group."""
-        shapes = self.content.get("param_shapes") or []
-        return list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
+        return _shapes(self.content)
 
     def meta(self) -> dict:
         """What the rank keeps beside the model; its optimizer's groups and its scheduler as others have them, and `zero`,
@@ -122,6 +121,12 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
         dropped=sorted({*left, *(one.name for one in found)} - {one.name for one in kept}))
 
 
+def _shapes(content: dict) -> list[dict]:
+    """The shapes of the parameters that an mp_rank file's rank steps, by group."""
+    shapes = content.get("param_shapes") or []
+    return list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
+
+
 def _content(path: Path) -> dict:
     content = torch_zip.read(path)
     if not isinstance(content, dict) or "module" not in content:
@@ -132,6 +137,8 @@ def _content(path: Path) -> dict:
 def _universal(files: Files, contents: dict[int, dict], weights_only: bool) -> tuple[list[Rank], Layout, Naming]:
     first = contents[min(contents)]
     tensors, functions = universal.read(files.folder, args_of(first).get("num_layers"))
+    universal.check_complete(files.folder, tensors, {name for content in contents.values()
+                                                     for group in _shapes(content) for name in group})
     states = zero.States() if weights_only or not tensors[EXP_AVG] else zero.States(
         {role: tensors[role] for role in (EXP_AVG, EXP_AVG_SQ)}, universal.steps(files.folder), universal.rest(files.folder))
     rank = Rank(files.models[min(contents)], Place(), first, functions)
@@ -145,6 +152,9 @@ def _universal(files: Files, contents: dict[int, dict], weights_only: bool) -> t
 def _ranks(files: Files, contents: dict[int, dict], weights_only: bool) -> tuple[list[Rank], Layout, Naming]:
     """The ranks of the model, with their tensors under our names."""
     layout = _layout(files, contents)
+    owners.check(files.folder, [
+        owners.Owned(files.models[m], args.get("rank"), owners.fits(layout, args, m % layout.tp, m // layout.tp),
+                     f"model-parallel rank {m}") for m, content in contents.items() for args in [args_of(content)]])
     if files.layers:
         functions, layers = _layers(files, contents)
         ranks = [Rank(files.models[m], Place(m % layout.tp, m // layout.tp), content, functions)

@@ -16,6 +16,7 @@ from typing import Any
 from ...containers import torch_zip
 from ...errors import RefusedError
 from ...fusion import Sizes
+from ...naming import brief
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
 from .files import STATE_FILE, ZERO
 from .layers import Functions, is_pipeline
@@ -53,6 +54,17 @@ class Contents:
     state: dict
     models: dict[str, dict]
     aliases: dict[str, str]
+
+
+def check_complete(folder: Path, tensors: dict[str, dict[str, Stored]], stepped: set[str]) -> None:
+    """Refuse where a parameter that some rank steps has no folder, or, if others have them, no moments."""
+    if missing := sorted(stepped - tensors[WEIGHT].keys()):
+        raise RefusedError(f"{folder / ZERO / missing[0]}: missing, and {len(missing) - 1} others that the mp_rank files "
+                           f"name ({brief(missing)}); copy the whole checkpoint")
+    if tensors[EXP_AVG] and (missing := sorted(stepped - tensors[EXP_AVG].keys())):
+        raise RefusedError(f"{folder / ZERO / missing[0] / FILES[EXP_AVG]}: missing, as are the moments of "
+                           f"{len(missing) - 1} others ({brief(missing)}); copy the whole checkpoint, or convert "
+                           "--weights-only")
 
 
 def read(folder: Path, num_layers: int | None) -> tuple[dict[str, dict[str, Stored]], Functions | None]:

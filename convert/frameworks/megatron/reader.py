@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ... import families
+from ... import families, owners
 from ... import sidecar as sidecars
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import torch_zip
@@ -108,6 +108,10 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     facts = Facts.of(sidecar, ranks[0].content)
     layout = facts.layout(_found_sizes(ranks))
     _check_grid(folder, ranks, layout)
+    owners.check(folder, [
+        owners.Owned(rank.folder / MODEL_FILE, args.get("rank"), owners.fits(layout, args, *rank.coordinates),
+                     str(rank.place))
+        for rank in ranks for args in [args_of(rank.content)]])
     by_rank = [list(_model_tensors(rank, MODEL_WEIGHT)) for rank in ranks]
     found = [one for own in by_rank for one in own]
     kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]

@@ -89,15 +89,9 @@ def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list
 
     Dense parameters that only the first expert rank's optimizer holds are in every expert rank's model.
     """
-    tp, pp, _ = rank
     chunks: list[dict] = []
     for chunk in range(vpp):
-        slots: dict[str, Slot] = {}
-        for coordinates in ((tp, pp, 0), rank):
-            for buffers in sidecar.ranks[coordinates].optimizers if coordinates in sidecar.ranks else ():
-                for buffer in buffers or ():
-                    if buffer.chunk == chunk:
-                        slots |= {s.name: s for s in buffer.slots if coordinates == rank or not s.expert}
+        slots: dict[str, Slot] = {slot.name: slot for number, slot in sidecar.slots(rank) if number == chunk}
         tree: dict = {}
         for slot in sorted(slots.values(), key=lambda slot: -slot.start):
             _insert(tree, _path(slot.name), TensorSpec(slot.name, slot.dtype, slot.shape))

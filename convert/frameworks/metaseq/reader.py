@@ -11,9 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ... import families
+from ... import families, owners
 from ...checkpoint import Checkpoint
-from ...containers.pickles import Opaque
 from ...errors import RefusedError
 from ...fusion import Sizes
 from ...index import Found, Held, Index, Naming
@@ -21,10 +20,11 @@ from ...layout import AS_RECORDED, Layout, Numbering, Place
 from ...naming import brief
 from ...tensors import WEIGHT, Stored
 from ..megatron.optimizer import dropped as is_dropped
-from .files import find, recognizes
+from .files import Files, find, recognizes
 from .metadata import borrowed, join
 from .norms import without_copies
 from .parts import Part, read_part
+from .shard import Shard, fields_of, value_of
 
 __all__ = ["DIALECT", "naming_of", "read", "recognizes"]
 
@@ -45,9 +45,10 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     """
     files = find(source, iteration)
     lent = borrowed(metadata_from, len(files.parts)) if metadata_from else [None] * len(files.parts)
+    parts = [read_part(number, paths, sidecar_folder, lent[number], ema) for number, paths in enumerate(files.parts)]
+    _check_ranks(files, parts)
     found, metas, saves, left_out = [], {}, [], []
-    for number, paths in enumerate(files.parts):
-        part = read_part(number, paths, sidecar_folder, lent[number], ema)
+    for number, part in enumerate(parts):
         saves.append(part.first.save)
         saves[0].check_same(saves[-1])
         by_role, index, copies = _tensors(part, weights_only or ema)
@@ -66,6 +67,22 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
         "metaseq", files.folder, saves[0].num_updates or 0, layout, index, len(index.roles()) > 1, index.num_layers(),
         rank_folders=dict.fromkeys(metas, files.folder), metas=metas, notes=notes,
         dropped=sorted({*left_out, *(one.name for one in found if is_dropped(one.name, drop))}))
+
+
+def _check_ranks(files: Files, parts: list[Part]) -> None:
+    """Refuse files that lie where another rank's should. Rank r of a training is shard r // parts of part r % parts; a tool
+    that cuts each part anew leaves the number of the part's first shard in all of its shards."""
+    are_cut_anew = all(len({shard.rank for shard in part.shards}) == 1 for part in parts)
+
+    def owned(part: Part, number: int, shard: Shard) -> owners.Owned:
+        def fits(rank: int) -> bool:
+            if shard.parts is None or not (files.is_part_alone or shard.parts == len(parts)):
+                return True
+            return ((files.is_part_alone or rank % shard.parts == part.number)
+                    and (are_cut_anew or rank // shard.parts == number))
+        return owners.Owned(shard.path, shard.rank, fits, f"shard {number} of part {part.number}")
+
+    owners.check(files.folder, [owned(part, number, shard) for part in parts for number, shard in enumerate(part.shards)])
 
 
 def naming_of(source: Checkpoint) -> Naming:
@@ -137,15 +154,8 @@ def _current(raw: dict, weights: dict[str, Stored]) -> dict | None:
 def setting(meta: dict, name: str) -> Any:
     """A setting of the model: of `cfg.model` (a dict, an argparse.Namespace or omegaconf's), or of `args`; None if neither
     has it."""
-    for tree in (_fields(meta.get("cfg")).get("model"), meta.get("args")):
-        value = _fields(tree).get(name)
+    for tree in (fields_of(meta.get("cfg")).get("model"), meta.get("args")):
+        value = fields_of(tree).get(name)
         if value is not None:
-            return _fields(value).get("_val", None) if isinstance(value, Opaque) else value
+            return value_of(value)
     return None
-
-
-def _fields(tree: Any) -> dict:
-    """The fields of an object; of omegaconf's containers (omegaconf 2, base.Container) the content."""
-    fields = tree if isinstance(tree, dict) else tree.attributes if isinstance(tree, Opaque) else {}
-    content = fields.get("_content")
-    return content if isinstance(content, dict) else fields

@@ -42,7 +42,7 @@ def relaid(source: Checkpoint, wish: Wish) -> Checkpoint:
     ranks = {(part, 0, 0): (part % source.layout.tp, 0, 0) for part in range(parts)}
     held = [one for rank in ranks for one in _part(source, naming, parts, rank[0])]
     shapes = {one.found.name: one.found.stored.shape for one in held if one.found.role == WEIGHT}  # all parts' alike
-    metas = {rank: _meta(source.metas[old], parts, shapes) for rank, old in ranks.items()}
+    metas = {rank: _meta(source.metas[old], rank[0], parts, shapes) for rank, old in ranks.items()}
     notes = [f"parts {source.layout.tp} and on repeat the random states of the first ones"] * (parts > source.layout.tp)
     return replace(source, layout=layout, index=Index(held, layout), metas=metas, notes=[*source.notes, *notes],
                    rank_folders={rank: source.rank_folders[old] for rank, old in ranks.items()}, sidecar=None)
@@ -103,9 +103,9 @@ def _local(source: Checkpoint, held: Held, naming: Naming, parts: int) -> tuple[
 
 # -------------------------------------------------------------------------------------------------- what is no tensor
 
-def _meta(meta: dict, parts: int, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """A part's file but its model, for a run of `parts` parts whose tensors have these shapes."""
-    meta = {**meta, "cfg": with_parts(meta.get("cfg"), parts)}
+def _meta(meta: dict, part: int, parts: int, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Part `part`'s file but its model, for a run of `parts` parts whose tensors have these shapes."""
+    meta = {**meta, "cfg": with_parts(meta.get("cfg"), parts, part)}
     if meta.get("shard_metadata"):
         entries = [{**entry, "params": {flat: _param(entry["fsdp_path"], param, shapes)
                                         for flat, param in entry["params"].items()}}
@@ -120,9 +120,10 @@ def _param(path: str, param: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
     return {**param, "names": names, "shapes": sizes, "numels": [math.prod(size) for size in sizes]}
 
 
-def with_parts(cfg: object, parts: int) -> object:
-    """A copy of a configuration (plain dicts and argparse.Namespace, or omegaconf's records) for this number of parts."""
-    cfg = copy.deepcopy(cfg)
+def with_parts(cfg: object, parts: int, part: int = 0) -> object:
+    """A copy of a configuration (plain dicts and argparse.Namespace, or omegaconf's records) for this number of parts, as
+    the first rank of `part` has it."""
+    cfg, says = copy.deepcopy(cfg), {"model_parallel_size": parts, "distributed_rank": part}
     seen: set[int] = set()
     trees = [cfg]
     while trees:
@@ -131,8 +132,8 @@ def with_parts(cfg: object, parts: int) -> object:
             continue
         seen.add(id(tree))
         if isinstance(tree, dict):
-            if "model_parallel_size" in tree:
-                tree["model_parallel_size"] = _with_value(tree["model_parallel_size"], parts)
+            for name in says.keys() & tree.keys():
+                tree[name] = _with_value(tree[name], says[name])
             trees += tree.values()
         elif isinstance(tree, (list, tuple)):
             trees += tree
@@ -141,9 +142,9 @@ def with_parts(cfg: object, parts: int) -> object:
     return cfg
 
 
-def _with_value(value: object, parts: int) -> object:
+def _with_value(value: object, number: int) -> object:
     """The number, or omegaconf's node that holds it (omegaconf 2, nodes.ValueNode)."""
     if isinstance(value, Opaque) and isinstance(value.state, dict) and "_val" in value.state:
-        value.state["_val"] = parts
+        value.state["_val"] = number
         return value
-    return parts
+    return number

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...containers import torch_zip
+from ...containers.pickles import Opaque
 from ...errors import RefusedError
 from ...naming import brief
 from ...tensors import Stored
@@ -16,7 +17,7 @@ from .metadata import ShardMetadata, parsed, sidecar_of
 @dataclass(slots=True)
 class Shard:
     """A file: the model's tensors, the optimizer's states by its own numbers, and what FSDP says of them. `rest` is the
-    file without its model (of a part's first shard only)."""
+    file without its model (of a part's first shard only), `rank` and `parts` what it says of who wrote it."""
 
     path: Path
     model: dict[str, Stored]
@@ -26,6 +27,8 @@ class Shard:
     num_updates: int | None
     sidecar: dict | None
     rest: dict = field(default_factory=dict)
+    rank: int | None = None
+    parts: int | None = None
 
     @property
     def save(self) -> Save:
@@ -91,4 +94,19 @@ def read_shard(path: Path, is_first: bool, sidecar_folder: Path | None, ema: boo
         if sidecar and sidecar.get("optimizer_index") else None
     states = (content.get("last_optimizer_state") or {}).get("state") or {}
     rest = {key: value for key, value in content.items() if key != "model"} if is_first else {}
-    return Shard(path, model, states, own or said, index, num_updates, sidecar, rest)
+    cfg = fields_of(content.get("cfg"))
+    rank, parts = (value_of(fields_of(cfg.get(section)).get(name)) for section, name in (
+        ("distributed_training", "distributed_rank"), ("common", "model_parallel_size")))
+    return Shard(path, model, states, own or said, index, num_updates, sidecar, rest, rank, parts)
+
+
+def fields_of(tree: Any) -> dict:
+    """The fields of an object; of omegaconf's containers (omegaconf 2, base.Container) the content."""
+    fields = tree if isinstance(tree, dict) else tree.attributes if isinstance(tree, Opaque) else {}
+    content = fields.get("_content")
+    return content if isinstance(content, dict) else fields
+
+
+def value_of(field: Any) -> Any:
+    """A field's value, out of omegaconf's node if it has one."""
+    return fields_of(field).get("_val") if isinstance(field, Opaque) else field

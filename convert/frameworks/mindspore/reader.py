@@ -10,18 +10,20 @@ import os
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from ... import families
+from ... import families, owners
 from ... import sidecar as sidecars
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import mindspore_ckpt, safetensors, torch_zip
 from ...errors import RefusedError
 from ...index import Found, Index, Naming
 from ...layout import AS_RECORDED, Layout, Numbering, Place
+from ...naming import brief
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
-from ..megatron.facts import Facts, experts_per_rank, is_gated
-from ..megatron.structure import specified
+from ..megatron.facts import Facts, args_of, experts_per_rank, is_gated
+from ..megatron.structure import megatron_naming, specified, structures_of
 from . import scalars as mindspore_scalars
 from . import sharded as mindspore_sharded
 from .target import STRUCTURE_KEY
@@ -44,12 +46,16 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     Raises RefusedError for anything missing, damaged or contradictory.
     """
     meta_folder = sidecar_folder or source / "pt_meta"
-    sidecar, metas = sidecars.read(meta_folder), _metas(meta_folder)
+    sidecar, meta_files = sidecars.read(meta_folder), _meta_files(meta_folder)
+    metas = {rank: torch_zip.read(path) for rank, path in meta_files.items()}
     if sidecar is None and not metas:
         raise RefusedError(f"{meta_folder}: has no layout_*.json, param_map*.json or args_*.pt, so nobody knows the "
                            "parallel sizes; name their folder with --sidecar")
     facts = Facts.of(sidecar, next(iter(metas.values()), {}))
     layout = facts.layout({})
+    owners.check(source, [
+        owners.Owned(meta_files[rank], args.get("rank"), owners.fits(layout, args, *rank), str(Place(*rank)))
+        for rank, meta in metas.items() for args in [args_of(meta)]])
     folders = _rank_folders(source, layout, numbering)
     contents = {rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop) for rank, folder in folders.items()}
     naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
@@ -57,22 +63,41 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     index = Index([naming.hold(one) for one in found], layout)
     index.check_complete()
     steps = {rank: mindspore_scalars.updated(metas.get(rank, {}), scalars) for rank, (_, scalars) in contents.items()}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         "mindspore", source, max(meta.get("iteration") or 0 for meta in steps.values()), layout, index,
         with_optimizer=EXP_AVG in index.roles(), num_layers=facts.num_layers() or index.num_layers(),
         rank_folders=folders, metas=steps,
         structures={rank: [specified(tree, _dtype_and_shape) for tree in meta.get(STRUCTURE_KEY) or []]
                     for rank, meta in metas.items()},
         sidecar=sidecar)
+    if sidecar and checkpoint.with_optimizer:
+        _check_states(checkpoint, meta_folder)
+    return checkpoint
 
 
-def _metas(folder: Path) -> dict[Coordinates, dict]:
-    metas = {}
+def _check_states(source: Checkpoint, meta_folder: Path) -> None:
+    """Refuse a sidecar that describes other parameters of a rank than those whose moments its file holds."""
+    naming = megatron_naming(source, structures_of(source))
+    for rank, folder in source.rank_folders.items():
+        place = Place(*rank)
+        there = {held.canonical for held in source.index.held if held.found.role == EXP_AVG and held.found.place == place}
+        said = {naming.canonical(Found(slot.name, replace(place, vpp=chunk), EXP_AVG, Stored(slot.dtype, slot.shape, ())))
+                for chunk, slot in source.sidecar.slots(rank)}
+        if lacking := sorted(there - said - {families.WORD_EMBEDDING}):
+            raise RefusedError(f"{meta_folder}: its sidecar does not name {brief(lacking)} of {place}, whose moments "
+                               f"{folder.name} holds; take the sidecar that was written with this checkpoint")
+        if lacking := sorted(said - there - {families.WORD_EMBEDDING}):
+            raise RefusedError(f"{folder}: has no moments of {brief(lacking)}, which the sidecar in {meta_folder} names; "
+                               "copy the whole checkpoint, or convert --weights-only")
+
+
+def _meta_files(folder: Path) -> dict[Coordinates, Path]:
+    files = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if match := _ARGS_FILE.match(path.name):
             tp, pp, ep = (int(number or 0) for number in match.groups())
-            metas[tp, pp, ep] = torch_zip.read(path)
-    return metas
+            files[tp, pp, ep] = path
+    return files
 
 
 def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Coordinates, Path]:
