@@ -13,8 +13,11 @@ from .errors import RefusedError
 from .tensors import Box
 
 #: how a family's tensor is cut over tensor-parallel ranks, and which atoms it is made of
-REPLICATED, ROWS, COLS, VOCAB, QKV, STACKED_QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2 = (
-    "replicated", "rows", "cols", "vocab", "qkv", "stacked_qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2")
+REPLICATED, ROWS, COLS, VOCAB, QKV, STACKED_QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2, QKV_DOWN = (
+    "replicated", "rows", "cols", "vocab", "qkv", "stacked_qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2",
+    "qkv_down")
+#: multi-latent attention's down-projections of one rank, of which nobody knows whether several would cut them (cuts.py)
+Q_DOWN, KV_DOWN = "q_down", "kv_down"
 #: arrangements of tensors that hold all experts of a rank
 GROUPED = (EXPERTS_FC1, EXPERTS_FC2)
 #: the atom that the rows of a vocabulary's padding make up
@@ -26,7 +29,8 @@ class Sizes:
     """What arrangements depend on beside a tensor's shape; None: nobody recorded it.
 
     `groups` is `heads` for multi-head attention; `vocab` counts the true vocabulary, without padding; `gated` says whether
-    grouped experts have gate and up.
+    grouped experts have gate and up. `q_down` and `kv_down` are the rows of multi-latent attention's down-projections, and
+    `whole_downs` says whether the run's release keeps them whole on every rank.
     """
 
     heads: int | None = None
@@ -34,6 +38,9 @@ class Sizes:
     vocab: int | None = None
     experts: int | None = None
     gated: bool = False
+    q_down: int | None = None
+    kv_down: int | None = None
+    whole_downs: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,9 @@ def local_shape(kind: str, shape: tuple[int, ...], tp: int, sizes: Sizes, ep: in
     for what, count in _indivisible(kind, shape, sizes) if tp > 1 and kind != REPLICATED else ():
         if count % tp:
             raise RefusedError(f"{count} {what} cannot be divided over tp {tp}")
+    if kind in (Q_DOWN, KV_DOWN) and tp > 1:
+        raise RefusedError("nobody recorded whether the release keeps it whole on every tensor-parallel rank; keep tp 1, or "
+                           "convert with the sidecar")
     dim, parts = _cut(kind, tp, ep)
     return (*shape[:dim], shape[dim] // parts, *shape[dim + 1:]) if parts > 1 else shape
 
@@ -93,6 +103,9 @@ def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tu
         yield "columns of each expert's gate and up", shape[1] // sizes.experts // (2 if sizes.gated else 1)
     elif kind == EXPERTS_FC2:
         yield "rows of each expert", shape[0] // sizes.experts
+    elif kind == QKV_DOWN:
+        yield "rows of q's down-projection", sizes.q_down
+        yield "rows of kv's down-projection", sizes.kv_down
     else:
         yield ("columns", shape[1]) if kind == COLS else ("rows", shape[0])
 
@@ -143,6 +156,14 @@ def _stacked(shape, tp, rank, parts: tuple[str, ...]) -> list[Block]:
     if rest:
         raise RefusedError(f"a tensor of shape {list(shape)} cannot be {len(parts)} equal parts: {', '.join(parts)}")
     return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part in parts]
+
+
+def _qkv_down(shape, tp, rank, sizes) -> list[Block]:
+    """[q; kv] on every rank (megatron-core, FusedMLASelfAttention's linear_qkv_down_proj, 0.17 and later)."""
+    if None in (sizes.q_down, sizes.kv_down) or shape[0] * tp != sizes.q_down + sizes.kv_down:
+        raise RefusedError(f"{shape[0]} × {tp} rows are not the {sizes.q_down} and {sizes.kv_down} that the arguments say")
+    parts = [(Q_DOWN, sizes.q_down // tp), (KV_DOWN, sizes.kv_down // tp)]
+    return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part, rows in parts]
 
 
 def _experts_fc1(shape, tp, rank, sizes, experts: range) -> list[Block]:
@@ -208,6 +229,7 @@ def _block(part: str, shape: tuple[int, ...], row: int, rows: int) -> Block:
     return Block(part, shape, Box(row, rows, 0, cols))
 
 
-_ARRANGEMENTS = {REPLICATED: _replicated, ROWS: _split_rows, COLS: _split_cols, VOCAB: _vocab, QKV: _qkv,
+_ARRANGEMENTS = {REPLICATED: _replicated, Q_DOWN: _replicated, KV_DOWN: _replicated, ROWS: _split_rows,
+                 COLS: _split_cols, VOCAB: _vocab, QKV: _qkv,
                  STACKED_QKV: _stacked_qkv, QK: _qk,
-                 GATE_UP: _gate_up, KVQ: _kvq, EXPERTS_FC1: _experts_fc1, EXPERTS_FC2: _experts_fc2}
+                 GATE_UP: _gate_up, KVQ: _kvq, QKV_DOWN: _qkv_down, EXPERTS_FC1: _experts_fc1, EXPERTS_FC2: _experts_fc2}

@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 
 from . import families
+from .cuts import UNRECORDED, Partition, kind_of
 from .errors import RefusedError
 from .fusion import (
-    COLS,
     EXPERTS_FC1,
     EXPERTS_FC2,
     GATE_UP,
@@ -26,6 +26,7 @@ from .fusion import (
     PADDING,
     QK,
     QKV,
+    QKV_DOWN,
     REPLICATED,
     ROWS,
     STACKED_QKV,
@@ -40,7 +41,7 @@ from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
 _FUSED_SEGMENT = {QKV: "qkv", STACKED_QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1", EXPERTS_FC1: "grouped.fc1",
-                  EXPERTS_FC2: "grouped.fc2"}
+                  EXPERTS_FC2: "grouped.fc2", QKV_DOWN: "qkv_down"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,7 @@ class Found:
     place: Place
     role: str
     stored: Stored
-    partition_dim: int | None = None
-    partition_stride: int = 1
-    expert: bool = False
+    partition: Partition = UNRECORDED
 
     @property
     def where(self) -> str:
@@ -175,7 +174,7 @@ class Naming:
 
     def hold(self, found: Found) -> Held:
         row, canonical = families.find(found.name, self.dialect), self.canonical(found)
-        kind = row.arrangement if row else _kind_by_facts(found, self.layout)
+        kind = kind_of(found.name, row, found.partition, found.stored.shape, self.layout.tp, self.sizes)
         if kind is None or (kind in GROUPED and not self.sizes.experts):
             return _hold(found, f"{canonical} of {found.place}", None, None, self)
         if self._is_plain(kind):
@@ -208,17 +207,6 @@ class Naming:
             raise RefusedError(f"{name} is layer {local} of {len(numbers)} that {place} should hold; the sidecar is of "
                                "another run")
         return numbers[local]
-
-
-def _kind_by_facts(found: Found, layout: Layout) -> str | None:
-    """How a tensor of no known family is cut, by the facts of the sidecar; None where they do not say."""
-    if found.expert or found.partition_dim is None:
-        return None
-    if found.partition_dim < 0:
-        return REPLICATED
-    if layout.tp == 1:
-        return ROWS
-    return {0: ROWS, 1: COLS}.get(found.partition_dim) if found.partition_stride == 1 else None
 
 
 def _hold(found: Found, canonical: str, row: families.Row | None, kind: str | None, naming: Naming) -> Held:

@@ -16,6 +16,7 @@ from .errors import RefusedError
 from .execute import run_tasks
 from .findings import Findings, status_of
 from .fingerprint import fingerprint
+from .frameworks.megatron.shapes import contradictions
 from .fusion import PADDING
 from .garbage import no_collection
 from .naming import brief
@@ -102,6 +103,8 @@ def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
 
 
 def _check(source: Checkpoint, request: Request) -> None:
+    for names, what in contradictions(source).items():
+        raise RefusedError(f"{source.folder}: {names}: {what}")
     if request.num_layers not in (None, source.num_layers):
         raise RefusedError(f"{source.folder}: has {source.num_layers} layers and not {request.num_layers}; "
                            "leave the number out")

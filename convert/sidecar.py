@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .cuts import Partition
 from .errors import RefusedError
 
 SCHEMA, VERSION = "parammap.layout", 1
@@ -26,7 +27,7 @@ Coordinates = tuple[int, int, int]
 #: a legacy model's name for its last stage's copy of the word embedding, and its key in the checkpoint
 _HEAD_NAME, _HEAD_KEY = "word_embeddings.weight", "word_embeddings_for_head.weight"
 #: what a layout file says of a parameter with yes or no
-_FLAGS = ("tensor_parallel", "tied", "expert", "sequence_parallel")
+_FLAGS = ("tied", "expert", "sequence_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,14 @@ class Slot:
     bucket: int
     partition_dim: int | None = None
     partition_stride: int = 1
-    tensor_parallel: bool = False
+    tensor_parallel: bool | None = None
     tied: bool = False
     expert: bool = False
     sequence_parallel: bool = False
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(self.partition_dim, self.partition_stride, self.tensor_parallel, self.expert)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +135,8 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
             raise RefusedError(f"{folder / name}: not a {SCHEMA} file of version {VERSION}; "
                                "use the ParamMap release that matches the hook that wrote it")
         try:
-            buffers = tuple(_layout_optimizer(entry) for entry in data["optimizers"])
+            marked = _has_marks(data["optimizers"])
+            buffers = tuple(_layout_optimizer(entry, marked) for entry in data["optimizers"])
             ranks[tp, pp, ep] = RankSidecar(buffers, {**data, "optimizers": _without_buffers(data["optimizers"])})
         except (KeyError, TypeError, ValueError) as error:
             raise RefusedError(f"{folder / name}: damaged layout file ({error!r}); take the save's own") from error
@@ -145,7 +151,13 @@ def _without_buffers(optimizers: list[dict | None]) -> list[dict | None]:
     return [entry and {key: value for key, value in entry.items() if key != "buffers"} for entry in optimizers]
 
 
-def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
+def _has_marks(optimizers: list[dict | None]) -> bool:
+    """Whether tensor_parallel was recorded. ParamMap up to 0.1 wrote false for every parameter where it did not know: in a
+    real model some are cut."""
+    return any(p.get("tensor_parallel") for entry in optimizers if entry for b in entry["buffers"] for p in b["params"])
+
+
+def _layout_optimizer(entry: dict | None, marked: bool) -> tuple[Buffer, ...] | None:
     if entry is None:
         return None
     return tuple(
@@ -153,6 +165,7 @@ def _layout_optimizer(entry: dict | None) -> tuple[Buffer, ...] | None:
                tuple(Bucket(b["start"], b["end"], b["numel_unpadded"]) for b in buffer["buckets"]),
                tuple(_checked(Slot(p["name"], tuple(p["shape"]), p["dtype"], p["start"], p["end"], p["bucket"],
                                    p.get("partition_dim"), p.get("partition_stride", 1),
+                                   bool(p.get("tensor_parallel")) if marked else None,
                                    *(bool(p.get(flag)) for flag in _FLAGS))) for p in buffer["params"]))
         for buffer in entry["buffers"])
 

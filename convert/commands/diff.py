@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import RefusedError
+from ..frameworks.megatron.shapes import contradictions
 from ..naming import brief
 from ..proof.compare import Difference, Tolerance, differences, metadata_differences, pair
 from . import reading
@@ -37,10 +38,13 @@ def run(args: argparse.Namespace) -> int:
         "padding_not_compared": [f"{tensor.name} ({tensor.role})" for tensor in pairing.padding],
         "only_in_a": [f"{tensor.name} ({tensor.role})" for tensor in pairing.only_a],
         "only_in_b": [f"{tensor.name} ({tensor.role})" for tensor in pairing.only_b],
-        "metadata": metadata_differences(a, b), "differences": [_entry(one) for one in found],
+        "metadata": metadata_differences(a, b),
+        "wrong_shapes": [f"{one.folder}: {names}: {what}" for one in (a, b) for names, what in contradictions(one).items()],
+        "differences": [_entry(one) for one in found],
     }
     print(json.dumps(facts, indent=1) if args.json else "\n".join(_lines(facts)))
-    return 1 if any(facts[key] for key in ("only_in_a", "only_in_b", "metadata", "differences")) else 0
+    return 1 if any(facts[key] for key in ("only_in_a", "only_in_b", "metadata", "wrong_shapes",
+                                             "differences")) else 0
 
 
 def _entry(found: Difference) -> dict:
@@ -56,7 +60,7 @@ def _lines(facts: dict) -> list[str]:
     for side in ("a", "b"):
         if facts[f"only_in_{side}"]:
             lines.append(f"only in {facts[side]}: {brief(facts[f'only_in_{side}'])}")
-    lines += [f"metadata: {line}" for line in facts["metadata"]]
+    lines += [f"metadata: {line}" for line in facts["metadata"]] + facts["wrong_shapes"]
     for one in facts["differences"]:
         names = " and ".join(dict.fromkeys((one["name"], one["name_b"])))
         lines.append(f"{names} ({one['role']}): " + (f"{one['other']}; " if one["other"] else "")

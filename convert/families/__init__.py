@@ -80,6 +80,13 @@ def find(name: str, dialect: str) -> Row | None:
     return _by_name(dialect).get(pattern)
 
 
+def renamed(name: str) -> str:
+    """The canonical name of a tensor that an earlier version knew by megatron-core's name, under global numbers; others
+    keep theirs."""
+    row, layer = find(name, CORE), layer_of(name)
+    return row.canonical.format(i=layer and layer[1], e=expert_of(name)) if row else name
+
+
 @cache
 def rows_of(dialect: str) -> dict[str, tuple[str, Row]]:
     """By canonical name (fused), each tensor of a dialect of TABLES: its name and its row."""
@@ -94,7 +101,8 @@ def rows_of(dialect: str) -> dict[str, tuple[str, Row]]:
 def missing(canonicals: set[str], num_layers: int) -> list[str]:
     """The canonical names that a complete model of `num_layers` layers has and `canonicals` lacks, by the family that
     fits best."""
-    lists = [(family.REQUIRED, family.REQUIRED_IN_LAYER) for family in FAMILIES] + hugging_face.REQUIRED
+    lists = [*((family.REQUIRED, family.REQUIRED_IN_LAYER) for family in FAMILIES),
+             (gpt.REQUIRED, gpt.REQUIRED_IN_LATENT_LAYER), *hugging_face.REQUIRED]
     required = [once + [f"layers.{i}.{name}" for i in range(num_layers) for name in in_layer] for once, in_layer in lists]
     return min(([name for name in names if name not in canonicals] for names in required), key=len)
 

@@ -4,11 +4,23 @@ One row per tensor of a layer: its canonical name, how it is arranged and cut, a
 layer, `{e}` the expert, `{w}` stands for weight and bias alike. Several names in one dialect mean the same tensor (local
 and Transformer-Engine fused norms). None: the dialect's model has no such tensor.
 
-Sources: Megatron-LM core_r0.6.0 … 0.16 (legacy/model, core/models/gpt/gpt_layer_specs.py), MindSpeed-Core-MS r0.1.0
-(mindspeed_ms/legacy/model).
+Sources: Megatron-LM core_r0.6.0 … 0.19 (legacy/model, core/models/gpt/gpt_layer_specs.py,
+core/transformer/multi_latent_attention.py), MindSpeed-Core-MS r0.1.0 (mindspeed_ms/legacy/model).
 """
 
-from ..fusion import COLS, EXPERTS_FC1, EXPERTS_FC2, GATE_UP, QKV, REPLICATED, VOCAB
+from ..fusion import (
+    COLS,
+    EXPERTS_FC1,
+    EXPERTS_FC2,
+    GATE_UP,
+    KV_DOWN,
+    Q_DOWN,
+    QKV,
+    QKV_DOWN,
+    REPLICATED,
+    ROWS,
+    VOCAB,
+)
 
 _LEGACY, _CORE, _MS = "language_model.encoder.layers.{i}.", "decoder.layers.{i}.", "language_model.encoder.layers.{i}."
 
@@ -27,17 +39,38 @@ ROWS_OF_TABLE = {
     "layers.{i}.input_norm.{w}": (
         REPLICATED,
         [_LEGACY + "input_norm.{w}", _LEGACY + "input_layernorm.{w}"],
-        [_CORE + "input_layernorm.{w}", _CORE + "self_attention.linear_qkv.layer_norm_{w}"],
+        [_CORE + "input_layernorm.{w}", _CORE + "self_attention.linear_qkv_down_proj.layer_norm_{w}",
+         _CORE + "self_attention.linear_qkv.layer_norm_{w}"],
         _MS + "input_norm.{norm_w}"),
     "layers.{i}.attention.qkv.{w}": (
         QKV,
         [_LEGACY + "self_attention.query_key_value.{w}"],
         [_CORE + "self_attention.linear_qkv.{w}"],
         _MS + "attention.qkv_proj.{w}"),
-    "layers.{i}.attention.q_norm.weight": (
-        REPLICATED, [], [_CORE + "self_attention.q_layernorm.weight"], None),
+    "layers.{i}.attention.q_norm.{w}": (
+        REPLICATED,
+        [],
+        [_CORE + "self_attention.q_layernorm.{w}", _CORE + "self_attention.linear_q_up_proj.layer_norm_{w}"],
+        None),
     "layers.{i}.attention.k_norm.weight": (
         REPLICATED, [], [_CORE + "self_attention.k_layernorm.weight"], None),
+    "layers.{i}.attention.q_proj.weight": (
+        ROWS, [], [_CORE + "self_attention.linear_q_proj.weight"], None),
+    "layers.{i}.attention.q_down.weight": (
+        Q_DOWN, [], [_CORE + "self_attention.linear_q_down_proj.weight"], None),
+    "layers.{i}.attention.q_up.weight": (
+        ROWS, [], [_CORE + "self_attention.linear_q_up_proj.weight"], None),
+    "layers.{i}.attention.kv_down.weight": (
+        KV_DOWN, [], [_CORE + "self_attention.linear_kv_down_proj.weight"], None),
+    "layers.{i}.attention.kv_up.weight": (
+        ROWS, [], [_CORE + "self_attention.linear_kv_up_proj.weight"], None),
+    "layers.{i}.attention.kv_norm.{w}": (
+        REPLICATED,
+        [],
+        [_CORE + "self_attention.kv_layernorm.{w}", _CORE + "self_attention.linear_kv_up_proj.layer_norm_{w}"],
+        None),
+    "layers.{i}.attention.qkv_down.weight": (
+        QKV_DOWN, [], [_CORE + "self_attention.linear_qkv_down_proj.weight"], None),
     "layers.{i}.attention.out.weight": (
         COLS,
         [_LEGACY + "self_attention.dense.weight"],
@@ -119,3 +152,6 @@ ROWS_OF_TABLE = {
 #: the canonical tensors that every model of the family has in each layer, and once
 REQUIRED_IN_LAYER = ["input_norm.weight", "attention.qkv.weight", "attention.out.weight", "post_attention_norm.weight"]
 REQUIRED = ["embedding.word.weight", "final_norm.weight"]
+#: with multi-latent attention
+REQUIRED_IN_LATENT_LAYER = ["input_norm.weight", "attention.kv_up.weight", "attention.out.weight",
+                            "post_attention_norm.weight"]

@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoint
 from ..checks import cast_bits, widen_bits
 from ..digest import MASK, box_digest
 from ..errors import RefusedError
+from ..frameworks.megatron.shapes import contradictions
 from ..fusion import PADDING
 from ..index import Index, is_padding
 from ..naming import brief
@@ -110,10 +111,10 @@ class Manifest:
                     continue
                 files = {file["path"]: file["bytes"] for file in content["files"]}
                 is_alone = list(files) == [output.name] and content["is_whole"]
-                if root == output or is_alone or output.is_dir() and any(
-                        Path(file).parts[0] == output.name for file in files):
-                    return cls(root, files, {(entry["role"], entry["name"]): entry for entry in content["digests"]},
-                               {(one["role"], one["name"], one["dtype"]): one for one in content["digests_of_casts"]},
+                if root == output or is_alone or output.is_dir() and any(Path(f).parts[0] == output.name for f in files):
+                    return cls(root, files, {(d["role"], families.renamed(d["name"])): d for d in content["digests"]}, {
+                                   (d["role"], families.renamed(d["name"]), d["dtype"]): d
+                                   for d in content["digests_of_casts"]},
                                content.get("scalars", []), content.get("options", {}))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
@@ -133,13 +134,13 @@ def verify(request: Request) -> Verdict:
             return verdict
     output = read_output(request, manifest)
     casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
-    verdict.problems += _missing_names(output, verdict)
+    verdict.problems += [*_missing_names(output, verdict), *(Problem(*one) for one in contradictions(output).items())]
     if manifest is None:
         verdict.notes.append(f"{request.output}: has no {MANIFEST}, so there are no digests to compare with"
                              + ("" if request.against or request.replicas else ": only its structure was checked"))
     else:
-        archives = [manifest.root / path for path in manifest.files if path.endswith(".pt")]
-        verdict.problems += wrong_archives(archives, request.workers)
+        verdict.problems += wrong_archives([manifest.root / path for path in manifest.files if path.endswith(".pt")],
+                                           request.workers)
         verdict.problems += _wrong_scalars(manifest)
         verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
         _check_own_casts(output, request, verdict)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from .. import families
 from ..checkpoint import Checkpoint
+from ..cuts import UNRECORDED, Partition
 from ..errors import RefusedError
 from ..fusion import GROUPED, whole_shape
 from ..index import Found, Held, Naming
@@ -18,8 +19,8 @@ from ..naming import brief
 from ..sidecar import Sidecar
 from ..tensors import WEIGHT, Stored, TensorSpec
 
-#: what the sidecar says of how a tensor is cut, by its place and name: dimension, stride, whether it is of an expert
-_Facts = dict[tuple[Place, str], tuple[int | None, int, bool]]
+#: what the sidecar says of how a tensor is cut, by its place and name
+_Facts = dict[tuple[Place, str], Partition]
 #: how each dialect's state dict names the last stage's copy of the word embedding
 _HEAD_KEYS = {families.LEGACY: ("word_embeddings_for_head", "weight"), families.CORE: ("output_layer.weight",)}
 #: what a linear layer of Transformer Engine keeps beside its tensors, and makes anew when it is loaded
@@ -133,7 +134,7 @@ def model_of(source: Checkpoint, structures: dict, naming: Naming) -> Model:
 
 
 def _partition_facts(sidecar: Sidecar | None) -> _Facts:
-    return {(Place(tp, pp, ep, buffer.chunk), slot.name): (slot.partition_dim, slot.partition_stride, slot.expert)
+    return {(Place(tp, pp, ep, buffer.chunk), slot.name): slot.partition
             for (tp, pp, ep), known in (sidecar.ranks if sidecar else {}).items()
             for buffers in known.optimizers for buffer in buffers or () for slot in buffer.slots}
 
@@ -169,7 +170,8 @@ def _entry(keys: tuple[str, ...], leaf: object, place: Place, naming: Naming, fa
     name = ".".join(keys)
     content = leaf
     if isinstance(leaf, TensorSpec):
-        held = naming.hold(Found(name, place, WEIGHT, Stored(leaf.dtype, leaf.shape, ()), *facts.get((place, name), ())))
+        held = naming.hold(Found(name, place, WEIGHT, Stored(leaf.dtype, leaf.shape, ()),
+                                 facts.get((place, name), UNRECORDED)))
         content = _parameter(held, naming)
     return Entry(keys, naming.layer(name, place), naming.expert(name, place), content)
 
@@ -183,8 +185,8 @@ def _parameter(held: Held, naming: Naming) -> Parameter:
 def _refuse_unknown(source: Checkpoint, model: Model) -> None:
     unknown = sorted({parameter.canonical for parameter in model.parameters() if parameter.kind is None})
     if unknown:
-        raise RefusedError(f"{source.folder}: nobody recorded how {len(unknown)} tensors are cut over ranks: "
-                           f"{brief(unknown)}; leave the sizes out")
+        raise RefusedError(f"{source.folder}: nobody recorded how {len(unknown)} tensors are cut over ranks, or the sidecar "
+                           f"and the family's table contradict each other: {brief(unknown)}; leave the sizes out")
     stacks = sorted({entry.path for entries in model.layers.values() for entry in entries})
     if len(stacks) != 1:
         raise RefusedError(f"{source.folder}: has {len(stacks)} stacks of layers ({', '.join(stacks)}), and only one can be "

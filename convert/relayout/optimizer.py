@@ -8,20 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, Coordinates
+from ..cuts import dim_of
 from ..errors import RefusedError
 from ..families import WORD_EMBEDDING
 from ..frameworks.megatron import before_core as megatron_before_core
 from ..frameworks.megatron.buckets import Rule
 from ..frameworks.megatron.facts import Facts, grad_dtype
-from ..fusion import COLS, EXPERTS_FC1, REPLICATED
 from ..index import Found, Naming
 from ..layout import Layout, Place
 from ..sidecar import Buffer, RankSidecar, Sidecar, Slot
 from ..tensors import WEIGHT, Stored
 from .model import Entry, Parameter
-
-#: the dimension that tensor parallel cuts, by arrangement; 0 for the others
-_PARTITION_DIM = {REPLICATED: -1, COLS: 1, EXPERTS_FC1: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +90,9 @@ def _slots(chunk: Chunk, stepped: dict[str, Slot], rule: Rule, tied: str | None)
 
 
 def _slot(entry: Entry, parameter: Parameter, known: Slot, shape: tuple[int, ...], rule: Rule, tied: str | None) -> Slot:
-    dim = _PARTITION_DIM.get(parameter.kind, 0)
-    if known.partition_dim not in (None, dim):
-        raise RefusedError(f"{known.name} is cut along dim {known.partition_dim} by the sidecar and {dim} by its family's "
-                           "table; the model is of another kind: leave the sizes out")
+    dim = dim_of(parameter.kind)
     return replace(known, name=entry.name, shape=shape, dtype=parameter.dtype, start=0, end=math.prod(shape), bucket=0,
-                   partition_dim=dim, tied=parameter.canonical == tied,
+                   partition_dim=dim, tensor_parallel=dim >= 0, tied=parameter.canonical == tied,
                    expert=entry.is_of_experts and rule.experts_apart)
 
 

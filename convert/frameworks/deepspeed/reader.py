@@ -15,6 +15,7 @@ from typing import Any
 from ... import families, owners
 from ...checkpoint import Checkpoint
 from ...containers import torch_zip
+from ...cuts import UNRECORDED, Partition
 from ...errors import RefusedError
 from ...families import DEEPSPEED, LEGACY
 from ...fusion import Sizes
@@ -31,7 +32,7 @@ from .layers import HEAD, WORDS, Functions, stages_of
 __all__ = ["read", "recognizes"]
 
 #: a name of nobody's table is whole rows if there is one rank
-_WHOLE = 0
+_WHOLE = Partition(dim=0)
 
 
 @dataclass(slots=True)
@@ -251,13 +252,17 @@ def _left_out(ranks: list[Rank], naming: Naming) -> list[str]:
 def _found(rank: Rank, naming: Naming) -> Iterator[Found]:
     states = rank.states.tensors
     stepped = states.get(WEIGHT, {}).keys()
-    facts = {"partition_dim": _WHOLE} if naming.layout.tp == 1 else {}
     for role, own in states.items():
         for name, stored in own.items():
-            yield Found(name, rank.place, role, stored, **facts)
+            yield Found(name, rank.place, role, stored, _partition(name, naming))
     for name, copies in rank.model.items():
         for stored in copies:
-            yield Found(name, rank.place, MODEL_WEIGHT if name in stepped else WEIGHT, stored, **facts)
+            yield Found(name, rank.place, MODEL_WEIGHT if name in stepped else WEIGHT, stored, _partition(name, naming))
+
+
+def _partition(name: str, naming: Naming) -> Partition:
+    """A tensor that no family knows is whole where there is one tensor-parallel rank."""
+    return _WHOLE if naming.layout.tp == 1 and families.find(name, naming.dialect) is None else UNRECORDED
 
 
 # -------------------------------------------------------------------------------------------------------------- the names

@@ -10,6 +10,7 @@ from ...containers.pickles import Opaque
 from ...fusion import Sizes
 from ...layout import RANK_ORDER, Layout, number_layers
 from ...sidecar import Buffer, Sidecar
+from .buckets import release_of
 
 #: our sizes by the names of Megatron-LM's arguments
 _SIZE_ARGS = {
@@ -17,6 +18,8 @@ _SIZE_ARGS = {
     "vpp": "virtual_pipeline_model_parallel_size", "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size", "cp": "context_parallel_size", "dp": "data_parallel_size",
 }
+#: the first release whose Transformer Engine layers keep the down-projections whole
+_WHOLE_DOWNS = (0, 14)
 
 
 def args_of(meta: dict) -> dict:
@@ -59,7 +62,18 @@ class Facts:
         grouped = self.recorded is not None or self.model.get("group_query_attention")
         groups = (grouped and self.model.get("num_query_groups")) or heads
         gated = bool(self.model.get("swiglu") or self.model.get("gated_linear_unit"))
-        return Sizes(heads, groups if heads else None, self._vocab(), self.model.get("num_experts"), gated)
+        return Sizes(heads, groups if heads else None, self._vocab(), self.model.get("num_experts"), gated, *self._downs())
+
+    def _downs(self) -> tuple[int | None, int | None, bool | None]:
+        """The rows of multi-latent attention's down-projections of q and kv, and whether the release keeps them whole on
+        every rank: with Transformer Engine it does from core 0.14 on; local layers are cut."""
+        said = {**self.args, **self.model}
+        q, kv, rotary = (said.get(name) for name in ("q_lora_rank", "kv_lora_rank", "qk_pos_emb_head_dim"))
+        if not said.get("multi_latent_attention"):
+            return None, None, None
+        in_te = {"transformer_engine": True, "local": False}.get(said.get("transformer_impl"))
+        since = in_te and (release_of(self.recorded) >= _WHOLE_DOWNS if self.recorded else None)
+        return q, kv + rotary if kv and rotary else None, since
 
     def _vocab(self) -> int | None:
         """The tokenizer's vocabulary. Megatron-LM's argument is its size before the end-of-document token, and None where

@@ -110,8 +110,7 @@ def _buffer_states(path: Path, place: Place, gbuf: int, states: dict, buffer: Bu
                                    f"{'no such tensor' if expected is None else list(expected)}; "
                                    "they are of different runs")
             stored = _slice(runs[_bucket_of(slot, buckets)], slot)
-            yield Found(slot.name, at, _ROLES.get(key, key), stored, slot.partition_dim, slot.partition_stride,
-                        slot.expert)
+            yield Found(slot.name, at, _ROLES.get(key, key), stored, slot.partition)
 
 
 def _buckets(where: str, states: dict, buffer: Buffer) -> tuple[Bucket, ...]:

@@ -140,8 +140,7 @@ def _with_facts(model: list[Found], states: list[Found]) -> list[Found]:
     """The model's tensors with what the sidecar says, with their optimizer state, of how they are cut."""
     known = {(state.place.tp, state.place.pp, state.place.vpp, state.name): state for state in states}
     there = [known.get((one.place.tp, one.place.pp, one.place.vpp, one.name), one) for one in model]
-    return [replace(one, partition_dim=said.partition_dim, partition_stride=said.partition_stride, expert=said.expert)
-            for one, said in zip(model, there, strict=True)]
+    return [replace(one, partition=said.partition) for one, said in zip(model, there, strict=True)]
 
 
 def _with_weights(states: list[Held], model: list[Held], sidecar: Sidecar | None) -> list[Held]:

@@ -15,6 +15,7 @@ from ...checkpoint import Checkpoint, Coordinates
 from ...containers import torch_zip
 from ...containers.frames import Literal
 from ...containers.pickles import Global
+from ...cuts import UNRECORDED
 from ...errors import RefusedError
 from ...index import Found, Held, Naming
 from ...layout import Place
@@ -172,7 +173,7 @@ class _Writer:
         if own := self._held.get((place, name, role)):
             return own.blocks, own.abreast
         found = Found(name, place, role, Stored("float32", shape, ()),
-                      *((slot.partition_dim, slot.partition_stride, slot.expert) if slot else ()))
+                      slot.partition if slot else UNRECORDED)
         held = self._naming.hold(found)
         return tuple((self._known(tensor), box) for tensor, box in held.blocks), held.abreast
 

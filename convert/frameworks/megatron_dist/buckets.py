@@ -65,8 +65,7 @@ def _buffer(found: _Buffer, buffer: Buffer, place: Place, naming: Naming, folder
         for slot in buffer.slots:
             start = buffer.buckets[slot.bucket].start
             stored = _slice(tensors[slot.bucket], extents[slot.bucket], slot, start)
-            yield naming.hold(Found(slot.name, place, _ROLES.get(state, state), stored, slot.partition_dim,
-                                    slot.partition_stride, slot.expert))
+            yield naming.hold(Found(slot.name, place, _ROLES.get(state, state), stored, slot.partition))
 
 
 def _extents(tensor: Chunked) -> list[tuple[int, int, Extent]]:

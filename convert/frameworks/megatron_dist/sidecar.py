@@ -80,8 +80,7 @@ def in_one_rank(sidecar: Sidecar, naming: Naming, wholes: list[Held], ep_experts
             for buffer in buffers or ():
                 for slot in buffer.slots:
                     held = naming.hold(Found(slot.name, Place(tp, pp, ep, buffer.chunk), WEIGHT,
-                                             Stored("float32", slot.shape, ()), slot.partition_dim, slot.partition_stride,
-                                             slot.expert))
+                                             Stored("float32", slot.shape, ()), slot.partition))
                     if held.canonical in shapes and not held.is_tied_head:
                         shape = shapes[held.canonical]
                         name = families.renumber(slot.name, held.layer, _expert(slot, ep * ep_experts))

@@ -17,7 +17,7 @@ from ...containers import torch_dist, torch_zip
 from ...containers.frames import Literal, Segment
 from ...containers.torch_dist import Chunk, Chunked, DistcpFile
 from ...errors import RefusedError
-from ...fusion import whole_shape
+from ...fusion import QKV_DOWN, whole_shape
 from ...index import Found, Held, Naming
 from ...layout import Layout, Place
 from ...naming import brief
@@ -77,12 +77,15 @@ class _Tensor:
 def _tensors(source: Checkpoint) -> list[_Tensor]:
     """All tensors of the model, layer by layer."""
     weights = {held.canonical: held for held in source.index.held if held.found.role == WEIGHT and not held.is_tied_head}
-    if unknown := sorted(held.found.name for held in weights.values() if held.row is None or not _core_names(held.row)):
+    if unknown := sorted(held.found.name for held in weights.values()
+                         if held.row is None or held.kind == QKV_DOWN or not _core_names(held.row)):
         raise RefusedError(f"{source.folder}: no key of format torch_dist is known for {len(unknown)} tensors: "
                            f"{brief(unknown)}; convert --to megatron instead")
     facts = Facts.of(source.sidecar, next(iter(source.metas.values())))
     with_experts = {held.layer for held in weights.values() if _expert(held) is not None}
-    names = {canonical: _core_name(held, held.layer in with_experts and facts.args.get("transformer_impl") != "local")
+    latent = bool(facts.model.get("multi_latent_attention"))
+    names = {canonical: _core_name(
+                 held, held.layer in with_experts and facts.args.get("transformer_impl") != "local", latent)
              for canonical, held in weights.items()}
     shapes = {names[canonical]: whole_shape(held.kind, held.found.stored.shape, source.layout.tp)
               for canonical, held in weights.items()}
@@ -133,11 +136,13 @@ def _core_names(row: families.Row) -> list[str]:
     return []
 
 
-def _core_name(held: Held, keeps_norm: bool) -> str:
+def _core_name(held: Held, keeps_norm: bool, latent: bool) -> str:
     """The name, with global numbers, by which keys are made: norms are called as Transformer Engine's layers fuse them,
-    but for the one before a mixture of experts (`keeps_norm`), which it has nothing to fuse with."""
+    but for those before a mixture of experts (`keeps_norm`) and before `latent` attention, which are apart."""
     first, *_, last = [*_core_names(held.row), *_core_names(held.row)[-1:]]
-    name = first if keeps_norm and ".post_attention_norm." in held.row.canonical else last if "norm" in last else first
+    is_apart = (keeps_norm and ".post_attention_norm." in held.row.canonical) or (
+        latent and ".input_norm." in held.row.canonical)
+    name = last if "norm" in last and not is_apart else first
     return name.format(i=held.layer, e=_expert(held))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import families, owners
 from ...checkpoint import Checkpoint
+from ...cuts import UNRECORDED, Partition
 from ...errors import RefusedError
 from ...fusion import Sizes
 from ...index import Found, Held, Index, Naming
@@ -123,7 +124,7 @@ def _found(part: Part, by_role: dict[str, dict[str, Stored]]):
     buffers = part.metadata.buffers if part.metadata else ()
     for role, tensors in by_role.items():
         for name, stored in tensors.items():
-            yield Found(name, Place(part.number), role, stored, partition_dim=-1 if name in buffers else None)
+            yield Found(name, Place(part.number), role, stored, Partition(dim=-1) if name in buffers else UNRECORDED)
 
 
 # ----------------------------------------------------------------------------------------------------- what is no tensor

@@ -17,10 +17,12 @@ from ... import families, owners
 from ... import sidecar as sidecars
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import mindspore_ckpt, safetensors, torch_zip
+from ...cuts import UNRECORDED, Partition
 from ...errors import RefusedError
 from ...index import Found, Index, Naming
 from ...layout import AS_RECORDED, Layout, Numbering, Place
 from ...naming import brief
+from ...sidecar import Sidecar
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored
 from ..megatron.facts import Facts, args_of, experts_per_rank, is_gated
 from ..megatron.structure import megatron_naming, specified, structures_of
@@ -59,7 +61,8 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     folders = _rank_folders(source, layout, numbering)
     contents = {rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop) for rank, folder in folders.items()}
     naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
-    found = [one for rank, (tensors, _) in contents.items() for one in _found(rank, tensors, weights_only)]
+    partitions = _partitions(sidecar)
+    found = [one for rank, (tensors, _) in contents.items() for one in _found(rank, tensors, partitions, weights_only)]
     index = Index([naming.hold(one) for one in found], layout)
     index.check_complete()
     steps = {rank: mindspore_scalars.updated(metas.get(rank, {}), scalars) for rank, (_, scalars) in contents.items()}
@@ -176,12 +179,26 @@ def _naming(contents: dict[Coordinates, dict[str, Stored]], layout: Layout, fact
                   facts.tied())
 
 
-def _found(rank: Coordinates, tensors: dict[str, Stored], weights_only: bool) -> Iterator[Found]:
+def _partitions(sidecar: Sidecar | None) -> dict[tuple[int, int, str], Partition]:
+    """What the sidecar says of how tensors are cut, by tensor and pipeline rank and Megatron's name under global numbers."""
+    known = {}
+    for (tp, pp, _), rank in sidecar.ranks.items() if sidecar else ():
+        layers = {chunk["vpp"]: chunk["layers"] for chunk in rank.layout["chunks"]} if rank.layout else {}
+        for buffer in (buffer for buffers in rank.optimizers for buffer in buffers or ()):
+            for slot in buffer.slots:
+                path, local = families.layer_of(slot.name) or (None, None)
+                numbers = layers.get(buffer.chunk, {}).get(path)
+                known[tp, pp, families.renumber(slot.name, numbers[local] if numbers else None, None)] = slot.partition
+    return known
+
+
+def _found(rank: Coordinates, tensors: dict[str, Stored], partitions: dict[tuple[int, int, str], Partition],
+           weights_only: bool) -> Iterator[Found]:
     tp, pp, ep = rank
     for full_name, stored in tensors.items():
         role, name = _role_and_name(full_name)
         if role == WEIGHT or not weights_only:
-            yield Found(name, Place(tp, pp, ep), role, stored)
+            yield Found(name, Place(tp, pp, ep), role, stored, partitions.get((tp, pp, name), UNRECORDED))
 
 
 def _dtype_and_shape(leaf: object) -> tuple[str, tuple[int, ...]] | None:
