@@ -15,6 +15,7 @@ from ...index import Naming
 from ...layout import Layout
 from ...sidecar import Sidecar, Slot
 from ...tensors import TensorSpec
+from . import registration
 from .facts import Facts, experts_per_rank, global_layers, is_gated
 
 #: the linear layers that hold an extra state, by the last part of their module's name
@@ -93,13 +94,16 @@ def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list
     chunks: list[dict] = []
     for chunk in range(vpp):
         slots: dict[str, Slot] = {}
-        for coordinates in ((tp, pp, 0), rank):
+        sequences = []
+        for coordinates in dict.fromkeys(((tp, pp, 0), rank)):
             for buffers in sidecar.ranks[coordinates].optimizers if coordinates in sidecar.ranks else ():
                 for buffer in buffers or ():
                     if buffer.chunk == chunk:
-                        slots |= {s.name: s for s in buffer.slots if coordinates == rank or not s.expert}
+                        own = {s.name: s for s in buffer.slots if coordinates == rank or not s.expert}
+                        slots |= own
+                        sequences.append([name for name in registration.names_of(buffer) if name in own])
         tree: dict = {}
-        for slot in sorted(slots.values(), key=lambda slot: -slot.start):
+        for slot in map(slots.get, registration.in_order(slots, sequences)):
             _insert(tree, _path(slot.name), TensorSpec(slot.name, slot.dtype, slot.shape))
         chunks.append(_with_extra_states(tree))
     return chunks
