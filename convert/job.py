@@ -57,9 +57,14 @@ def convert(request: Request) -> Report:
     staging = Staging(request.target, this, request.overwrite)
     outcomes = _execute(plan, staging, request)
     findings = Findings(source.index, outcomes, part.before)
-    if refusal := findings.refusal(source.folder, request):
+    try:
+        if refusal := findings.refusal(source.folder, request):
+            raise refusal
+        if check := TARGETS[request.to].check:
+            check(staging.out, target)
+    except RefusedError:
         staging.discard()
-        raise refusal
+        raise
     linked = staging.link(link for link in planned.links if (staging.out / link[1]).exists())
     staging.adopt(part.kept)
     status = findings.status(request)

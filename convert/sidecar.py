@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .cuts import Partition
@@ -100,13 +100,18 @@ class Sidecar:
                 yield f"layout{_suffix(rank, known.layout)}.json", json.dumps(_layout_content(known)).encode()
                 yield from _map_contents(rank, known, self.ranks[rank[0], rank[1], 0].optimizers[0] or ())
 
-    def slots(self, rank: Coordinates) -> Iterator[tuple[int, Slot]]:
-        """The chunk and the slot of each parameter of a rank's model that is stepped. Dense ones of which only the first
-        expert rank's optimizer holds the state are every expert rank's."""
+    def buffers(self, rank: Coordinates) -> Iterator[Buffer]:
+        """The buffers of the parameters of a rank's model that are stepped, without other ranks' parameters. Dense ones of
+        which only the first expert rank's optimizer holds the state are every expert rank's."""
         for coordinates in dict.fromkeys(((rank[0], rank[1], 0), rank)):
             for buffers in self.ranks[coordinates].optimizers if coordinates in self.ranks else ():
                 for buffer in buffers or ():
-                    yield from ((buffer.chunk, slot) for slot in buffer.slots if coordinates == rank or not slot.expert)
+                    yield replace(buffer, slots=tuple(s for s in buffer.slots if coordinates == rank or not s.expert))
+
+    def slots(self, rank: Coordinates) -> Iterator[tuple[int, Slot]]:
+        """The chunk and the slot of each parameter of a rank's model that is stepped."""
+        for buffer in self.buffers(rank):
+            yield from ((buffer.chunk, slot) for slot in buffer.slots)
 
     def any_layout(self) -> dict | None:
         return next((rank.layout for rank in self.ranks.values() if rank.layout), None)

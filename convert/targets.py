@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from .architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
@@ -23,6 +24,7 @@ from .frameworks.mindspore import target as mindspore
 from .frameworks.transformers import target as transformers
 from .layout import Wish
 from .plan import Output
+from .proof import readback
 from .relayout import relaid
 
 
@@ -41,6 +43,9 @@ class Target:
     `native` are the frameworks whose checkpoints it takes as they are (empty: any), `adopted` presents those of others as
     its own, and `relaid` lays them out anew; without it the files are the same for every layout.
 
+    `check` reads again what was written below a folder, and raises RefusedError where the framework would not find there
+    what the checkpoint holds.
+
     `families` are those of the models that the framework has, and `optimizer` says whether its files have room for, and
     `needs_optimizer` that they make no sense without, the optimizer's states.
     """
@@ -50,6 +55,7 @@ class Target:
     native: tuple[str, ...] = ()
     adopted: Callable[[Checkpoint], Checkpoint] | None = None
     relaid: Callable[[Checkpoint, Wish], Checkpoint] | None = None
+    check: Callable[[Path, Checkpoint], None] | None = None
     sizes: Mapping[str, str] = field(default_factory=dict)
     families: tuple[str, ...] = ()
     optimizer: bool = True
@@ -86,13 +92,13 @@ class Target:
 _MEGATRON = ("megatron", "megatron-dist", "mindspore")
 TARGETS = {
     "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, megatron_adopt.adopted, relaid,
-                        {"dp": "dp", "cp": "cp"}, (GPT2, LLAMA, MIXTURE)),
+                        sizes={"dp": "dp", "cp": "cp"}, families=(GPT2, LLAMA, MIXTURE)),
     "megatron": Target(lambda target, _: megatron.output(target), native=_MEGATRON, adopted=megatron_adopt.adopted,
-                       relaid=relaid, families=(GPT2, LLAMA, MIXTURE, YUAN)),
-    "megatron-dist": Target(lambda target, _: megatron_dist.output(target), native=_MEGATRON,
-                            adopted=megatron_adopt.adopted, families=(GPT2, LLAMA, MIXTURE)),
+                       relaid=relaid, check=readback.check, families=(GPT2, LLAMA, MIXTURE, YUAN)),
+    "megatron-dist": Target(megatron_dist.output, megatron_dist.Options, _MEGATRON, megatron_adopt.adopted,
+                            sizes={"ep": "ep"}, families=(GPT2, LLAMA, MIXTURE)),
     "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), metaseq_adopt.adopted, metaseq_relayout.relaid,
-                      {"dp": "shards"}, (OPT,)),
+                      sizes={"dp": "shards"}, families=(OPT,)),
     "alpa": Target(alpa.output, alpa.Options, families=(OPT, BLOOM), optimizer=False),
     "merak": Target(merak.output, merak.Options, sizes={"tp": "tp", "pp": "pp"}, families=(GPT2,), optimizer=False),
     "alpa-training": Target(alpa_training.output, alpa_training.Options, families=(GPT2, OPT), needs_optimizer=True),

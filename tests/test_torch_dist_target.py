@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from convert import job
+from convert.errors import RefusedError
 from convert.frameworks.megatron.chunks import Stack
 from convert.frameworks.megatron_dist import target as megatron_dist_target
 from convert.request import Request
@@ -61,6 +62,17 @@ def test_megatron_loads_it_in_another_layout(trained, tmp_path, core, saved, loa
     written = write(run.path, tmp_path / "written")
     assert digests(written) == digests(run.path)
     assert digests(resume(written, tmp_path / "again", **loaded)) == digests(run.path)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [pytest.param(2, 1, id="2-to-1"),
+                                               pytest.param(1, 2, id="1-to-2", marks=pytest.mark.full)])
+def test_megatron_loads_experts_into_another_number_of_optimizers(trained, tmp_path, saved, loaded):
+    run = trained("0.16.1", **{**EXPERTS, "tp": 1, "ep": saved})
+    written = write(run.path, tmp_path / "written", sizes={"ep": loaded})
+    again = resume(written, tmp_path / "again", **{**EXPERTS, "tp": 1, "ep": loaded})
+    assert digests(again) == digests(run.path)
+    with pytest.raises(RefusedError, match="4 experts cannot be divided over ep 3"):
+        write(run.path, tmp_path / "other", sizes={"ep": 3})
 
 
 def test_what_is_no_tensor(trained, tmp_path):

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,8 @@ from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
-from .compare import (
-    Difference,
-    Pair,
-    as_embedding,
-    casts_of_weights,
-    differences,
-    is_tied,
-    metadata_differences,
-    pair,
-    told,
-)
+from . import readback
+from .compare import Difference, Pair, as_embedding, casts_of_weights, differences, is_tied, metadata_differences, pair, told
 from .contents import entries_of
 from .replicas import unequal
 from .stream import Files, copies_of, in_processes, read_piece
@@ -134,7 +126,8 @@ def verify(request: Request) -> Verdict:
             return verdict
     output = read_output(request, manifest)
     casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
-    verdict.problems += [*_missing_names(output, verdict), *(Problem(*one) for one in contradictions(output).items())]
+    verdict.problems += [*_missing_names(output, verdict), *(Problem(*one) for one in contradictions(output).items()),
+                         *starmap(Problem, readback.wrong_order(output, manifest is not None))]
     if manifest is None:
         verdict.notes.append(f"{request.output}: has no {MANIFEST}, so there are no digests to compare with"
                              + ("" if request.against or request.replicas else ": only its structure was checked"))

@@ -128,7 +128,7 @@ def relaid_meta(source: Checkpoint, target: Target, rank: Coordinates, expert_di
         meta["args"] = _relaid_args(meta["args"], target, rank)
     if meta.get("optimizer") is not None:
         optimizer = _in_order(meta["optimizer"], needed, [one.get("optimizer") for one in source.metas.values()])
-        meta["optimizer"] = _relaid_groups(optimizer, target.layout.ep > 1, expert_dims)
+        meta["optimizer"] = regrouped(optimizer, target.layout.ep > 1, expert_dims)
     return meta
 
 
@@ -142,8 +142,9 @@ def _relaid_args(args: object, target: Target, rank: Coordinates) -> object:
                                                  if value is not None or args.state[name] is not None}})
 
 
-def _relaid_groups(optimizer: object, to_be_apart: bool, expert_dims: set[int]) -> object:
-    """The optimizer's state, where experts come to have, or no longer have, an optimizer of their own."""
+def regrouped(optimizer: object, to_be_apart: bool, expert_dims: set[int]) -> object:
+    """The optimizer's state, where experts come to have, or no longer have, an optimizer of their own; `expert_dims` are the
+    numbers of dimensions that their parameters have."""
     apart = isinstance(optimizer, list)
     if apart == to_be_apart or not expert_dims:
         return optimizer

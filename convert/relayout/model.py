@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from .. import families
 from ..checkpoint import Checkpoint
 from ..cuts import UNRECORDED, Partition
 from ..errors import RefusedError
+from ..frameworks.megatron import registration
 from ..fusion import GROUPED, whole_shape
 from ..index import Found, Held, Naming
 from ..layout import Place
@@ -25,6 +27,7 @@ _Facts = dict[tuple[Place, str], Partition]
 _HEAD_KEYS = {families.LEGACY: ("word_embeddings_for_head", "weight"), families.CORE: ("output_layer.weight",)}
 #: what a linear layer of Transformer Engine keeps beside its tensors, and makes anew when it is loaded
 _EXTRA_STATE = "_extra_state"
+_NOWHERE = Stored("float32", (), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class Model:
         return [entry for entry in self.last if entry not in behind] + [head] + behind
 
     def parameters(self) -> Iterator[Parameter]:
-        for entries in (self.first, *self.layers.values(), self.last):
+        for entries in (self.first, *(self.layers[number] for number in sorted(self.layers)), self.last):
             yield from (entry.content for entry in entries if isinstance(entry.content, Parameter))
 
 
@@ -127,6 +130,8 @@ def model_of(source: Checkpoint, structures: dict, naming: Naming) -> Model:
     _refuse_unknown(source, model)
     for entries in model.layers.values():
         entries.sort(key=_order(entries))
+    if source.sidecar:
+        _check_order(model, source.sidecar, naming)
     if source.layout.pp == 1:
         model.tied = not any(entry.content.canonical == families.HEAD for entry in model.last
                              if isinstance(entry.content, Parameter))
@@ -191,6 +196,20 @@ def _refuse_unknown(source: Checkpoint, model: Model) -> None:
     if len(stacks) != 1:
         raise RefusedError(f"{source.folder}: has {len(stacks)} stacks of layers ({', '.join(stacks)}), and only one can be "
                            "laid out anew; leave the sizes out")
+
+
+def _check_order(model: Model, sidecar: Sidecar, naming: Naming) -> None:
+    """Refuse a state dict that names parameters in another order than the buffers, as new ones would be filled in it."""
+    places = {parameter.canonical: number for number, parameter in enumerate(model.parameters())}
+    places.pop(families.WORD_EMBEDDING, None)  # the last stage's copy has its name, too
+    for (tp, pp, ep), known in sidecar.ranks.items():
+        for buffer in (buffer for buffers in known.optimizers for buffer in buffers or () if tp == 0):
+            there = [(places.get(naming.canonical(Found(name, Place(0, pp, ep, buffer.chunk), WEIGHT, _NOWHERE))), name)
+                     for name in registration.names_of(buffer)]
+            for (first, before), (second, after) in pairwise(one for one in there if one[0] is not None):
+                if first > second:
+                    raise RefusedError(f"{sidecar.folder}: has {before} registered before {after}, and the model's state "
+                                       "dict has them the other way round; they are of different runs")
 
 
 def _order(entries: list[Entry]):

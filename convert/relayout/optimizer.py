@@ -12,10 +12,12 @@ from ..cuts import dim_of
 from ..errors import RefusedError
 from ..families import WORD_EMBEDDING
 from ..frameworks.megatron import before_core as megatron_before_core
+from ..frameworks.megatron import registration
 from ..frameworks.megatron.buckets import Rule
 from ..frameworks.megatron.facts import Facts, grad_dtype
 from ..index import Found, Naming
 from ..layout import Layout, Place
+from ..naming import brief
 from ..sidecar import Buffer, RankSidecar, Sidecar, Slot
 from ..tensors import WEIGHT, Stored
 from .model import Entry, Parameter
@@ -45,12 +47,16 @@ def relaid_sidecar(source: Checkpoint, naming: Naming, facts: Facts, layout: Lay
     rule = Rule.of(facts.recorded, facts.args, layout)
     if megatron_before_core.describes(source.sidecar):
         rule = replace(rule, core=megatron_before_core.CORE)
+    if source.trained and not rule.experts_apart:
+        _check_merged(source, list(stepped.values()))
     grads = {buffer.param_dtype or buffer.slots[0].dtype: grad_dtype(buffer, facts.args)
              for known in source.sidecar.ranks.values() for buffers in known.optimizers for buffer in buffers or ()}
     slots = {rank: [_slots(chunk, stepped, rule, tied) for chunk in chunks] for rank, chunks in ranks.items()}
     experts = any(slot.expert for chunks in slots.values() for own in chunks for slot in own)
     common = {**(facts.recorded or _UNRECORDED), "iteration": source.iteration, "checkpoint_format": "torch",
               "parallel": _parallel(layout), "model": model_facts}
+    if registration.has_own_order(source.sidecar):
+        common |= registration.OWN_ORDER
     sidecars = {}
     for (tp, pp, ep), chunks in slots.items():
         try:
@@ -64,6 +70,14 @@ def relaid_sidecar(source: Checkpoint, naming: Naming, facts: Facts, layout: Lay
                "optimizers": [_optimizer(buffers, rule) for buffers in optimizers]}
         sidecars[tp, pp, ep] = RankSidecar(optimizers, None if megatron_before_core.describes(source.sidecar) else own)
     return Sidecar(Path(source.sidecar.folder), sidecars, complete=True, iteration=source.iteration)
+
+
+def _check_merged(source: Checkpoint, stepped: list[Slot]) -> None:
+    """Refuse to put experts, from buffers of their own, among parameters of which nobody knows whether they come first."""
+    unknown = [slot.name for slot in stepped if registration.place_of(slot.name) is None]
+    if unknown and any(slot.expert for slot in stepped):
+        raise RefusedError(f"{source.folder}: nobody recorded whether its experts are registered before or after "
+                           f"{brief(unknown)}, with which they share their buffers where ep is 1; keep ep above 1")
 
 
 #: what a layout file says of its writer, for maps of the one release that the patch which writes them fits

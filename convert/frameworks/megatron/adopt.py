@@ -27,7 +27,7 @@ from ...naming import brief
 from ...relayout import relaid
 from ...states import States
 from ...tensors import WEIGHT, Stored, TensorSpec
-from . import adopt_optimizer
+from . import adopt_optimizer, registration
 from .architecture import LLAMA3_SCALING
 from .structure import megatron_naming
 
@@ -109,18 +109,13 @@ def _table(num_layers: int) -> Iterator[tuple[str, str, str]]:
     of named_parameters(), by which buckets are filled."""
     rows = [(canonical, kind, core[0]) for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
             if core and "{e}" not in canonical]
-    in_layer = sorted((row for row in rows if "{i}" in row[0]), key=_order)
-    first = rows.index(in_layer[0])
-    layers = [(canonical.replace("{i}", str(i)), kind, name.replace("{i}", str(i)))
-              for i in range(num_layers) for canonical, kind, name in in_layer]
-    for canonical, kind, name in [*rows[:first], *layers, *(row for row in rows[first:] if row not in in_layer)]:
+    table = {}
+    for canonical, kind, name in rows:
         for w in ("weight", "bias") if "{w}" in canonical else ("",):
-            yield canonical.replace("{w}", w), kind, name.replace("{w}", w)
-
-
-def _order(row: tuple[str, str, str]) -> int:
-    """An attention's output projection comes first in it (megatron-core, transformer/attention.py, core_r0.6.0 … 0.16.1)."""
-    return next((place for place, part in enumerate((".input_norm.", ".attention.out.")) if part in row[0]), 2)
+            for i in range(num_layers) if "{i}" in canonical else ("",):
+                one, own = (text.replace("{w}", w).replace("{i}", str(i)) for text in (canonical, name))
+                table[own] = one, kind
+    yield from ((*table[name], name) for name in registration.in_order(table))
 
 
 # ---------------------------------------------------------------------------------------------------- what it computes

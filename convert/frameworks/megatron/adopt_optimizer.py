@@ -116,7 +116,7 @@ def sidecar(source: Checkpoint, told: dict, specs: Iterable[TensorSpec]) -> Side
                      "order": "tp-cp-ep-dp-pp"},
         "model": {**{name: told[name] for name in _FACTS}, "layernorm_epsilon": told["norm_epsilon"]}}
     by_dtype: dict[str, list[Slot]] = {}
-    for spec in specs:
+    for spec in reversed([*specs]):
         by_dtype.setdefault(spec.dtype, []).append(Slot(spec.name, spec.shape, spec.dtype, 0, math.prod(spec.shape), 0))
     buffers = tuple(Buffer(0, dtype, "float32", None, tuple(slots)) for dtype, slots in by_dtype.items())
     return Sidecar(source.folder, {_RANK: RankSidecar((buffers,), layout)}, complete=True, iteration=source.iteration)

@@ -237,6 +237,12 @@ def _check_grid(folder: Path, ranks: list[Rank], layout: Layout) -> None:
             raise RefusedError(f"{rank.folder / MODEL_FILE}: holds {len(rank.chunks())} model chunks and not {layout.vpp}")
 
 
+def read_model(folder: Path, place: Place) -> tuple[Rank, list[Found]]:
+    """A rank's model file, and its tensors, chunk by chunk."""
+    rank = Rank(folder, place, _content(folder / MODEL_FILE))
+    return rank, list(_model_tensors(rank, MODEL_WEIGHT))
+
+
 def _model_tensors(rank: Rank, role: str):
     for chunk, tensors in rank.chunks().items():
         place = Place(rank.place.tp, rank.place.pp, rank.place.ep, chunk)

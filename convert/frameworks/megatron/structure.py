@@ -15,6 +15,7 @@ from ...index import Naming
 from ...layout import Layout
 from ...sidecar import Sidecar, Slot
 from ...tensors import TensorSpec
+from . import registration
 from .facts import Facts, experts_per_rank, global_layers, is_gated
 
 #: the linear layers that hold an extra state, by the last part of their module's name
@@ -91,9 +92,11 @@ def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list
     """
     chunks: list[dict] = []
     for chunk in range(vpp):
-        slots: dict[str, Slot] = {slot.name: slot for number, slot in sidecar.slots(rank) if number == chunk}
+        buffers = [buffer for buffer in sidecar.buffers(rank) if buffer.chunk == chunk]
+        slots: dict[str, Slot] = {slot.name: slot for buffer in buffers for slot in buffer.slots}
+        sequences = [registration.names_of(buffer) for buffer in buffers]
         tree: dict = {}
-        for slot in sorted(slots.values(), key=lambda slot: -slot.start):
+        for slot in map(slots.get, registration.in_order(slots, sequences)):
             _insert(tree, _path(slot.name), TensorSpec(slot.name, slot.dtype, slot.shape))
         chunks.append(_with_extra_states(tree))
     return chunks

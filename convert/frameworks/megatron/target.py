@@ -24,6 +24,7 @@ from ...plan import Output, Wanted, WantedFile, bands_of
 from ...sidecar import Bucket, Buffer, Sidecar, Slot
 from ...tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
 from . import before_core as megatron_before_core
+from . import registration
 from .facts import Facts, grad_dtype
 from .reader import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
 from .structure import megatron_naming, rank_folder, structures_of
@@ -39,6 +40,8 @@ def output(source: Checkpoint) -> Output:
     if source.sidecar is None and source.with_optimizer:
         raise RefusedError(f"{source.folder}: nobody knows the optimizer's buckets without layout_*.json or "
                            "param_map*.json; name their folder with --sidecar, or convert --weights-only")
+    if source.with_optimizer:
+        registration.check(source.sidecar)
     writer = _Writer(source)
     files = [file for rank in source.rank_folders for file in writer.rank_files(rank)]
     if writer.missing:

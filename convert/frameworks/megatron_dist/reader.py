@@ -26,6 +26,7 @@ from ...naming import brief
 from ...sidecar import Sidecar
 from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, TensorSpec
 from ..megatron import reader as megatron
+from ..megatron import registration
 from ..megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
 from ..megatron.facts import Facts, is_gated
 from ..megatron.optimizer import dropped
@@ -82,11 +83,10 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     index = _index(parts, wholes, trained)
     index.check_complete()
     presented = sidecar and megatron_dist_sidecar.in_one_rank(sidecar, of_run, wholes, experts // trained.ep)
-    names = megatron_dist_sidecar.names(presented, naming) if presented else {}
     return Checkpoint(
         "megatron-dist", folder, number, Layout(), index, not weights_only, facts.num_layers() or index.num_layers(),
         rank_folders={(0, 0, 0): folder}, metas={(0, 0, 0): _meta(contents, common)},
-        structures={(0, 0, 0): [_structure(stacks, contents, naming, names, facts)]}, sidecar=presented, trained=trained,
+        structures={(0, 0, 0): [_structure(stacks, contents, naming, presented, facts)]}, sidecar=presented, trained=trained,
         dropped=sorted({stack.name(numbers) for key, stack in stacks.items() if key not in kept
                         for numbers in stack.numbers()}))
 
@@ -101,6 +101,8 @@ def _sidecar(contents: Contents, number: int, given: Path | None) -> Sidecar | N
                                "convert --weights-only")
     elif sidecar:
         megatron_dist_sidecar.check_positions(sidecar, contents.folder)
+    if sidecar:
+        registration.check(sidecar)
     return sidecar
 
 
@@ -148,19 +150,19 @@ def _naming(stacks: dict[str, Stack], facts: Facts) -> Naming:
     return Naming(families.CORE, Layout(), None, None, facts.sizes(), is_gated([shapes], families.CORE), facts.tied())
 
 
-def _structure(stacks: dict[str, Stack], contents: Contents, naming: Naming, names: dict[str, str], facts: Facts) -> dict:
-    """The state dict of the whole model in one rank, layer by layer, by the names that the model itself has: those of
-    `names` (by canonical name), else what its arguments tell."""
+def _structure(stacks: dict[str, Stack], contents: Contents, naming: Naming, sidecar: Sidecar | None, facts: Facts) -> dict:
+    """The state dict of the whole model in one rank, in the order in which it registers its tensors, by the names that the
+    model itself has: those of the sidecar of one rank, else what its arguments tell."""
     local = facts.args.get("transformer_impl") == "local"
-    entries = []
-    for order, (key, stack) in enumerate(stacks.items()):
+    names = megatron_dist_sidecar.names(sidecar, naming) if sidecar else {}
+    specs = {}
+    for key, stack in stacks.items():
+        dtype = contents.tensors[key].dtype
         for numbers in stack.numbers():
-            whole = whole_of(stack, numbers, MODEL_WEIGHT, contents.tensors[key].dtype, naming)
+            whole = whole_of(stack, numbers, MODEL_WEIGHT, dtype, naming)
             name = names.get(whole.canonical) or _local_name(stack.name(numbers), local)
-            entries.append((whole.layer, order, TensorSpec(name, contents.tensors[key].dtype, stack.inner)))
-    last = max((order for layer, order, _ in entries if layer is not None), default=0)
-    ordered = sorted(entries, key=lambda e: (0 if e[0] is not None else 1 if e[1] > last else -1, e[0] or 0, e[1]))
-    return {spec.name: spec for _, _, spec in ordered}
+            specs[name] = TensorSpec(name, dtype, stack.inner)
+    return {name: specs[name] for name in registration.in_order(specs, registration.recorded(sidecar))}
 
 
 def _local_name(name: str, local: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from ... import families
@@ -14,6 +15,7 @@ from ...layout import Layout, Place
 from ...naming import brief
 from ...sidecar import Buffer, RankSidecar, Sidecar, Slot
 from ...tensors import WEIGHT, Stored
+from ..megatron import registration
 
 #: the releases that save the optimizer's state of buckets after a padded one from wrong positions (NVIDIA/Megatron-LM#5077)
 _SHIFTED = (0, 15), (0, 20)
@@ -72,22 +74,26 @@ class _Seen:
 
 
 def in_one_rank(sidecar: Sidecar, naming: Naming, wholes: list[Held], ep_experts: int) -> Sidecar:
-    """The sidecar as one rank that holds all of `wholes` would write it, but for positions; `naming` is the run's."""
+    """The sidecar as one rank that holds all of `wholes` would write it, without buckets; `naming` is the run's."""
     shapes = {whole.canonical: whole.found.stored.shape for whole in wholes}
     seen: dict[str, _Seen] = {}
+    sequences: list[list[str]] = []
     for (tp, pp, ep), rank in sidecar.ranks.items():
         for link, buffers in enumerate(rank.optimizers):
             for buffer in buffers or ():
-                for slot in buffer.slots:
+                sequences.append([])
+                for slot in registration.slots_of(buffer):
                     held = naming.hold(Found(slot.name, Place(tp, pp, ep, buffer.chunk), WEIGHT,
                                              Stored("float32", slot.shape, ()), slot.partition))
                     if held.canonical in shapes and not held.is_tied_head:
                         shape = shapes[held.canonical]
                         name = families.renumber(slot.name, held.layer, _expert(slot, ep * ep_experts))
-                        whole = replace(slot, name=name, shape=shape, start=0, end=math.prod(shape), bucket=0)
-                        seen.setdefault(held.canonical, _Seen(whole, link, (buffer.param_dtype, buffer.grad_dtype)))
-    links = 1 + max(one.link for one in seen.values())
-    optimizers = tuple(_buffers([one for one in seen.values() if one.link == link]) for link in range(links))
+                        sequences[-1].append(name)
+                        whole = replace(slot, name=name, shape=shape)
+                        seen.setdefault(name, _Seen(whole, link, (buffer.param_dtype, buffer.grad_dtype)))
+    ordered = [seen[name] for name in registration.in_order(seen, sequences)]
+    links = 1 + max(one.link for one in ordered)
+    optimizers = tuple(_buffers([one for one in ordered if one.link == link]) for link in range(links))
     layout = {**sidecar.any_layout(), "chunks": [_chunk(sidecar)]}
     return Sidecar(sidecar.folder, {(0, 0, 0): RankSidecar(optimizers, layout)}, complete=True, iteration=sidecar.iteration)
 
@@ -98,8 +104,16 @@ def _expert(slot: Slot, first: int) -> int | None:
 
 
 def _buffers(seen: list[_Seen]) -> tuple[Buffer, ...]:
+    """A buffer for each pair of dtypes, filled from the last parameter to the first."""
     dtypes = dict.fromkeys(one.dtypes for one in seen)
-    return tuple(Buffer(0, *both, None, tuple(one.slot for one in seen if one.dtypes == both)) for both in dtypes)
+    return tuple(Buffer(0, *both, None, _laid_out([one.slot for one in reversed(seen) if one.dtypes == both]))
+                 for both in dtypes)
+
+
+def _laid_out(slots: list[Slot]) -> tuple[Slot, ...]:
+    ends = list(accumulate(math.prod(slot.shape) for slot in slots))
+    return tuple(replace(slot, start=end - math.prod(slot.shape), end=end, bucket=0)
+                 for slot, end in zip(slots, ends, strict=True))
 
 
 def _chunk(sidecar: Sidecar) -> dict:

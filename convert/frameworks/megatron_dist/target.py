@@ -17,11 +17,12 @@ from ...containers import torch_dist, torch_zip
 from ...containers.frames import Literal, Segment
 from ...containers.torch_dist import Chunk, Chunked, DistcpFile
 from ...errors import RefusedError
-from ...fusion import QKV_DOWN, whole_shape
+from ...fusion import GROUPED, QKV_DOWN, whole_shape
 from ...index import Found, Held, Naming
 from ...layout import Layout, Place
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
+from ...relayout.metas import regrouped
 from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
 from ..megatron.facts import Facts, args_of, is_gated
 from ..megatron.reader import RELEASE, TRACKER
@@ -45,14 +46,26 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _ELSEWHERE = ("rng_state", "parammap_model_structure", "param_name_list")
 
 
-def output(source: Checkpoint) -> Output:
-    """Plan the files. Raises RefusedError where the source holds tensors that no key is known for."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`ep`: expert-parallel ranks of the run that is to load it (None: the source's). Megatron-LM keeps experts in an
+    optimizer of their own where there are several, and loads the state of none, or of one, alone."""
+
+    cast: None = None
+    ep: int | None = None
+
+
+def output(source: Checkpoint, options: Options) -> Output:
+    """Plan the files. Raises RefusedError where the source holds tensors that no key is known for, or for an `ep` that does
+    not divide its experts."""
     folder = f"iter_{source.iteration:07d}" if source.iteration else RELEASE
     tensors = _tensors(source)
-    rng_states = _rng_states(source, args_of(next(iter(source.metas.values()))))
+    ep = _expert_ranks(source, options, tensors)
+    rng_states = _rng_states(source, args_of(next(iter(source.metas.values())))) if ep == 1 else {}
     dtypes = {(held.found.role, held.canonical): held.found.stored.dtype for held in source.index.held}
     files = _Writer(tensors, dtypes).files(folder, _objects(tensors) | rng_states, _STATES if source.with_optimizer else {})
-    common = torch_zip.frame(_common(source, bool(rng_states)), COMMON_FILE)
+    expert_dims = {len(tensor.held.found.stored.shape) for tensor in tensors if tensor.is_of_experts}
+    common = torch_zip.frame(_common(source, bool(rng_states), ep, expert_dims), COMMON_FILE)
     files += [
         _wanted_file(f"{folder}/{COMMON_FILE}", common.segments, common.tensors, {}),
         *(sidecar_files(source, f"param_map/{folder}", "param_map") if source.trained is None else ()),
@@ -73,6 +86,19 @@ class _Tensor:
     stack: tuple[int, ...]
     held: Held
     dtype: str
+
+    @property
+    def is_of_experts(self) -> bool:
+        return _expert(self.held) is not None or self.held.kind in GROUPED
+
+
+def _expert_ranks(source: Checkpoint, options: Options, tensors: list[_Tensor]) -> int:
+    ep = options.ep or (source.trained or source.layout).ep
+    experts = len({_expert(tensor.held) for tensor in tensors if _expert(tensor.held) is not None})
+    if options.ep and (experts or 1) % ep:
+        raise RefusedError(f"{source.folder}: its {experts} experts cannot be divided over ep {ep}; choose another --ep")
+    return ep
+
 
 def _tensors(source: Checkpoint) -> list[_Tensor]:
     """All tensors of the model, layer by layer."""
@@ -223,20 +249,22 @@ def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:
     """The random states by pipeline and tensor rank, if those of every rank are known."""
     tp, pp = args.get("tensor_model_parallel_size") or 1, args.get("pipeline_model_parallel_size") or 1
     states = {(p, t): source.metas.get((t, p, 0), {}).get("rng_state") for p in range(pp) for t in range(tp)}
-    if source.layout.ep > 1 or any(state is None for state in states.values()) or (source.trained or source.layout).ep > 1:
+    if any(state is None for state in states.values()) or (source.trained or source.layout).ep > 1:
         return {}
     return {f"rng_state/shard_{p}.{t}_{pp}.{tp}": state for (p, t), state in states.items()}
 
 
-def _common(source: Checkpoint, with_rng: bool) -> dict:
+def _common(source: Checkpoint, with_rng: bool, ep: int, expert_dims: set[int]) -> dict:
     """common.pt. Where the random states are not known, its arguments say that they were not saved."""
     meta = next(iter(source.metas.values()))
     common = {key: value for key, value in meta.items() if value is not None and key not in _ELSEWHERE}
-    if "args" in common and not with_rng:
-        args = common["args"]
-        common["args"] = replace(args, state={**args.attributes, "no_save_rng": True})
+    if "args" in common:
+        known = {"expert_model_parallel_size": ep} if "expert_model_parallel_size" in common["args"].attributes else {}
+        unsaved = {} if with_rng else {"no_save_rng": True}
+        common["args"] = replace(common["args"], state={**common["args"].attributes, **known, **unsaved})
     optimizer = common.pop("optimizer", None)
     if source.with_optimizer and optimizer is not None:
+        optimizer = regrouped(optimizer, ep > 1, expert_dims)
         sharding = {"param_state_sharding_type": _CONTENT["distrib_optim_sharding_type"]}
         common["optimizer"] = ({number: {**link, **sharding} for number, link in enumerate(optimizer)}
                                if isinstance(optimizer, list) else {**optimizer, **sharding})

@@ -136,7 +136,7 @@ def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[
     files = [path for path in folder.iterdir() if path.suffix in wanted]
     if not files:
         raise RefusedError(f"{folder}: has no {' or '.join(wanted)} file; copy the whole checkpoint")
-    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    newest = mindspore_sharded.newest(files)
     entries = {name: stored for name, stored in CONTAINERS[newest.suffix].read(newest).items()
                if isinstance(stored, Stored)}
     entries = mindspore_sharded.whole(newest, entries)

@@ -16,7 +16,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,11 @@ def newest_file(folder: Path, suffixes: tuple[str, ...] = tuple(CONTAINERS)) -> 
     files = [path for path in folder.iterdir() if path.suffix in suffixes and not path.stem.endswith(MERGED)]
     if not files:
         raise RefusedError(f"{folder}: has no {' and no '.join(suffixes)} file; copy the whole checkpoint")
+    return newest(files)
+
+
+def newest(files: Iterable[Path]) -> Path:
+    """The file written last; of several written at once, as a copy may date them, the one with the highest numbers."""
     return max(files, key=lambda path: (path.stat().st_mtime_ns, [int(n) for n in re.findall(r"\d+", path.name)]))
 
 
