@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import families
 from ..checkpoint import Checkpoint, Coordinates
 from ..errors import RefusedError
 from ..families import WORD_EMBEDDING
@@ -94,12 +95,19 @@ def _slots(chunk: Chunk, stepped: dict[str, Slot], rule: Rule, tied: str | None)
 
 def _slot(entry: Entry, parameter: Parameter, known: Slot, shape: tuple[int, ...], rule: Rule, tied: str | None) -> Slot:
     dim = _PARTITION_DIM.get(parameter.kind, 0)
-    if known.partition_dim not in (None, dim):
+    if known.partition_dim not in (None, dim) and not _says_rows_of_any(known):
         raise RefusedError(f"{known.name} is cut along dim {known.partition_dim} by the sidecar and {dim} by its family's "
                            "table; the model is of another kind: leave the sizes out")
     return replace(known, name=entry.name, shape=shape, dtype=parameter.dtype, start=0, end=math.prod(shape), bucket=0,
                    partition_dim=dim, tied=parameter.canonical == tied,
                    expert=entry.is_of_experts and rule.experts_apart)
+
+
+def _says_rows_of_any(slot: Slot) -> bool:
+    """Whether the mark of a tensor's cut says nothing: where Megatron-LM gathers experts' tokens itself (ep or etp above 1),
+    it gives Transformer Engine's linear layers no parallel mode, and these mark rows (Megatron-LM, core/extensions/
+    transformer_engine.py, `explicit_expert_comm`: core_r0.12.0 … 0.16.0 all experts, 0.17.0 those apart)."""
+    return slot.partition_dim == 0 and families.expert_of(slot.name) is not None
 
 
 def _parallel(layout: Layout) -> dict:
