@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import __version__, frameworks
+from . import __version__, extra_states, frameworks
 from .checkpoint import Checkpoint
 from .cluster import run_tasks_on_ray
 from .errors import RefusedError
@@ -104,7 +104,7 @@ def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
     target = TARGETS[request.to]
     if target.relaid is None and (request.stage_layers or not request.sizes.keys() <= target.sizes.keys()):
         raise RefusedError(f"--to {request.to}: its files are the same for every layout; leave the sizes out")
-    return target.wanted(source, request.sizes, request.stage_layers, request.vocab_divisible_by)
+    return target.wanted(source, _options(request), request.sizes, request.stage_layers, request.vocab_divisible_by)
 
 
 def _check(source: Checkpoint, request: Request) -> None:
@@ -119,14 +119,16 @@ def _check(source: Checkpoint, request: Request) -> None:
 
 
 def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) -> list[str]:
-    """What of the source is not in the output, all of it by the user's own word."""
+    """What of the source is not in the output: tensors by the user's own word, and the extra states of layers."""
     if request.only_tp or request.only_pp:
         return source.dropped
     unasked = [name for name in plan.unused if name.rsplit("(", 1)[1][:-1] in planned.roles
                and not name.split(" ")[0].endswith(f".{PADDING}") and name.split(" ")[0] not in planned.needless]
     if unasked:
         raise RefusedError(f"{source.folder}: {len(unasked)} tensors would go nowhere: {brief(unasked)}")
-    return source.dropped + plan.unused
+    kept = set(planned.extra_states)
+    left_behind = [name for name in map(str, extra_states.filled(source.structures)) if name not in kept]
+    return source.dropped + plan.unused + left_behind
 
 
 def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:

@@ -49,7 +49,8 @@ class WantedFile:
 class Output:
     """What a framework's writer asks for: the files, each rank's source folder with its file or folder in the output, the
     links to make (link, existing file), and what is worth saying in the manifest. `roles` are the states that it has room
-    for, and `needless` the names of tensors that no model computes with."""
+    for, `needless` the names of tensors that no model computes with, and `extra_states` those that are kept, by name and
+    place."""
 
     files: list[WantedFile]
     converted: list[tuple[Path, str]]
@@ -57,6 +58,7 @@ class Output:
     notes: dict[str, object]
     roles: tuple[str, ...] = (WEIGHT, EXP_AVG, EXP_AVG_SQ)
     needless: frozenset[str] = frozenset()
+    extra_states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from .frameworks.alpa import training as alpa_training
 from .frameworks.deepspeed import target as deepspeed
 from .frameworks.megatron import adopt as megatron_adopt
 from .frameworks.megatron import target as megatron
+from .frameworks.megatron.specification import Options as Specified
 from .frameworks.megatron_dist import target as megatron_dist
 from .frameworks.merak import target as merak
 from .frameworks.metaseq import adopt as metaseq_adopt
@@ -41,7 +42,7 @@ class Target:
     takes the `sizes` of the layout that change no tensor of a rank, or all of them where the framework cuts for itself.
 
     `native` are the frameworks whose checkpoints it takes as they are (empty: any), `adopted` presents those of others as
-    its own, and `relaid` lays them out anew; without it the files are the same for every layout.
+    its own, by the options, and `relaid` lays them out anew; without it the files are the same for every layout.
 
     `check` reads again what was written below a folder, and raises RefusedError where the framework would not find there
     what the checkpoint holds.
@@ -53,7 +54,7 @@ class Target:
     output: Callable[[Checkpoint, Any], Output]
     options: type = Plain
     native: tuple[str, ...] = ()
-    adopted: Callable[[Checkpoint], Checkpoint] | None = None
+    adopted: Callable[[Checkpoint, Any], Checkpoint] | None = None
     relaid: Callable[[Checkpoint, Wish], Checkpoint] | None = None
     check: Callable[[Path, Checkpoint], None] | None = None
     sizes: Mapping[str, str] = field(default_factory=dict)
@@ -61,11 +62,11 @@ class Target:
     optimizer: bool = True
     needs_optimizer: bool = False
 
-    def wanted(self, source: Checkpoint, wish: dict[str, int], stage_layers: tuple[int, ...],
+    def wanted(self, source: Checkpoint, options: Any, wish: dict[str, int], stage_layers: tuple[int, ...],
                divisible_by: int | None) -> Checkpoint:
         """The source in the layout wanted: itself, if that is its own, or if the files are the same for every layout."""
         if self.native and source.framework not in self.native:
-            source = self._adopt(source)
+            source = self._adopt(source, options)
         if self.relaid is None:
             return source
         there = source.trained or source.layout
@@ -82,23 +83,27 @@ class Target:
         """Plan the files of a checkpoint that is `wanted`."""
         return self.output(target, replace(options, **{name: wish.get(size) for size, name in self.sizes.items()}))
 
-    def _adopt(self, source: Checkpoint) -> Checkpoint:
+    def _adopt(self, source: Checkpoint, options: Any) -> Checkpoint:
         if self.adopted is None:
             raise RefusedError(f"{source.folder}: is {source.framework}'s, and only checkpoints of "
                                f"{' and '.join(self.native)} can be written so; `parammap formats` lists what goes where")
-        return self.adopted(source)
+        return self.adopted(source, options)
+
+
+def _as_megatrons(source: Checkpoint, options: Any) -> Checkpoint:
+    return megatron_adopt.adopted(source, options.transformer_impl)
 
 
 _MEGATRON = ("megatron", "megatron-dist", "mindspore")
 TARGETS = {
-    "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, megatron_adopt.adopted, relaid,
+    "mindspore": Target(mindspore.output, mindspore.Options, _MEGATRON, _as_megatrons, relaid,
                         sizes={"dp": "dp", "cp": "cp"}, families=(GPT2, LLAMA, MIXTURE)),
-    "megatron": Target(lambda target, _: megatron.output(target), native=_MEGATRON, adopted=megatron_adopt.adopted,
-                       relaid=relaid, check=readback.check, families=(GPT2, LLAMA, MIXTURE, YUAN)),
-    "megatron-dist": Target(megatron_dist.output, megatron_dist.Options, _MEGATRON, megatron_adopt.adopted,
+    "megatron": Target(megatron.output, Specified, _MEGATRON, _as_megatrons, relaid, readback.check,
+                       families=(GPT2, LLAMA, MIXTURE, YUAN)),
+    "megatron-dist": Target(megatron_dist.output, megatron_dist.Options, _MEGATRON, _as_megatrons,
                             sizes={"ep": "ep"}, families=(GPT2, LLAMA, MIXTURE)),
-    "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), metaseq_adopt.adopted, metaseq_relayout.relaid,
-                      sizes={"dp": "shards"}, families=(OPT,)),
+    "metaseq": Target(metaseq.output, metaseq.Options, ("metaseq",), lambda source, _: metaseq_adopt.adopted(source),
+                      metaseq_relayout.relaid, sizes={"dp": "shards"}, families=(OPT,)),
     "alpa": Target(alpa.output, alpa.Options, families=(OPT, BLOOM), optimizer=False),
     "merak": Target(merak.output, merak.Options, sizes={"tp": "tp", "pp": "pp"}, families=(GPT2,), optimizer=False),
     "alpa-training": Target(alpa_training.output, alpa_training.Options, families=(GPT2, OPT), needs_optimizer=True),

@@ -29,6 +29,8 @@ LLAMA = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "max_p
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
 TP2_PP2 = ("--tp", "2", "--pp", "2")
+#: whose layers the wheels of megatron-core have here
+LOCAL = ("--transformer-impl", "local")
 
 
 def convert(source: Path, out: Path, to: str, *flags: str) -> Path:
@@ -82,7 +84,7 @@ FULL = pytest.mark.full
 def test_megatron_core_computes_what_transformers_does(case, core, tokens, tmp_path):
     """At tp 2 · pp 2, loaded strictly; then back, to the last bit."""
     source = saved(transformers.AutoModelForCausalLM.from_config(MODELS[case]), tmp_path / "hf")
-    out = convert(source, tmp_path / "megatron", "megatron", *TP2_PP2)
+    out = convert(source, tmp_path / "megatron", "megatron", *TP2_PP2, *LOCAL)
     theirs, ours = computed(source, tokens), megatron_logits.run(core, out, tokens, tmp_path)
     assert ours.shape == (*tokens.shape, 256) and theirs.std() > 0.3
     assert np.abs(ours[..., :VOCAB] - theirs).max() < 2e-5 * np.abs(theirs).max()
@@ -107,7 +109,7 @@ def test_transformers_computes_what_megatron_core_has_trained(trained, tmp_path,
 
 def test_the_files_are_those_that_megatron_core_saved(tmp_path):
     """A LLaMA of transformers, of which megatron-core saved the same weights at tp 2 · pp 2."""
-    out = convert(DATA / "transformers/llama_hf", tmp_path / "out", "megatron", *TP2_PP2,
+    out = convert(DATA / "transformers/llama_hf", tmp_path / "out", "megatron", *TP2_PP2, *LOCAL,
                   "--make-vocab-size-divisible-by", "1")
     theirs = sorted((DATA / "transformers/llama_tp2pp2").glob("iter_*/*/model_optim_rng.pt"))
     assert len(theirs) == 4
@@ -149,11 +151,13 @@ def test_the_user_is_told_what_stays_behind_and_what_to_say(tmp_path, capsys):
     out = convert(source, tmp_path / "out", "megatron", "--tp", "4", "--replicas", "first", "--weights-only")
     told = capsys.readouterr().out
     assert "a release, of weights only: the iteration 3 stays behind" in told and (out / "release").is_dir()
-    assert "run Megatron-LM with --transformer-impl local" in told and "vocabulary padded to" in told
+    assert "run Megatron-LM with --use-checkpoint-args --transformer-impl transformer_engine, which" in told
+    assert "vocabulary padded to" in told
     assert "nobody recorded its activation and eps" in told
     whole = convert(source, tmp_path / "whole", "megatron", "--tp", "4", "--replicas", "first")
     told = capsys.readouterr().out
-    assert "run Megatron-LM with --no-load-rng --transformer-impl local" in told
+    assert ("run Megatron-LM with --bf16 --use-distributed-optimizer --accumulate-allreduce-grads-in-fp32 --no-load-rng "
+            "--use-checkpoint-args --transformer-impl transformer_engine, which") in told
     assert "the optimizer goes on from step 3: in torch format its buckets are those of megatron-core 0.16.1" in told
     manifest = json.loads((whole / "parammap_manifest.json").read_text())
     assert not any("exp_avg" in name for name in manifest["dropped"]) and (whole / "iter_0000003").is_dir()

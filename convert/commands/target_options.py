@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import RefusedError
 from ..frameworks.alpa import serving as alpa
 from ..frameworks.alpa import training as alpa_training
+from ..frameworks.megatron import specification
 from ..frameworks.merak import partition as merak_partition
 from ..frameworks.merak import target as merak
 from ..frameworks.metaseq import target as metaseq
@@ -30,6 +31,9 @@ FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "action": "store_true", "default": None, "help": "a file for every rank, as hard links where possible"}),
     "--form": (("metaseq",), {
         "choices": sorted(metaseq.NAMES), "help": "flat parameters, whole tensors, or one file for all (default: flat)"}),
+    "--transformer-impl": (("megatron", "megatron-dist", "mindspore"), {
+        "choices": specification.CHOICES, "help": "whose layers a model of another framework gets, as Megatron-LM's flag of "
+                                                  "that name (default: transformer_engine)"}),
     "--vocab-size": (("alpa", "alpa-training"), {
         "type": positive, "metavar": "N", "help": "rows of the word embedding (default: the source's)"}),
     "--activation": (("alpa", "alpa-training", "merak", "transformers"), {
@@ -61,6 +65,8 @@ FORMATS = {"mindspore": mindspore.FRAMES, "transformers": transformers.FRAMES}
 _MAKE: dict[str, Callable[..., Any]] = {
     "mindspore": lambda dtype=None, generate_all_dp_cp=False, **flags: mindspore.Options(
         cast=dtype, all_dp_cp=generate_all_dp_cp, **flags),
+    "megatron": specification.Options,
+    "megatron-dist": specification.Options,
     "transformers": lambda dtype=None, **flags: transformers.Options(cast=dtype, **flags),
     "metaseq": lambda dtype=None, **flags: metaseq.Options(cast=dtype, **flags),
     "merak": lambda dtype=None, no_parallel_vocab=False, **flags: merak.Options(

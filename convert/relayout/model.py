@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from .. import families
+from .. import extra_states, families
 from ..checkpoint import Checkpoint
 from ..cuts import UNRECORDED, Partition
 from ..errors import RefusedError
@@ -25,8 +25,6 @@ from ..tensors import WEIGHT, Stored, TensorSpec
 _Facts = dict[tuple[Place, str], Partition]
 #: how each dialect's state dict names the last stage's copy of the word embedding
 _HEAD_KEYS = {families.LEGACY: ("word_embeddings_for_head", "weight"), families.CORE: ("output_layer.weight",)}
-#: what a linear layer of Transformer Engine keeps beside its tensors, and makes anew when it is loaded
-_EXTRA_STATE = "_extra_state"
 _NOWHERE = Stored("float32", (), ())
 
 
@@ -164,11 +162,13 @@ def _is_behind(entry: Entry) -> bool:
 
 
 def _walk(tree: object, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    if isinstance(tree, dict):
+    if keys and extra_states.is_one(keys[-1]):
+        yield keys, None
+    elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from _walk(value, (*keys, key))
     else:
-        yield keys, None if keys[-1].endswith(_EXTRA_STATE) else tree
+        yield keys, tree
 
 
 def _entry(keys: tuple[str, ...], leaf: object, place: Place, naming: Naming, facts: _Facts) -> Entry:

@@ -2,10 +2,11 @@
 
 With the optimizer where the source has one (adopt_optimizer.py); without, it is a release as Megatron-LM's own tools make.
 
-Names are those of the layer specification without Transformer Engine (--transformer-impl local), and arguments those that
-Megatron-LM compares and takes over when it loads (training/checkpointing.py, check_checkpoint_args and
-load_args_from_checkpoint, core_r0.6.0 … core_v0.16.0), with those that say its layout (relayout/metas.py). GELU by tanh is
-what Megatron-LM computes where it fuses bias and GELU, its default; see architecture.py.
+Names are those of Transformer Engine's layers, as Megatron-LM builds them by default, or of its own ones
+(--transformer-impl local); see specification.py. Arguments are those that it compares and takes over when it loads
+(training/checkpointing.py, check_checkpoint_args and load_args_from_checkpoint, core_r0.6.0 … main), with those that say its
+layout (relayout/metas.py). GELU by tanh is what Megatron-LM computes where it fuses bias and GELU, its default; see
+architecture.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ...states import States
 from ...tensors import WEIGHT, Stored, TensorSpec
 from . import adopt_optimizer, registration
 from .architecture import LLAMA3_SCALING
+from .specification import LOCAL, TRANSFORMER_ENGINE, Specification
 from .structure import megatron_naming
 
 NAME = "Megatron-LM"
@@ -43,9 +45,9 @@ _FUSED = {(GPT2, "gelu_new"): True, (GPT2, "gelu"): False, (GPT2, None): None, (
 _ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 
 
-def adopted(source: Checkpoint) -> Checkpoint:
+def adopted(source: Checkpoint, transformer_impl: str | None = None) -> Checkpoint:
     """The source as Megatron's, its vocabulary padded by Megatron-LM's rule: with its iteration, the optimizer's states and
-    a sidecar where it has an optimizer, else a release, of iteration 0.
+    a sidecar where it has an optimizer, else a release, of iteration 0. Its layers are of `transformer_impl`.
 
     Raises RefusedError for a model that Megatron-LM cannot compute, for one of which nobody recorded how it computes, and
     for an optimizer that Megatron-LM's cannot be.
@@ -54,8 +56,10 @@ def adopted(source: Checkpoint) -> Checkpoint:
     states = States(source)
     _check(source, architecture, states.names())
     stepped = source.with_optimizer
-    args = {**_args(source, architecture, states), **(adopt_optimizer.args(source) if stepped else {})}
-    tensors = list(_tensors(states, args))
+    args = {**_args(source, architecture, states), "transformer_impl": transformer_impl or TRANSFORMER_ENGINE,
+            **(adopt_optimizer.args(source) if stepped else {})}
+    specification = Specification.of(args)
+    tensors = list(_tensors(states, args, specification))
     specs = [tensor.spec for tensor in tensors]
     iteration = source.iteration if stepped else 0
     if stepped:
@@ -66,7 +70,8 @@ def adopted(source: Checkpoint) -> Checkpoint:
             "args": Opaque(Global("argparse", "Namespace"), (), new=True, state=args),
             "checkpoint_version": CHECKPOINT_VERSION, "iteration": iteration,
             **(adopt_optimizer.meta(source) if stepped else {})}},
-        structures={_RANK: [{spec.name: spec for spec in specs}]}, dropped=source.dropped,
+        structures={_RANK: [{spec.name: spec for spec in specs} | specification.extra_states(spec.name for spec in specs)]},
+        dropped=source.dropped,
         sidecar=adopt_optimizer.sidecar(source, args, specs) if stepped else None,
         notes=[*source.notes, *_notes(architecture, args, source)])
     naming = megatron_naming(empty, empty.structures)
@@ -86,10 +91,10 @@ class _Tensor:
     first: str
 
 
-def _tensors(states: States, args: dict) -> Iterator[_Tensor]:
+def _tensors(states: States, args: dict, specification: Specification) -> Iterator[_Tensor]:
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that the model computes in."""
     used: set[str] = set()
-    for canonical, kind, name in _table(states.source.num_layers):
+    for canonical, kind, name in _table(states.source.num_layers, specification):
         _, atoms = states.parts(canonical, kind)
         if there := [atom for atom in atoms if (WEIGHT, atom) in states.tensors]:
             if missing := sorted(set(atoms) - set(there)):
@@ -104,10 +109,10 @@ def _tensors(states: States, args: dict) -> Iterator[_Tensor]:
                            f"{brief(unplaced)}; the two models are of different architectures")
 
 
-def _table(num_layers: int) -> Iterator[tuple[str, str, str]]:
+def _table(num_layers: int, specification: Specification) -> Iterator[tuple[str, str, str]]:
     """(canonical name, arrangement, megatron-core's name) of all that a dense model may have, layer by layer, in the order
     of named_parameters(), by which buckets are filled."""
-    rows = [(canonical, kind, core[0]) for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
+    rows = [(canonical, kind, specification.name_of(core)) for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
             if core and "{e}" not in canonical]
     table = {}
     for canonical, kind, name in rows:
@@ -193,7 +198,7 @@ def _args(source: Checkpoint, model: Architecture, states: States) -> dict:
         "context_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1,
         "data_parallel_size": 1, "world_size": 1, "use_tp_pp_dp_mapping": False,
         "params_dtype": Global("torch", dtype), "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
-        "use_mcore_models": True, "use_legacy_models": False, "transformer_impl": "local", "use_dist_ckpt": False,
+        "use_mcore_models": True, "use_legacy_models": False, "use_dist_ckpt": False,
         "ckpt_format": "torch", "data_parallel_random_init": False, "iteration": 0,
         "consumed_train_samples": 0, "consumed_valid_samples": 0,
     }
@@ -212,9 +217,10 @@ def _notes(model: Architecture, args: dict, source: Checkpoint) -> Iterator[str]
     flags += ["--use-rope-scaling", f"--rope-scaling-factor {args['rope_scaling_factor']}"] * args["use_rope_scaling"]
     if stretch := args["rotary_seq_len_interpolation_factor"]:
         flags.append(f"--rotary-seq-len-interpolation-factor {stretch}")
-    flags += ["--no-load-rng"] * source.with_optimizer
-    yield (f"run Megatron-LM with {' '.join([*flags, '--transformer-impl local'])}: --use-checkpoint-args takes all else "
-           "from the checkpoint")
+    flags += adopt_optimizer.flags(args) if source.with_optimizer else []
+    flags += ["--use-checkpoint-args", f"--transformer-impl {args['transformer_impl']}"]
+    flags += ["--no-persist-layer-norm"] * (args["transformer_impl"] == LOCAL)
+    yield f"run Megatron-LM with {' '.join(flags)}, which takes all else from the checkpoint"
     if unrecorded := [field for field in ("activation", "eps") if getattr(model, field) is None]:
         yield f"nobody recorded its {' and '.join(unrecorded)}, which Megatron-LM takes from its command line alone"
     if (rows := args["padded_vocab_size"]) > args["vocab_size"]:

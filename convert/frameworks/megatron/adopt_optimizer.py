@@ -107,6 +107,12 @@ def args(source: Checkpoint) -> dict:
             "no_save_rng": True}
 
 
+def flags(told: dict) -> list[str]:
+    """What the command line of a run that goes on must say, by its arguments."""
+    return [*(f"--{name}" for name in _SIXTEEN if told[name]), "--use-distributed-optimizer",
+            "--accumulate-allreduce-grads-in-fp32", "--no-load-rng"]
+
+
 def sidecar(source: Checkpoint, told: dict, specs: Iterable[TensorSpec]) -> Sidecar:
     """What is known of one rank's parameters by the arguments `told`: all are stepped; where they lie is for the rule."""
     layout = {
@@ -124,8 +130,7 @@ def sidecar(source: Checkpoint, told: dict, specs: Iterable[TensorSpec]) -> Side
 
 def notes(source: Checkpoint, dtype: str) -> Iterator[str]:
     yield (f"the optimizer goes on from step {source.iteration}: in torch format its buckets are those of megatron-core "
-           f"{CORE} with --use-distributed-optimizer and --accumulate-allreduce-grads-in-fp32, without "
-           "--overlap-grad-reduce; any other run takes --to megatron-dist")
+           f"{CORE} without --overlap-grad-reduce; any other run takes --to megatron-dist")
     if not _schedule(source):
         yield ("the learning rate's schedule is none of Megatron-LM's, or not recorded: it is written as constant; "
                "--override-opt_param-scheduler takes the flags' own")

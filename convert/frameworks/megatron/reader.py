@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ... import families, owners
+from ... import extra_states, families, owners
 from ... import sidecar as sidecars
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import torch_zip
@@ -278,6 +278,8 @@ def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
 
 def _flatten(tree: object, prefix: str = ""):
     """(dotted name, Stored) of every tensor in nested dicts; `_extra_state` and other leaves are no tensors."""
+    if extra_states.is_one(prefix):
+        return
     if isinstance(tree, Stored):
         yield prefix, tree
     elif isinstance(tree, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from ... import families
+from ... import extra_states, families
 from ...checkpoint import Checkpoint, Coordinates
 from ...errors import RefusedError
 from ...index import Naming
@@ -26,7 +26,10 @@ _FLAT_PARTS = ("encoder", "decoder", "pooler")
 
 
 def specified(tree: object, tensor: Callable[[object], tuple[str, tuple[int, ...]] | None], prefix: str = "") -> object:
-    """The tree with a TensorSpec, under its dotted path, for each leaf of which `tensor` tells dtype and shape."""
+    """The tree with a TensorSpec, under its dotted path, for each leaf of which `tensor` tells dtype and shape; extra states
+    stay as they are."""
+    if extra_states.is_one(prefix):
+        return tree
     if known := tensor(tree):
         return TensorSpec(prefix, *known)
     if isinstance(tree, dict):

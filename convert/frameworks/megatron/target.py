@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ... import extra_states
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import torch_zip
 from ...containers.frames import Literal
@@ -27,6 +28,7 @@ from . import before_core as megatron_before_core
 from . import registration
 from .facts import Facts, grad_dtype
 from .reader import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
+from .specification import Options, check_specification
 from .structure import megatron_naming, rank_folder, structures_of
 
 #: the key of each role in distrib_optim.pt, in Megatron's order
@@ -35,8 +37,10 @@ _STATES = {WEIGHT: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _OURS = ("parammap_model_structure", "param_name_list")
 
 
-def output(source: Checkpoint) -> Output:
-    """Plan the files. Raises RefusedError if the sidecar is missing or maps tensors that the source lacks."""
+def output(source: Checkpoint, options: Options) -> Output:
+    """Plan the files. Raises RefusedError if the sidecar is missing or maps tensors that the source lacks, and for tensors
+    that are not named as the arguments' model names them."""
+    check_specification(source, options.transformer_impl)
     if source.sidecar is None and source.with_optimizer:
         raise RefusedError(f"{source.folder}: nobody knows the optimizer's buckets without layout_*.json or "
                            "param_map*.json; name their folder with --sidecar, or convert --weights-only")
@@ -51,7 +55,8 @@ def output(source: Checkpoint) -> Output:
               WantedFile(TRACKER, (Literal(str(source.iteration or RELEASE).encode()),), (), completes=True)]
     converted = [(folder, f"{writer.iteration_folder}/{rank_folder(source.layout, rank)}")
                  for rank, folder in source.rank_folders.items()]
-    return Output(files, converted, [], {}, roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,))
+    return Output(files, converted, [], {}, roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,),
+                  extra_states=tuple(map(str, extra_states.filled(source.structures))))
 
 
 @dataclass(slots=True)

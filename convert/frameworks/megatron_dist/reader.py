@@ -30,7 +30,9 @@ from ..megatron import registration
 from ..megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
 from ..megatron.facts import Facts, is_gated
 from ..megatron.optimizer import dropped
+from ..megatron.specification import Specification
 from . import buckets as megatron_dist_buckets
+from . import extra_states as megatron_dist_extra_states
 from . import sidecar as megatron_dist_sidecar
 
 COMMON_FILE, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
@@ -43,9 +45,6 @@ _ROLES = {"param": WEIGHT, "fp32_param": WEIGHT}
 #: what common.pt holds that model_optim_rng.pt does not
 _OURS = ("content_metadata",)
 _SHARDING = "param_state_sharding_type"
-#: names by which a model of local layers calls what keys call by Transformer Engine's names
-_LOCAL_NAMES = (("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
-                ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
 
 
 def recognizes(source: Path) -> bool:
@@ -83,12 +82,16 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     index = _index(parts, wholes, trained)
     index.check_complete()
     presented = sidecar and megatron_dist_sidecar.in_one_rank(sidecar, of_run, wholes, experts // trained.ep)
+    specification = Specification.of(facts.args)
+    tensors = _structure(stacks, contents, naming, presented, specification)
+    extra_states, merged = megatron_dist_extra_states.read(contents, specification)
     return Checkpoint(
         "megatron-dist", folder, number, Layout(), index, not weights_only, facts.num_layers() or index.num_layers(),
         rank_folders={(0, 0, 0): folder}, metas={(0, 0, 0): _meta(contents, common)},
-        structures={(0, 0, 0): [_structure(stacks, contents, naming, presented, facts)]}, sidecar=presented, trained=trained,
-        dropped=sorted({stack.name(numbers) for key, stack in stacks.items() if key not in kept
-                        for numbers in stack.numbers()}))
+        structures={(0, 0, 0): [tensors | specification.extra_states(tensors) | extra_states]},
+        sidecar=presented, trained=trained,
+        dropped=merged + sorted({stack.name(numbers) for key, stack in stacks.items() if key not in kept
+                                 for numbers in stack.numbers()}))
 
 
 def _sidecar(contents: Contents, number: int, given: Path | None) -> Sidecar | None:
@@ -150,25 +153,19 @@ def _naming(stacks: dict[str, Stack], facts: Facts) -> Naming:
     return Naming(families.CORE, Layout(), None, None, facts.sizes(), is_gated([shapes], families.CORE), facts.tied())
 
 
-def _structure(stacks: dict[str, Stack], contents: Contents, naming: Naming, sidecar: Sidecar | None, facts: Facts) -> dict:
+def _structure(stacks: dict[str, Stack], contents: Contents, naming: Naming, sidecar: Sidecar | None,
+               specification: Specification) -> dict:
     """The state dict of the whole model in one rank, in the order in which it registers its tensors, by the names that the
     model itself has: those of the sidecar of one rank, else what its arguments tell."""
-    local = facts.args.get("transformer_impl") == "local"
     names = megatron_dist_sidecar.names(sidecar, naming) if sidecar else {}
     specs = {}
     for key, stack in stacks.items():
         dtype = contents.tensors[key].dtype
         for numbers in stack.numbers():
             whole = whole_of(stack, numbers, MODEL_WEIGHT, dtype, naming)
-            name = names.get(whole.canonical) or _local_name(stack.name(numbers), local)
+            name = names.get(whole.canonical) or specification.own_name(stack.name(numbers))
             specs[name] = TensorSpec(name, dtype, stack.inner)
     return {name: specs[name] for name in registration.in_order(specs, registration.recorded(sidecar))}
-
-
-def _local_name(name: str, local: bool) -> str:
-    for theirs, ours in _LOCAL_NAMES if local else ():
-        name = name.replace(theirs, ours)
-    return name
 
 
 # -------------------------------------------------------------------------------------------------------- tensors

@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 
-from ... import families
+from ... import extra_states, families
 from ...checkpoint import Checkpoint
 from ...containers import torch_dist, torch_zip
 from ...containers.frames import Literal, Segment
@@ -24,10 +24,13 @@ from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
 from ...relayout.metas import regrouped
 from ...tensors import EXP_AVG, EXP_AVG_SQ, MODEL_WEIGHT, WEIGHT, Stored, TensorSpec
+from ..megatron import specification
 from ..megatron.facts import Facts, args_of, is_gated
 from ..megatron.reader import RELEASE, TRACKER
+from ..megatron.specification import LOCAL, Specification, check_recorded
 from ..megatron.structure import leaves
 from ..megatron.target import sidecar_files
+from .extra_states import key_of
 from .reader import COMMON_FILE
 
 #: a file is closed when it has this many bytes
@@ -46,24 +49,26 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _ELSEWHERE = ("rng_state", "parammap_model_structure", "param_name_list")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options(specification.Options):
     """`ep`: expert-parallel ranks of the run that is to load it (None: the source's). Megatron-LM keeps experts in an
     optimizer of their own where there are several, and loads the state of none, or of one, alone."""
 
-    cast: None = None
     ep: int | None = None
 
 
 def output(source: Checkpoint, options: Options) -> Output:
     """Plan the files. Raises RefusedError where the source holds tensors that no key is known for, or for an `ep` that does
     not divide its experts."""
+    check_recorded(source, options.transformer_impl)
     folder = f"iter_{source.iteration:07d}" if source.iteration else RELEASE
-    tensors = _tensors(source)
+    tensors, stacks = _tensors(source)
+    objects = _objects(tensors)
+    kept = _extra_states(source, stacks, objects)
     ep = _expert_ranks(source, options, tensors)
     rng_states = _rng_states(source, args_of(next(iter(source.metas.values())))) if ep == 1 else {}
     dtypes = {(held.found.role, held.canonical): held.found.stored.dtype for held in source.index.held}
-    files = _Writer(tensors, dtypes).files(folder, _objects(tensors) | rng_states, _STATES if source.with_optimizer else {})
+    files = _Writer(tensors, dtypes).files(folder, objects | rng_states, _STATES if source.with_optimizer else {})
     expert_dims = {len(tensor.held.found.stored.shape) for tensor in tensors if tensor.is_of_experts}
     common = torch_zip.frame(_common(source, bool(rng_states), ep, expert_dims), COMMON_FILE)
     files += [
@@ -72,7 +77,7 @@ def output(source: Checkpoint, options: Options) -> Output:
         WantedFile(f"{folder}/metadata.json", (Literal(json.dumps(_BACKENDS).encode()),), ()),
         WantedFile(TRACKER, (Literal(str(source.iteration or RELEASE).encode()),), ())]
     return Output(files, [(rank_folder, folder) for rank_folder in source.rank_folders.values()], [], {},
-                  roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,))
+                  roles=tuple(_STATES) if source.with_optimizer else (WEIGHT,), extra_states=kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- what to write
@@ -100,18 +105,18 @@ def _expert_ranks(source: Checkpoint, options: Options, tensors: list[_Tensor]) 
     return ep
 
 
-def _tensors(source: Checkpoint) -> list[_Tensor]:
-    """All tensors of the model, layer by layer."""
+def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
+    """All tensors of the model, layer by layer, and how layers and experts are stacked."""
     weights = {held.canonical: held for held in source.index.held if held.found.role == WEIGHT and not held.is_tied_head}
     if unknown := sorted(held.found.name for held in weights.values()
                          if held.row is None or held.kind == QKV_DOWN or not _core_names(held.row)):
         raise RefusedError(f"{source.folder}: no key of format torch_dist is known for {len(unknown)} tensors: "
                            f"{brief(unknown)}; convert --to megatron instead")
     facts = Facts.of(source.sidecar, next(iter(source.metas.values())))
+    impl = Specification.of(facts.args).impl
     with_experts = {held.layer for held in weights.values() if _expert(held) is not None}
     latent = bool(facts.model.get("multi_latent_attention"))
-    names = {canonical: _core_name(
-                 held, held.layer in with_experts and facts.args.get("transformer_impl") != "local", latent)
+    names = {canonical: _core_name(held, held.layer in with_experts and impl != LOCAL, latent)
              for canonical, held in weights.items()}
     shapes = {names[canonical]: whole_shape(held.kind, held.found.stored.shape, source.layout.tp)
               for canonical, held in weights.items()}
@@ -122,7 +127,7 @@ def _tensors(source: Checkpoint) -> list[_Tensor]:
         name, dtype = names[canonical], held.found.stored.dtype
         whole = naming.hold(Found(name, Place(), WEIGHT, Stored(dtype, shapes[name], ())))
         tensors.append(_Tensor(*stacks.place(name), whole, dtypes.get(held.row.canonical, dtype)))
-    return sorted(tensors, key=lambda tensor: -1 if tensor.held.layer is None else tensor.held.layer)
+    return sorted(tensors, key=lambda tensor: -1 if tensor.held.layer is None else tensor.held.layer), stacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,15 +239,24 @@ def _wanted_file(path: str, segments: list[Segment], tensors: list[TensorSpec | 
 
 
 def _objects(tensors: list[_Tensor]) -> dict[str, object]:
-    """An empty extra state for each module that may ask for one: no model is loaded in 8-bit precision from here."""
+    """An empty extra state for each module that may ask for one."""
     objects: dict[str, object] = {}
     for tensor in tensors:
         module, _, _ = tensor.key.rpartition(".")
         names = {module, *(module.replace("self_attention.linear_proj", other) for other in _BESIDE_PROJECTION)}
         for name in names if module.startswith("decoder.") else ():
-            place = f"{'.'.join(map(str, tensor.numbers or (0,)))}_{'.'.join(map(str, tensor.stack or (1,)))}"
-            objects[f"{name}._extra_state/shard_{place}"] = None
+            objects[key_of(f"{name}.{extra_states.KEY}", tensor.numbers, tensor.stack)] = None
     return objects
+
+
+def _extra_states(source: Checkpoint, stacks: _Stacks, objects: dict[str, object]) -> tuple[str, ...]:
+    """Put those of a model in one rank, which are cut for no layout, in their places in `objects`; gives their names."""
+    if len(source.rank_folders) > 1:
+        return ()
+    placed = {key_of(*stacks.place(one.name)): one for one in extra_states.filled(source.structures)}
+    kept = {key: one for key, one in placed.items() if key in objects}
+    objects |= {key: one.value for key, one in kept.items()}
+    return tuple(map(str, kept.values()))
 
 
 def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ... import families
+from ... import extra_states, families
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import mindspore_ckpt, safetensors, torch_zip
 from ...containers.frames import Literal
@@ -20,6 +20,7 @@ from ...layout import Place
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile, bands_of
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
+from ..megatron.specification import check_recorded
 from ..megatron.structure import leaves
 from .scalars import Scalars, scalars_of
 
@@ -36,7 +37,7 @@ _THEIR_NAMES = {"dense_h_to_4h": "mapping", "dense_4h_to_h": "projection", "self
 class Options:
     """How to write: file format, whose names, the states to keep, the dtype that weights are cast to (None: as they are).
 
-    `dp` and `cp` only number the rank folders; None: the source's.
+    `dp` and `cp` only number the rank folders; None: the source's. `transformer_impl`: as of Megatron-LM's own files.
     """
 
     format: str = "ckpt"
@@ -47,10 +48,12 @@ class Options:
     dp: int | None = None
     cp: int | None = None
     all_dp_cp: bool = False
+    transformer_impl: str | None = None
 
 
 def output(source: Checkpoint, options: Options) -> Output:
     """Plan the files of a MindSpore checkpoint in the source's layout. Raises RefusedError for names it has no place for."""
+    check_recorded(source, options.transformer_impl)
     _check_names(source, options)
     _check_roles(source, options)
     options = replace(options, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp)
@@ -67,7 +70,8 @@ def output(source: Checkpoint, options: Options) -> Output:
         links += _links(source, rank, options)
     files += list(_meta_files(source))
     return Output(files, converted, links, {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike},
-                  roles=options.roles if source.with_optimizer else (WEIGHT,))
+                  roles=options.roles if source.with_optimizer else (WEIGHT,),
+                  extra_states=tuple(map(str, extra_states.filled(source.structures))))
 
 
 def _check_names(source: Checkpoint, options: Options) -> None:
