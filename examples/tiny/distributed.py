@@ -1,7 +1,7 @@
 """Saves and loads checkpoints of format torch_dist by megatron-core's own dist_checkpointing, as Megatron-LM calls it.
 
 The order of steps is that of megatron/training/checkpointing.py (core_r0.8.0 to core_r0.16.0): all ranks write into one
-folder, in parallel over data-parallel ranks too (--ckpt-fully-parallel-save).
+folder, in parallel over data-parallel ranks too (--ckpt-fully-parallel-save, the default).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from examples.tiny.model import known
 from examples.tiny.unique import leaf_optimizers
 
 
-def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any]) -> None:
-    """Collective over all ranks."""
+def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any], fully_parallel: bool) -> None:
+    """Collective over all ranks. `fully_parallel`: what data-parallel ranks have in common is divided among them."""
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
@@ -28,8 +28,10 @@ def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), parallel_state.get_data_parallel_group(with_context_parallel=True))
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    if fully_parallel:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
     content = {name: value for name, value in sharding.items() if name != "dp_cp_group"}
     dist_checkpointing.save(state, str(folder), strategy, **known(dist_checkpointing.save, content_metadata=content))
 

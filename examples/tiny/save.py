@@ -61,7 +61,8 @@ def save_checkpoint(args: argparse.Namespace, options: argparse.Namespace, chunk
         folder = options.out / f"iter_{options.steps:07}"
         _call_hook(args, options, chunks, optimizer, str(folder))
         sharding = distributed.sharding(options)
-        distributed.save(folder, state_dict(args, options, chunks, optimizer, scheduler, sharding), sharding)
+        distributed.save(folder, state_dict(args, options, chunks, optimizer, scheduler, sharding), sharding,
+                         not options.no_ckpt_fully_parallel_save)
     else:
         _save_torch(args, options, chunks, optimizer, scheduler)
     dist.barrier()
