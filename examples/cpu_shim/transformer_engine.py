@@ -70,11 +70,19 @@ class Base(WithExtraState, torch.nn.Module):
         self.tp_group = group
 
 
-class LayerNorm(WithExtraState, stubs.LayerNorm):
+class Norm(WithExtraState):
+    """`hidden_size` is the older name of `normalized_shape`."""
+
+    def __init__(self, normalized_shape: int | None = None, eps: float = 1e-5, hidden_size: int | None = None,
+                 **options: Any) -> None:
+        super().__init__(hidden_size or normalized_shape, eps, **options)
+
+
+class LayerNorm(Norm, stubs.LayerNorm):
     """weight, bias"""
 
 
-class RMSNorm(WithExtraState, stubs.RMSNorm):
+class RMSNorm(Norm, stubs.RMSNorm):
     """weight"""
 
 

@@ -3,7 +3,7 @@
 truth/losses_dp{d:03}.npz is of one dp rank, from the last pipeline stage; micro-batches m of b samples of s tokens:
   steps     fp32 [steps, m]: the mean loss of each micro-batch, step by step
   norms     fp32 [steps]: the norm of all gradients before clipping, as the optimizer's step returns it
-  tokens    int64 [m, b, s + 1]: a batch after the last step; its first s are the input, its last s the labels
+  tokens    int64 [m, b, s + 1]: a batch that no step has, the same in all runs: first s the input, last s the labels
   evaluated fp32 [m, b, s]: the loss of each of those labels, by the model as it was saved, in evaluation mode
 """
 

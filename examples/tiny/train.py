@@ -18,6 +18,9 @@ from examples.tiny import context, live_state, losses, model, resume, save, uniq
 from examples.tiny.losses import Losses, Step
 from examples.tiny.options import megatron_args, micro_batches
 
+#: the number of the batch that is evaluated, the same in all runs
+NEVER_TRAINED = -1
+
 
 def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     """What process `rank` of all does; `store` is a file through which the ranks find each other."""
@@ -36,23 +39,23 @@ def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     scheduler = save.param_scheduler(args, optimizer)
     chunks = [model.unwrap(chunk) for chunk in wrapped]
 
-    def record(folder: str, step: int, trained: list[Step]) -> None:
+    def record(folder: str, trained: list[Step]) -> None:
         live_state.write(options.out / folder, args, chunks, optimizer, scheduler, package_info.__version__)
         if options.plain:
-            losses.write(options.out / folder, trained, evaluate(args, options, wrapped, step))
+            losses.write(options.out / folder, trained, evaluate(args, options, wrapped))
 
     def steps(first: int, last: int) -> list[Step]:
         return train(args, options, wrapped, optimizer, scheduler, range(first, last))
 
-    first_step, last_step = 0, options.steps + options.further_steps
+    first_step = 0
     if options.resume:
         first_step = resume.load_checkpoint(options, chunks, optimizer, scheduler)
-        record("resumed", first_step, [])
+        record("resumed", [])
     trained = steps(first_step, options.steps)
     save.save_checkpoint(args, options, chunks, optimizer, scheduler)
-    record("truth", options.steps, trained)
+    record("truth", trained)
     if options.further_steps:
-        record("further", last_step, steps(options.steps, last_step))
+        record("further", steps(options.steps, options.steps + options.further_steps))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -87,12 +90,12 @@ def train(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[A
     return done
 
 
-def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], step: int) -> Losses:
-    """The losses of the batch of `step`, by the model as it is; the model is in training mode again afterwards."""
+def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any]) -> Losses:
+    """The losses of a batch that no step has, by the model as it is; the model is in training mode again afterwards."""
     for chunk in wrapped:
         chunk.eval()
     with torch.no_grad():
-        result = run_batch(args, options, wrapped, step, forward_only=True)
+        result = run_batch(args, options, wrapped, NEVER_TRAINED, forward_only=True)
     for chunk in wrapped:
         chunk.train()
     return result

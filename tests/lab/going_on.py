@@ -21,19 +21,19 @@ TENSOR = {"fp32": 5e-6, "bf16": 3e-2}
 NORM = {"fp32": 5e-6, "bf16": 2e-2}
 
 
-def convert(source: Path, out: Path, framework: str, sizes: Sizes | None) -> Path:
+def convert(source: Path, out: Path, framework: str, sizes: Sizes | None, *flags: str) -> Path:
     """By the command line, which has to be content."""
-    done = parammap(source, out, framework, sizes)
+    done = parammap(source, out, framework, sizes, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
-def parammap(source: Path, out: Path, framework: str, sizes: Sizes | None) -> subprocess.CompletedProcess[str]:
+def parammap(source: Path, out: Path, framework: str, sizes: Sizes | None, *more: str) -> subprocess.CompletedProcess[str]:
     """`sizes`: the layout of the output; None for a target that has none."""
     layout = sizes._asdict() if sizes else {}
     layout["stage_layers"] = ",".join(map(str, layout.get("stage_layers", ())))
     flags = [word for size, value in layout.items() if value for word in (f"--{size.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "convert", "convert", str(source), str(out), "--to", framework, *flags]
+    command = [sys.executable, "-m", "convert", "convert", str(source), str(out), "--to", framework, *flags, *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
