@@ -281,10 +281,10 @@ class FP8GlobalStateManager:
 
 def general_gemm(a: torch.Tensor, b: torch.Tensor, workspace: Any = None, out_dtype: torch.dtype | None = None,
                  layout: str = "TN", **options: Any) -> list[torch.Tensor]:
-    """b · aᵀ, each transposed as the letter of `layout` says, accumulated in fp32; the MoE router calls it."""
-    a = a.float().t() if layout[0] == "T" else a.float()
-    b = b.float().t() if layout[1] == "T" else b.float()
-    return [(b @ a).to(out_dtype or b.dtype)]
+    """b · a, each transposed as its letter in `layout` says, accumulated in fp32; the MoE router calls it."""
+    left, right = (tensor.float().t() if letter == "T" else tensor.float()
+                   for letter, tensor in zip(layout, (a, b), strict=True))
+    return [(right @ left).to(out_dtype or b.dtype)]
 
 
 def install(extra_state: str = "empty") -> None:
@@ -296,12 +296,10 @@ def install(extra_state: str = "empty") -> None:
     add("transformer_engine.common.recipe", stubs.AnyModule, DelayedScaling=type("DelayedScaling", (), {}))
     add("transformer_engine.pytorch", LayerNorm=LayerNorm, RMSNorm=RMSNorm, Linear=Linear, LayerNormLinear=LayerNormLinear,
         GroupedLinear=GroupedLinear, DotProductAttention=DotProductAttention, fp8_autocast=contextlib.nullcontext)
-    fp8 = {"FP8GlobalStateManager": FP8GlobalStateManager, "fp8_autocast": contextlib.nullcontext,
-           "fp8_model_init": contextlib.nullcontext}
-    tensors = {name: type(name, (torch.Tensor,), {}) for name in ("QuantizedTensor", "Float8Tensor")}
-    add("transformer_engine.pytorch.fp8", **fp8)
-    add("transformer_engine.pytorch.tensor", QuantizedTensor=tensors["QuantizedTensor"])
-    add("transformer_engine.pytorch.float8_tensor", Float8Tensor=tensors["Float8Tensor"])
+    add("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager,
+        fp8_autocast=contextlib.nullcontext, fp8_model_init=contextlib.nullcontext)
+    add("transformer_engine.pytorch.tensor", QuantizedTensor=type("QuantizedTensor", (torch.Tensor,), {}))
+    add("transformer_engine.pytorch.float8_tensor", Float8Tensor=type("Float8Tensor", (torch.Tensor,), {}))
     add("transformer_engine.pytorch.distributed", stubs.AnyModule, CudaRNGStatesTracker=CudaRNGStatesTracker)
     add("transformer_engine.pytorch.ops", stubs.AnyModule)
     add("transformer_engine.pytorch.module")

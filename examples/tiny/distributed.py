@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import queue
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any], fully_pa
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     _fit_to_this_torch()
+    _write_in_threads()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -101,3 +105,13 @@ def _fit_to_this_torch() -> None:
     if "serialization_format" in inspect.signature(filesystem._write_item).parameters and (
             "serialization_format" not in inspect.getsource(filesystem_async)):
         filesystem_async._write_item = lambda *item: filesystem._write_item(*item, filesystem.SerializationFormat.TORCH_SAVE)
+
+
+def _write_in_threads() -> None:
+    """megatron-core forks its writers, which can hang where gloo has threads, and spawns a process for what they answer."""
+    from megatron.core.dist_checkpointing.strategies import base, filesystem_async
+
+    threads = SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Process=threading.Thread)
+    threads.Manager = lambda: threads
+    filesystem_async.mp = SimpleNamespace(get_context=lambda kind: threads)
+    base.AsyncSaveShardedStrategy.save = lambda self, state, folder: self.async_save(state, folder).execute_sync()

@@ -43,9 +43,11 @@ VARIANTS = ("te-gpt-bf16", "te-gpt-none", "te-gpt-bytesio", "te-gpt-fp8", "te-ml
 #: and so in clipping: with another tp, Megatron itself goes on otherwise
 NORM_BY_TP = ("te-mla-0.16",)
 
-#: one bucket in torch_dist, because megatron-core 0.15 to 0.19 saves padded ones wrongly (NVIDIA/Megatron-LM#5077)
+#: the buckets of dp ranks, as Megatron-LM saves from 0.15 on unless told otherwise, or tensors of the model's shapes: then
+#: one bucket, because megatron-core 0.15 to 0.19 saves what follows padded ones wrongly (NVIDIA/Megatron-LM#5077)
 FORMATS: dict[str, dict[str, Any]] = {
     "torch": {"ckpt_format": "torch", "bucket": 20_000},
+    "dist-buckets": {"ckpt_format": "torch_dist", "bucket": 20_000, "dist_optim": "dp_reshardable"},
     "dist": {"ckpt_format": "torch_dist", "bucket": 10 ** 8},
     "dist-one-writer": {"ckpt_format": "torch_dist", "bucket": 10 ** 8, "no_ckpt_fully_parallel_save": True},
 }
@@ -84,9 +86,9 @@ class Cell(NamedTuple):
 #: in the quick suite: each way in which a conversion can go wrong, once
 QUICK = [
     # the order of the keys in .metadata is not that of the buckets
-    Cell("te-gpt", "dist", "dp4", "torch", "dp1"),
+    Cell("te-gpt", "dist-buckets", "dp4", "torch", "dp1"),
     Cell("te-llama", "dist", "tp2dp2", "torch", "pp2"),
-    Cell("te-llama", "dist", "cp2", "torch", "dp2"),
+    Cell("te-llama", "dist-buckets", "cp2", "torch", "dp2"),
     Cell("local-gpt", "dist", "pp2dp2", "torch", "dp1"),
     Cell("local-llama", "dist", "dp4", "mindspore", "pp2dp2"),
     # extra states are no weights
@@ -95,7 +97,7 @@ QUICK = [
     Cell("te-gpt-fp8", "dist", "dp2", "torch", "tp2"),
     # experts of Transformer Engine: cut by the family's table, whatever Megatron marked
     Cell("te-moe", "torch", "ep2dp2", "torch", "dp2"),
-    Cell("te-moe", "dist", "ep2dp2", "torch", "ep4dp4"),
+    Cell("te-moe", "dist-buckets", "ep2dp2", "torch", "ep4dp4"),
     # the down-projections of latent attention are not cut
     Cell("te-mla", "torch", "tp2dp2", "torch", "pp2"),
     Cell("te-mla", "dist", "dp2", "torch", "tp2"),
@@ -106,7 +108,7 @@ def cells() -> Iterator[Cell]:
     """Every cell that exists."""
     for model, form, route in itertools.product(MODELS, FORMATS, ROUTES):
         is_sound = ("ep" not in route[0] or "moe" in model) and ("cp" not in route[0] or model.startswith("te"))
-        is_wanted = model not in VARIANTS or (route[0] == "dp2" and form != "dist-one-writer")
+        is_wanted = model not in VARIANTS or (route[0] == "dp2" and form in ("torch", "dist"))
         if is_sound and is_wanted:
             yield Cell(model, form, *route)
 
