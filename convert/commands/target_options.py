@@ -11,6 +11,7 @@ from ..errors import RefusedError
 from ..frameworks.alpa import serving as alpa
 from ..frameworks.alpa import training as alpa_training
 from ..frameworks.megatron import specification
+from ..frameworks.megatron_dist import target as megatron_dist
 from ..frameworks.merak import partition as merak_partition
 from ..frameworks.merak import target as merak
 from ..frameworks.metaseq import target as metaseq
@@ -66,7 +67,7 @@ _MAKE: dict[str, Callable[..., Any]] = {
     "mindspore": lambda dtype=None, generate_all_dp_cp=False, **flags: mindspore.Options(
         cast=dtype, all_dp_cp=generate_all_dp_cp, **flags),
     "megatron": specification.Options,
-    "megatron-dist": specification.Options,
+    "megatron-dist": megatron_dist.Options,
     "transformers": lambda dtype=None, **flags: transformers.Options(cast=dtype, **flags),
     "metaseq": lambda dtype=None, **flags: metaseq.Options(cast=dtype, **flags),
     "merak": lambda dtype=None, no_parallel_vocab=False, **flags: merak.Options(

@@ -32,6 +32,7 @@ def write(folder: Path, steps: list[Step], evaluated: Losses) -> None:
     first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
     if not evaluated or not first:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / f"losses_dp{parallel_state.get_data_parallel_rank():03}.npz",
              steps=np.array([[float(loss["lm"]) for loss in step.losses] for step in steps], np.float32),
              norms=np.array([step.norm for step in steps], np.float32),

@@ -168,7 +168,7 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         decoder_first_pipeline_num_layers=options.first_stage_layers or None,
         decoder_last_pipeline_num_layers=None, **stage_layout_args(options),
         data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=options.cp,
-        sequence_parallel=bool(options.experts) and options.tp > 1, use_tp_pp_dp_mapping=False,
+        sequence_parallel=(bool(options.experts) or options.mla) and options.tp > 1, use_tp_pp_dp_mapping=False,
         world_size=world_size(options), rank=rank, local_rank=rank,
         params_dtype=dtype, bf16=options.dtype == "bf16", fp16=options.dtype == "fp16",
         accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True,
