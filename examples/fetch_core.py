@@ -19,6 +19,8 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 def fetch_core(release: str) -> Path:
     """The folder of megatron-core `release`, e.g. 0.16.1; installed by pip where it is not there yet.
 
+    0.17 and later ask for Python 3.12, and have wheels for 3.11 all the same.
+
     Raises SystemExit with pip's last line where it cannot be had.
     """
     folder = CACHE / f"megatron-core-{release}"
@@ -29,7 +31,7 @@ def fetch_core(release: str) -> Path:
     try:
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-             "--target", partial, f"megatron-core=={release}"], capture_output=True, text=True)
+             "--ignore-requires-python", "--target", partial, f"megatron-core=={release}"], capture_output=True, text=True)
         if pip.returncode:
             raise SystemExit(f"megatron-core {release} cannot be installed: {pip.stderr.strip().splitlines()[-1:]}")
         publish(partial, folder)

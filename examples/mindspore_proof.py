@@ -171,7 +171,7 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> str | None:
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
     """The flags of `parammap convert` that say the layout of its output."""
-    for size in ("tp", "pp", "vpp", "ep", "dp"):
+    for size in ("tp", "pp", "vpp", "ep", "dp", "cp"):
         parser.add_argument(f"--{size}", type=int)
     parser.add_argument("--stage-layers", type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--make-vocab-size-divisible-by", type=int)
@@ -191,7 +191,8 @@ def sizes_of(run: Trained, args: argparse.Namespace) -> Sizes:
     counts = {(chunk, other.place[1]): len(layers) for other in run.truths()
               for chunk, layers in enumerate(other.meta["layers"])}
     sizes = {"tp": own["tensor_model_parallel_size"], "pp": own["pipeline_model_parallel_size"],
-             "vpp": len(truth.meta["layers"]), "ep": own["expert_model_parallel_size"], "dp": own["data_parallel_size"]}
+             "vpp": len(truth.meta["layers"]), "ep": own["expert_model_parallel_size"], "dp": own["data_parallel_size"],
+             "cp": own["context_parallel_size"]}
     given = {name: value for name in Sizes._fields if (value := getattr(args, name))}
     if given.get("pp", sizes["pp"]) == sizes["pp"] and given.get("vpp", sizes["vpp"]) == sizes["vpp"]:
         sizes["stage_layers"] = tuple(counts[chunk] for chunk in sorted(counts))

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples import cpu_shim
+from examples.cpu_shim import transformer_engine
 from examples.fetch_core import fetch_core
 from examples.tiny import options as choices
 
@@ -30,6 +31,8 @@ def main() -> None:
     core = Path(options.core) if os.path.isdir(options.core) else fetch_core(options.core)
     sys.path.insert(0, str(core))
     cpu_shim.install(transformer_engine=needs_transformer_engine(core))
+    if options.transformer_impl == "transformer_engine":
+        transformer_engine.install(options.extra_state)
     cpu_shim.patch_megatron()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -39,7 +42,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:  # forked, so that torch and megatron are imported once
         torch.multiprocessing.start_processes(
-            run_rank, (options, Path(scratch) / "store"), options.tp * options.pp * options.dp, start_method="fork")
+            run_rank, (options, Path(scratch) / "store"), choices.world_size(options), start_method="fork")
 
 
 def needs_transformer_engine(core: Path) -> bool:

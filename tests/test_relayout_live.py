@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from examples.tiny.trained import ROOT, Trained, Truth, train_into
-from examples.tiny.whole import ROLES, Sizes, cut_for, same, whole
+from examples.tiny.trained import Trained, Truth, train_into
+from examples.tiny.whole import ROLES, Sizes, cut_for, same
+from tests.lab.going_on import LOSS, TENSOR, convert, distances, losses
 from tests.lab.relayouts import CASES, FOR_MINDSPORE, PADDING, ROUTED_IN_BF16, relayouts
 from tests.lab.variants import CORES, ONLY, QUICK_CORES
 from tests.test_live import prove
@@ -27,10 +26,6 @@ from tests.test_resume import with_zeroed_moments
 
 BEFORE, AFTER = 3, 3
 
-#: what summing in another order does to a loss near 5.6 and to a tensor, relative to its norm; measured: 1e-6 and 9e-7 in
-#: fp32, 8e-3 and 7e-3 in bf16. The controls are beyond 2e-2 and 0.3.
-LOSS = {"fp32": 5e-6, "bf16": 2e-2}
-TENSOR = {"fp32": 5e-6, "bf16": 3e-2}
 #: a key's bias shifts all scores of a query alike: its gradient is round-off, of which Adam makes steps of full size
 HALF_WITHOUT_GRADIENT = "linear_qkv.bias"
 
@@ -78,38 +73,8 @@ def options(core: str, name: str, sizes: Sizes, steps: int) -> dict[str, Any]:
             **case.options, **layout}
 
 
-def convert(source: Path, out: Path, framework: str, sizes: Sizes) -> Path:
-    """By the command line, which has to be content."""
-    done = parammap(source, out, framework, sizes)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
-def parammap(source: Path, out: Path, framework: str, sizes: Sizes) -> subprocess.CompletedProcess[str]:
-    layout = sizes._asdict()
-    layout["stage_layers"] = ",".join(map(str, sizes.stage_layers))
-    flags = [word for size, value in layout.items() if value for word in (f"--{size.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "convert", "convert", str(source), str(out), "--to", framework, *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def go_on(core: str, name: str, sizes: Sizes, checkpoint: Path, out: Path) -> Trained:
     return train_into(out, options(core, name, sizes, BEFORE + AFTER) | {"resume": str(checkpoint)})
-
-
-def losses(run: Trained, key: str, folder: str = "truth") -> np.ndarray:
-    """Of all micro-batches of the step, or of each step, in the order in which the dp ranks take them."""
-    files = sorted((run.path / folder).glob("losses_*.npz"))
-    axis = 1 if key == "steps" else 0
-    parts = np.stack([np.load(file)[key] for file in files], axis + 1)
-    return parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2:])
-
-
-def distances(run: Trained, other: Trained) -> dict[tuple[str, str], float]:
-    """Of every tensor of the two models, relative to its norm."""
-    a, b = whole(run), whole(other)
-    assert set(a) == set(b) and len(a) > 50
-    return {key: float(np.linalg.norm(a[key] - b[key]) / np.linalg.norm(b[key])) for key in a if key[0] != "weight"}
 
 
 def assert_goes_on_alike(core: str, name: str, run: Relaid) -> None:

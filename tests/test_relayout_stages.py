@@ -21,11 +21,11 @@ from convert.layout import Layout
 from convert.relayout.metas import ARGUMENTS, Target
 from examples.tiny.trained import Trained, Truth, train_into
 from examples.tiny.whole import ROLES, Sizes, cut_for, same
+from tests.lab.going_on import LOSS, losses, parammap
 from tests.lab.torch_load import torch_load
 from tests.test_live import prove
 from tests.test_relayout import Wanted, assert_same, digests
 from tests.test_relayout import convert as converted
-from tests.test_relayout_live import LOSS, losses, parammap
 
 CORE, STEPS = "0.16.1", 3
 SMALL: dict[str, Any] = {"layers": 6, "hidden": 32, "heads": 4, "vocab": 60}

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
+import typing
 from typing import Any
 
 import torch
@@ -189,6 +190,8 @@ def _mend_python() -> None:
     def integer_histc(input: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> torch.Tensor:
         return histc(input.float(), bins=bins, min=min, max=max).to(input.dtype)
 
+    if not hasattr(typing, "override"):  # new in Python 3.12
+        typing.override = lambda function: function
     torch.histc = integer_histc  # the MoE router counts tokens with it, and the CPU's knows floats only
     if importlib.util.find_spec("pkg_resources") is None:  # gone from setuptools 81 on; megatron-core up to 0.8 uses it
         import packaging.version

@@ -1,14 +1,17 @@
 """Saves and loads checkpoints of format torch_dist by megatron-core's own dist_checkpointing, as Megatron-LM calls it.
 
 The order of steps is that of megatron/training/checkpointing.py (core_r0.8.0 to core_r0.16.0): all ranks write into one
-folder, in parallel over data-parallel ranks too (--ckpt-fully-parallel-save).
+folder, in parallel over data-parallel ranks too (--ckpt-fully-parallel-save, the default).
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import queue
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,17 +22,20 @@ from examples.tiny.model import known
 from examples.tiny.unique import leaf_optimizers
 
 
-def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any]) -> None:
-    """Collective over all ranks."""
+def save(folder: Path, state: dict[str, Any], sharding: dict[str, Any], fully_parallel: bool) -> None:
+    """Collective over all ranks. `fully_parallel`: what data-parallel ranks have in common is divided among them."""
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     _fit_to_this_torch()
+    _write_in_threads()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), parallel_state.get_data_parallel_group(with_context_parallel=True))
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    if fully_parallel:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
     content = {name: value for name, value in sharding.items() if name != "dp_cp_group"}
     dist_checkpointing.save(state, str(folder), strategy, **known(dist_checkpointing.save, content_metadata=content))
 
@@ -99,3 +105,13 @@ def _fit_to_this_torch() -> None:
     if "serialization_format" in inspect.signature(filesystem._write_item).parameters and (
             "serialization_format" not in inspect.getsource(filesystem_async)):
         filesystem_async._write_item = lambda *item: filesystem._write_item(*item, filesystem.SerializationFormat.TORCH_SAVE)
+
+
+def _write_in_threads() -> None:
+    """megatron-core forks its writers, which can hang where gloo has threads, and spawns a process for what they answer."""
+    from megatron.core.dist_checkpointing.strategies import base, filesystem_async
+
+    threads = SimpleNamespace(Queue=queue.Queue, JoinableQueue=queue.Queue, Process=threading.Thread)
+    threads.Manager = lambda: threads
+    filesystem_async.mp = SimpleNamespace(get_context=lambda kind: threads)
+    base.AsyncSaveShardedStrategy.save = lambda self, state, folder: self.async_save(state, folder).execute_sync()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from examples.tiny.save import is_first_of_expert_data_parallel
-from examples.tiny.unique import TIED, leaf_optimizers, shards
+from examples.tiny.unique import TIED, Shard, leaf_optimizers, shards
 
 ROLES = ("main", "exp_avg", "exp_avg_sq")
 Key = tuple[int, str]  # chunk, name
@@ -53,8 +53,7 @@ def optimizer_state(optimizer: Any, params: dict[Key, torch.nn.Parameter]) -> di
     covered = {key: np.zeros(param.numel(), np.int8) for key, param in params.items()}
     for leaf in leaf_optimizers(optimizer):
         own = [(key_of[shard.param], shard.start, shard.stop,
-                [tensor.detach().numpy().copy() for tensor in
-                 (shard.main, shard.state["exp_avg"], shard.state["exp_avg_sq"])]) for shard in shards(leaf)]
+                [tensor.detach().numpy().copy() for tensor in (shard.main, *moments(shard))]) for shard in shards(leaf)]
         gathered: list[Any] = [None] * dist.get_world_size(leaf.data_parallel_group)
         dist.all_gather_object(gathered, own, group=leaf.data_parallel_group)
         for key, start, stop, values in (shard for part in gathered for shard in part):
@@ -65,6 +64,11 @@ def optimizer_state(optimizer: Any, params: dict[Key, torch.nn.Parameter]) -> di
         if not (count == 1).all():
             raise RuntimeError(f"{key}: the optimizer shards of the dp ranks do not cover each element exactly once")
     return {key: {role: whole[key][role].reshape(params[key].shape) for role in ROLES} for key in params}
+
+
+def moments(shard: Shard) -> list[torch.Tensor]:
+    """Zeros where no step has made them yet and none were loaded."""
+    return [shard.state.get(role, torch.zeros_like(shard.main)) for role in ("exp_avg", "exp_avg_sq")]
 
 
 def bits(param: torch.Tensor) -> np.ndarray:

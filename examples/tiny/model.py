@@ -24,6 +24,8 @@ from megatron.core.transformer import transformer_block
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from examples.tiny.options import MLA
+
 Args = argparse.Namespace
 
 #: switches of TransformerConfig whose kernels exist for GPUs only, and are on by default in one release or another
@@ -77,6 +79,7 @@ def transformer_config(args: Args) -> TransformerConfig:
         "tensor_model_parallel_size": args.tensor_model_parallel_size,
         "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": args.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": args.context_parallel_size,
         "expert_model_parallel_size": args.expert_model_parallel_size,
         "sequence_parallel": args.sequence_parallel,
         "batch_p2p_sync": False,
@@ -93,20 +96,33 @@ def transformer_config(args: Args) -> TransformerConfig:
         options |= {"num_moe_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,
                     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2,
                     "moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": args.moe_grouped_gemm,
-                    "moe_use_legacy_grouped_gemm": args.moe_grouped_gemm,
+                    "moe_use_legacy_grouped_gemm": args.moe_use_legacy_grouped_gemm,
                     "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size}
     if args.moe_shared_expert_intermediate_size:
         demand("moe_shared_expert_intermediate_size", TransformerConfig)
+    if args.multi_latent_attention:
+        return latent_attention_config(args, options)
     return TransformerConfig(**known(TransformerConfig, **options))
 
 
+def latent_attention_config(args: Args, options: dict[str, Any]) -> TransformerConfig:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    sizes = {name: getattr(args, name) for name in MLA}
+    return MLATransformerConfig(**known(MLATransformerConfig, **options, **sizes, rope_type="rope", qk_layernorm=True))
+
+
 def layer_spec(args: Args) -> Any:
-    make = gpt_layer_specs.get_gpt_layer_local_spec
-    options: dict[str, Any] = {}
+    is_local = args.transformer_impl == "local"
+    name = "get_gpt_layer_local_spec" if is_local else "get_gpt_layer_with_transformer_engine_spec"
+    make, options = getattr(gpt_layer_specs, name), {}
     if args.num_experts:
         options = known(make, num_experts=args.num_experts, moe_grouped_gemm=args.moe_grouped_gemm,
-                        moe_use_legacy_grouped_gemm=args.moe_grouped_gemm)
-    if args.normalization == "RMSNorm":
+                        moe_use_legacy_grouped_gemm=args.moe_use_legacy_grouped_gemm)
+    if args.multi_latent_attention:
+        demand("multi_latent_attention", make)
+        options |= {"multi_latent_attention": True, "qk_layernorm": True}
+    if args.normalization == "RMSNorm" and is_local:
         demand("normalization", make)
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
 

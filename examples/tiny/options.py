@@ -18,6 +18,7 @@ SIZES = {
     "pp": (1, "pipeline parallel size"),
     "vpp": (1, "virtual pipeline chunks per stage"),
     "dp": (1, "data parallel size"),
+    "cp": (1, "context parallel size; more than 1 with transformer_engine only"),
     "ep": (1, "expert parallel size, a divisor of dp"),
     "experts": (0, "number of experts; 0 is a dense model"),
     "shared_expert": (0, "ffn hidden size of shared experts; 0 is none (megatron-core 0.12 and later)"),
@@ -31,6 +32,7 @@ SIZES = {
     "bucket": (100_000, "elements at which a bucket is closed"),
     "global_batch": (0, "samples of a step over all dp ranks; 0 is two micro-batches, or pp, for each of them"),
     "steps": (3, "training steps from iteration 0 on, and the iteration that is saved"),
+    "further_steps": (0, "with --plain, steps that the same run goes on after it saved; what they did is in further/"),
     "seed": (1234, "seed of weights and data"),
 }
 
@@ -45,15 +47,23 @@ DIST_OPTIM_HELP = "how torch_dist shards the optimizer's state, by megatron-core
 STAGE_LAYOUT_HELP = """what each stage, or each chunk in the order in which data passes them, holds, as Megatron-LM's
 --pipeline-model-parallel-layout takes it, e.g. "E|tt|tttL" (megatron-core 0.13 and later)"""
 
+TRANSFORMER_IMPLS = ("local", "transformer_engine")
+TRANSFORMER_IMPL_HELP = "whose layers; transformer_engine is the stand-in of cpu_shim (megatron-core 0.12 and later)"
+
+#: sizes of --mla
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8, "v_head_dim": 16}
+
 SWITCHES = {
     "no_bias": "linear layers without bias",
     "untie": "an output layer of its own instead of the word embedding",
     "swiglu": "gated MLP",
-    "grouped_gemm": "all experts of a rank in two tensors, as GroupedMLP has them",
+    "grouped_gemm": "all experts of a rank in one layer, as GroupedMLP has them or, of transformer_engine, TEGroupedMLP",
+    "mla": "multi-latent attention (megatron-core 0.12 and later)",
     "rmsnorm": "RMSNorm instead of LayerNorm (megatron-core 0.12 and later)",
     "rope": "rotary instead of learned positions",
     "overlap_param_gather": "up to megatron-core 0.7 this saves 16-bit weights that are one step old, where dp > 1",
     "pad_busbw": "pad buckets to 2^16 elements too (megatron-core 0.12 and later)",
+    "no_ckpt_fully_parallel_save": "torch_dist: each tensor is saved by the first of its data-parallel ranks",
     "no_args": "save without args, as a script around bare megatron-core does",
     "no_hook": "save without the sidecars of hooks/param_map.py",
     "plain": "every step trains and no element is made unique; losses are kept in truth/ (see tiny/losses.py)",
@@ -70,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--fp32", metavar="TEXT", help=FP32_HELP)
     result.add_argument("--ckpt-format", choices=("torch", "torch_dist"), default="torch", help="format of the checkpoint")
     result.add_argument("--dist-optim", choices=DIST_OPTIM, default=DIST_OPTIM[0], help=DIST_OPTIM_HELP)
+    result.add_argument("--transformer-impl", choices=TRANSFORMER_IMPLS, default="local", help=TRANSFORMER_IMPL_HELP)
+    result.add_argument("--extra-state", choices=("empty", "none", "bytesio", "fp8"), default="empty",
+                        help="what Transformer Engine's modules save beside their parameters")
     result.add_argument("--stage-layout", metavar="TEXT", help=STAGE_LAYOUT_HELP)
     result.add_argument("--resume", type=Path, metavar="DIR", help="go on from the latest checkpoint in DIR")
     for name, (default, text) in SIZES.items():
@@ -87,6 +100,10 @@ def command_line(options: dict[str, Any]) -> list[str]:
         flag = "--" + name.replace("_", "-")
         words += ([flag] if value else []) if name in SWITCHES else [flag, str(value)]
     return words
+
+
+def world_size(options: argparse.Namespace) -> int:
+    return options.tp * options.pp * options.dp * options.cp
 
 
 def padded_vocab(options: argparse.Namespace) -> int:
@@ -137,10 +154,12 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         vocab_size=options.vocab, padded_vocab_size=padded_vocab(options), make_vocab_size_divisible_by=VOCAB_DIVISOR,
         untie_embeddings_and_output_weights=options.untie, swiglu=options.swiglu,
         normalization="RMSNorm" if options.rmsnorm else "LayerNorm", norm_epsilon=1e-5,
-        add_bias_linear=not options.no_bias, add_qkv_bias=False, qk_layernorm=False,
+        add_bias_linear=not options.no_bias, add_qkv_bias=False, qk_layernorm=options.mla,
+        multi_latent_attention=options.mla, **(MLA if options.mla else {}),
         attention_dropout=DROPOUT * options.dropout, hidden_dropout=DROPOUT * options.dropout,
         num_experts=options.experts or None, moe_router_topk=2, moe_grouped_gemm=options.grouped_gemm,
-        moe_use_legacy_grouped_gemm=options.grouped_gemm, moe_shared_expert_intermediate_size=options.shared_expert or None,
+        moe_use_legacy_grouped_gemm=options.grouped_gemm and options.transformer_impl == "local",
+        moe_shared_expert_intermediate_size=options.shared_expert or None,
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         transformer_pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=options.vpp if interleaved else None,
@@ -148,9 +167,9 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
             options.layers // options.pp // options.vpp if interleaved and not uneven else None),
         decoder_first_pipeline_num_layers=options.first_stage_layers or None,
         decoder_last_pipeline_num_layers=None, **stage_layout_args(options),
-        data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=1,
-        sequence_parallel=bool(options.experts) and options.tp > 1, use_tp_pp_dp_mapping=False,
-        world_size=options.tp * options.pp * options.dp, rank=rank, local_rank=rank,
+        data_parallel_size=options.dp, expert_model_parallel_size=options.ep, context_parallel_size=options.cp,
+        sequence_parallel=(bool(options.experts) or options.mla) and options.tp > 1, use_tp_pp_dp_mapping=False,
+        world_size=world_size(options), rank=rank, local_rank=rank,
         params_dtype=dtype, bf16=options.dtype == "bf16", fp16=options.dtype == "fp16",
         accumulate_allreduce_grads_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True,
         overlap_param_gather=options.overlap_param_gather, ddp_bucket_size=options.bucket,
@@ -162,5 +181,6 @@ def megatron_args(options: argparse.Namespace, rank: int) -> argparse.Namespace:
         consumed_train_samples=options.steps * global_batch_size(options), seed=options.seed,
         save=str(options.out), ckpt_format=options.ckpt_format, use_dist_ckpt=options.ckpt_format != "torch",
         no_save_optim=None, no_save_rng=None,
-        data_parallel_random_init=False, use_mcore_models=True, transformer_impl="local",
+        data_parallel_random_init=False, use_mcore_models=True, transformer_impl=options.transformer_impl,
+        ckpt_fully_parallel_save=not options.no_ckpt_fully_parallel_save,
     )

@@ -24,15 +24,18 @@ def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], 
 
     Raises what torch and megatron-core raise where anything is missing or does not fit; nothing is left as it was.
     """
-    iteration = int((options.resume / "latest_checkpointed_iteration.txt").read_text())
-    folder = rank_folder(options, options.resume, iteration)
+    tracked = (options.resume / "latest_checkpointed_iteration.txt").read_text().strip()
+    folder = rank_folder(options, options.resume, tracked)
     if (folder.parent / ".metadata").is_file():  # format torch_dist
         return distributed.load(folder.parent, options, chunks, optimizer, scheduler)["iteration"]
     saved = torch.load(folder / "model_optim_rng.pt", map_location="cpu", weights_only=False)
     for index, chunk in enumerate(chunks):
         if len(chunks) > 1 and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
             parallel_state.set_virtual_pipeline_model_parallel_rank(index)
-        chunk.load_state_dict(saved["model" if len(chunks) == 1 else f"model{index}"], strict=True)
+        load_model(chunk, saved["model" if len(chunks) == 1 else f"model{index}"])
+    if "optimizer" not in saved:  # weights alone: the optimizer starts anew
+        optimizer.reload_model_params()
+        return saved["iteration"]
     optimizer.load_state_dict(saved["optimizer"])
     with torch.no_grad():  # fp32 parameters are copied into views of themselves
         optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
@@ -41,6 +44,14 @@ def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], 
     set_generators(saved["rng_state"][0])
     dist.barrier()
     return saved["iteration"]
+
+
+def load_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Strictly, but for extra states, which Megatron-LM does without where a checkpoint has none or others."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise RuntimeError(f"of model and checkpoint, one alone has {', '.join(wrong)}")
 
 
 def set_generators(states: dict[str, Any]) -> None:

@@ -44,14 +44,14 @@ def is_first_of_expert_data_parallel() -> bool:
     return getattr(parallel_state, name)() == 0
 
 
-def rank_folder(options: argparse.Namespace, root: Path, iteration: int) -> Path:
-    """root/iter_{iteration:07}/mp_rank_TT[_PPP][_EEE] of this rank."""
+def rank_folder(options: argparse.Namespace, root: Path, tracked: str) -> Path:
+    """root/iter_{tracked:07}/mp_rank_TT[_PPP][_EEE] of this rank, or of a release instead of an iteration."""
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02}"
     if options.pp > 1:
         name += f"_{parallel_state.get_pipeline_model_parallel_rank():03}"
     if options.ep > 1:
         name += f"_{parallel_state.get_expert_model_parallel_rank():03}"
-    return root / f"iter_{iteration:07}" / name
+    return root / (f"iter_{int(tracked):07}" if tracked.isdigit() else tracked) / name
 
 
 def save_checkpoint(args: argparse.Namespace, options: argparse.Namespace, chunks: list[torch.nn.Module],
@@ -61,7 +61,8 @@ def save_checkpoint(args: argparse.Namespace, options: argparse.Namespace, chunk
         folder = options.out / f"iter_{options.steps:07}"
         _call_hook(args, options, chunks, optimizer, str(folder))
         sharding = distributed.sharding(options)
-        distributed.save(folder, state_dict(args, options, chunks, optimizer, scheduler, sharding), sharding)
+        distributed.save(folder, state_dict(args, options, chunks, optimizer, scheduler, sharding), sharding,
+                         not options.no_ckpt_fully_parallel_save)
     else:
         _save_torch(args, options, chunks, optimizer, scheduler)
     dist.barrier()
@@ -71,7 +72,7 @@ def save_checkpoint(args: argparse.Namespace, options: argparse.Namespace, chunk
 
 def _save_torch(args: argparse.Namespace, options: argparse.Namespace, chunks: list[torch.nn.Module], optimizer: Any,
                 scheduler: Any) -> None:
-    folder = rank_folder(options, options.out, options.steps)
+    folder = rank_folder(options, options.out, str(options.steps))
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint_name = str(folder / "model_optim_rng.pt")
     optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))

@@ -14,13 +14,16 @@ import torch.distributed as dist
 from megatron.core import package_info, parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from examples.tiny import live_state, losses, model, resume, save, unique
-from examples.tiny.losses import Losses
+from examples.tiny import context, live_state, losses, model, resume, save, unique
+from examples.tiny.losses import Losses, Step
 from examples.tiny.options import megatron_args, micro_batches
+
+#: the number of the batch that is evaluated, the same in all runs
+NEVER_TRAINED = -1
 
 
 def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
-    """What process `rank` of tp * pp * dp does; `store` is a file through which the ranks find each other."""
+    """What process `rank` of all does; `store` is a file through which the ranks find each other."""
     args = megatron_args(options, rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(args.world_size),
                       LOCAL_WORLD_SIZE=str(args.world_size))
@@ -28,7 +31,7 @@ def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=options.tp, pipeline_model_parallel_size=options.pp,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=options.ep)
+        context_parallel_size=options.cp, expert_model_parallel_size=options.ep)
     torch.manual_seed(options.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(options.seed)
 
@@ -36,36 +39,41 @@ def run_rank(rank: int, options: argparse.Namespace, store: Path) -> None:
     scheduler = save.param_scheduler(args, optimizer)
     chunks = [model.unwrap(chunk) for chunk in wrapped]
 
-    def record(folder: str, step: int, trained: list[Losses]) -> None:
+    def record(folder: str, trained: list[Step]) -> None:
         live_state.write(options.out / folder, args, chunks, optimizer, scheduler, package_info.__version__)
         if options.plain:
-            losses.write(options.out / folder, trained, evaluate(args, options, wrapped, step))
+            losses.write(options.out / folder, trained, evaluate(args, options, wrapped))
+
+    def steps(first: int, last: int) -> list[Step]:
+        return train(args, options, wrapped, optimizer, scheduler, range(first, last))
 
     first_step = 0
     if options.resume:
         first_step = resume.load_checkpoint(options, chunks, optimizer, scheduler)
-        record("resumed", first_step, [])
-    trained = train(args, options, wrapped, optimizer, scheduler, first_step)
+        record("resumed", [])
+    trained = steps(first_step, options.steps)
     save.save_checkpoint(args, options, chunks, optimizer, scheduler)
-    record("truth", options.steps, trained)
+    record("truth", trained)
+    if options.further_steps:
+        record("further", steps(options.steps, options.steps + options.further_steps))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def train(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], optimizer: Any, scheduler: Any,
-          first_step: int) -> list[Losses]:
-    """Steps `first_step` to `options.steps`; returns what each computed, on the last stage.
+          steps: range) -> list[Step]:
+    """Returns what each step computed; losses are known on the last stage.
 
     Unless the run is plain, the last step only publishes fp32 main weights that were made unique (see unique.py).
     """
     ids = None if options.plain else unique.element_ids([model.unwrap(chunk) for chunk in wrapped], args)
     done = []
-    for step in range(first_step, options.steps):
+    for step in steps:
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        done.append(run_batch(args, options, wrapped, step))
-        frozen = ids is not None and step == options.steps - 1
+        batch = run_batch(args, options, wrapped, step)
+        frozen = ids is not None and step == steps[-1]
         if frozen:
             unique.stamp_main(optimizer, ids)
         success, grad_norm, _ = step_optimizer(optimizer, frozen)
@@ -73,20 +81,21 @@ def train(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[A
             raise RuntimeError(f"rank {args.rank}: the optimizer skipped step {step}; gradients overflowed")
         if scheduler is not None:
             scheduler.step(increment=args.global_batch_size)
-        if done[-1] and parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0:
-            mean = sum(float(loss["lm"]) for loss in done[-1]) / len(done[-1])
+        done.append(Step(batch, float(grad_norm)))
+        if batch and parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_data_parallel_rank() == 0:
+            mean = sum(float(loss["lm"]) for loss in batch) / len(batch)
             print(f"rank {args.rank} step {step} loss {mean:.4f} grad norm {grad_norm:.3f}", flush=True)
     if ids is not None:
         unique.stamp_moments(optimizer, ids)
     return done
 
 
-def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any], step: int) -> Losses:
-    """The losses of the batch of `step`, by the model as it is; the model is in training mode again afterwards."""
+def evaluate(args: argparse.Namespace, options: argparse.Namespace, wrapped: list[Any]) -> Losses:
+    """The losses of a batch that no step has, by the model as it is; the model is in training mode again afterwards."""
     for chunk in wrapped:
         chunk.eval()
     with torch.no_grad():
-        result = run_batch(args, options, wrapped, step, forward_only=True)
+        result = run_batch(args, options, wrapped, NEVER_TRAINED, forward_only=True)
     for chunk in wrapped:
         chunk.train()
     return result
@@ -128,14 +137,16 @@ def tokens(args: argparse.Namespace, step: int) -> Iterator[torch.Tensor]:
 
 def forward_step(data: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Any]:
     """The forward step that Megatron's pipeline schedules call."""
-    batch = next(data)
-    length = batch.shape[1] - 1
+    tokens = next(data)
+    length = tokens.shape[1] - 1
     mask = torch.triu(torch.ones(length, length), 1).bool()[None, None]
-    positions = torch.arange(length)[None].expand(batch.shape[0], -1).contiguous()
-    output = chunk(batch[:, :-1].contiguous(), positions, mask, labels=batch[:, 1:].contiguous())
+    positions = torch.arange(length)[None].expand(tokens.shape[0], -1)
+    batch = context.part({"tokens": tokens[:, :-1], "position_ids": positions, "labels": tokens[:, 1:]})
+    output = chunk(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
 
     def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mean = output.float().mean()
-        return mean, {"lm": mean.detach().clone(), "tokens": batch, "each": output.detach()}
+        mean = output.float().mean() / parallel_state.get_context_parallel_world_size()
+        each = context.whole(output.detach(), batch["position_ids"])
+        return mean, {"lm": each.float().mean(), "tokens": tokens, "each": each}
 
     return output, loss

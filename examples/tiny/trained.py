@@ -27,6 +27,8 @@ SOURCES = ("examples/train_tiny.py", "examples/tiny/*.py", "examples/cpu_shim/*.
 #: a run takes some seconds; ranks that wait for one another do so for half an hour
 TIMEOUT_S = 600
 STAMP = "truth/trained.json"
+#: of a run's folder; file systems take 255 bytes, and a partial one's name is longer
+LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Trained:
 def train_cached(options: dict[str, Any]) -> Trained:
     """The run with those options of train_tiny.py, from .cache/trained or made now."""
     name = "-".join(word.removeprefix("--") for word in command_line(options))
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return train_into(CACHE / "trained" / name, options)
 
 

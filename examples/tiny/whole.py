@@ -2,11 +2,12 @@
 
 `cut_for` reads the truth of a run (tiny/live_state.py), puts each parameter together, cuts it again by the rule of
 megatron-core's parallel layers, and writes a truth folder of the same form. Nothing of the converter is used: the rules
-are written down here once more, from megatron-core's tensor_parallel/layers.py, transformer/mlp.py and
-transformer/moe/experts.py. A column-parallel layer is cut by rows, a row-parallel one by columns; q, k and v lie group
-after group, so that their rows are cut like any others; of a gated MLP the two halves are cut, each for itself;
-GroupedMLP keeps [expert, in, out] in a tensor that claims another shape. Where the padded vocabulary grows, its last row
-is repeated; where it shrinks, padding is cut off.
+are written down here once more, from megatron-core's tensor_parallel/layers.py, transformer/mlp.py,
+transformer/moe/experts.py and transformer/multi_latent_attention.py. A column-parallel layer is cut by rows, a
+row-parallel one by columns; q, k and v lie group after group, so that their rows are cut like any others; of a gated MLP
+the two halves are cut, each for itself; GroupedMLP keeps [expert, in, out] in a tensor that claims another shape; the
+down-projections of latent attention are whole on every rank. Where the padded vocabulary grows, its last row is repeated;
+where it shrinks, padding is cut off.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from examples.tiny.trained import Trained, Truth
 
 ROLES = ("weight", "main", "exp_avg", "exp_avg_sq")
 ROWS = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight",
-        "linear_fc1.bias")
+        "linear_fc1.bias", "linear_q_up_proj.weight", "linear_kv_up_proj.weight")
 COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 TIED, TIED_COPY = VOCABULARY
 LAYER = re.compile(r"(?<=decoder\.layers\.)\d+")
-EXPERT = re.compile(r"(?<=local_experts\.)\d+")
+EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weight)\d+")
+GATED = re.compile(r"linear_fc1\.(weight|bias)\d*$")
 
 State = dict[tuple[str, str], np.ndarray]  # (role, name with global layer and expert numbers): the whole parameter
 
@@ -43,6 +45,7 @@ class Sizes(NamedTuple):
     vpp: int = 1
     ep: int = 1
     dp: int = 1
+    cp: int = 1
     stage_layers: tuple[int, ...] = ()
 
     def layers(self, stage: int, chunk: int, total: int) -> list[int]:
@@ -69,9 +72,10 @@ def shape_of(name: str, shape: tuple[int, ...], args: dict[str, Any], local_expe
         return Shape((local_experts, args["hidden_size"], *gates, -1), 2 + len(gates), 0)
     if name.endswith("experts.weight2"):
         return Shape((local_experts, -1, args["hidden_size"]), 1, 0)
-    if gates and "linear_fc1." in name:
+    if gates and GATED.search(name):
         return Shape((2, shape[0] // 2, *shape[1:]), 1)
-    axis = 0 if name.endswith(ROWS) else 1 if name.endswith(COLUMNS) else None
+    tensor = name.rstrip("0123456789")  # the number of an expert
+    axis = 0 if tensor.endswith(ROWS) else 1 if tensor.endswith(COLUMNS) else None
     return Shape(shape, axis)
 
 
@@ -156,7 +160,7 @@ def relaid_args(args: dict[str, Any], sizes: Sizes, divisor: int) -> dict[str, A
     return {**args, "tensor_model_parallel_size": sizes.tp, "pipeline_model_parallel_size": sizes.pp,
             "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
             "expert_model_parallel_size": sizes.ep, "data_parallel_size": sizes.dp,
-            "world_size": sizes.tp * sizes.pp * sizes.dp,
+            "context_parallel_size": sizes.cp, "world_size": sizes.tp * sizes.pp * sizes.dp * sizes.cp,
             "padded_vocab_size": -(-args["vocab_size"] // multiple) * multiple}
 
 
@@ -198,4 +202,4 @@ def cut(name: str, value: np.ndarray, args: dict[str, Any], sizes: Sizes, tp: in
         return value.reshape(args["hidden_size"], -1)
     if name.endswith("experts.weight2"):
         return value.reshape(-1, args["hidden_size"])
-    return value.reshape(-1, *value.shape[2:]) if args["swiglu"] and "linear_fc1." in name else value
+    return value.reshape(-1, *value.shape[2:]) if args["swiglu"] and GATED.search(name) else value

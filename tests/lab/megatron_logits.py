@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: what the arguments of the checkpoint need not say, as the model that is built here has it
 UNSAID = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "sequence_parallel": False, "rope_scaling_factor": 8.0,
           "moe_shared_expert_intermediate_size": None, "use_rope_scaling": False, "bias_gelu_fusion": False,
-          "rotary_base": 10000}
+          "rotary_base": 10000, "transformer_impl": "local", "multi_latent_attention": False, "context_parallel_size": 1,
+          "moe_use_legacy_grouped_gemm": False}
 
 
 def run(release: str, save: Path, tokens: np.ndarray, scratch: Path) -> np.ndarray:
@@ -34,19 +35,22 @@ def run(release: str, save: Path, tokens: np.ndarray, scratch: Path) -> np.ndarr
 def _main(release: str, save: str, tokens: str, out: str) -> None:
     sys.path.insert(0, str(ROOT))
     from examples import cpu_shim
+    from examples.cpu_shim import transformer_engine
     from examples.fetch_core import fetch_core
     from examples.train_tiny import needs_transformer_engine
 
     core = fetch_core(release)
     sys.path.insert(0, str(core))
     cpu_shim.install(transformer_engine=needs_transformer_engine(core))
-    cpu_shim.patch_megatron()
     import torch
 
     tracked = (Path(save) / "latest_checkpointed_iteration.txt").read_text()
     folder = Path(save) / (f"iter_{int(tracked):07}" if tracked.isdigit() else tracked)
     args = torch.load(next(folder.glob("mp_rank_*/model_optim_rng.pt")), weights_only=False)["args"]
     args = argparse.Namespace(**{**UNSAID, **vars(args)})
+    if args.transformer_impl == "transformer_engine":
+        transformer_engine.install()
+    cpu_shim.patch_megatron()
     with tempfile.TemporaryDirectory() as scratch:
         torch.multiprocessing.start_processes(
             _rank, (args, folder, np.load(tokens), Path(out), Path(scratch) / "store"),

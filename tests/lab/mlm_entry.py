@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import multiprocessing.spawn
 import os
 import runpy
 import socket
 import subprocess
 import sys
 import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from examples.tiny.trained import Trained
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 400
 
-#: a tiny GPT on mock data; what a test adds comes after and wins
+#: a tiny GPT on mock data; what a test adds comes after and wins; `--transformer-impl transformer_engine`: the stand-in
 TINY = """--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
  --micro-batch-size 2 --global-batch-size 8 --train-iters 2 --exit-interval 2 --save-interval 2 --lr 0.01 --min-lr 0.001
  --lr-decay-iters 10 --lr-warmup-fraction 0.01 --weight-decay 0.01 --clip-grad 1.0 --bf16 --use-distributed-optimizer
@@ -110,6 +110,9 @@ def run_rank() -> None:
 
     from examples import cpu_shim
     cpu_shim.install(transformer_engine=minor < 8, triton=minor >= 16, cuda_available=True)
+    if sys.argv[sys.argv.index("--transformer-impl"):].count("transformer_engine"):
+        from examples.cpu_shim import transformer_engine
+        transformer_engine.install()
     sys.path.insert(0, repo)
     _shim_repository()
     cpu_shim.patch_megatron()
@@ -125,9 +128,8 @@ def _shim_repository() -> None:
     import torch
     if not hasattr(torch._C, "_jit_set_nvfuser_enabled"):
         torch._C._jit_set_nvfuser_enabled = lambda *args: None
-    if not hasattr(typing, "override"):  # 0.18 on asks for Python 3.12
-        typing.override = lambda function: function
     _replace_index_helper()
+    _spawn_without_the_script()
     for module, compiler in (("megatron.legacy.fused_kernels", "load"),
                              ("megatron.core.datasets.utils", "compile_helpers")):
         try:
@@ -135,6 +137,13 @@ def _shim_repository() -> None:
         except ModuleNotFoundError as error:
             if not f"{module}.".startswith(f"{error.name}."):  # not this release's lack of it
                 raise
+
+
+def _spawn_without_the_script() -> None:
+    """A process that Megatron spawns, to save torch_dist, would import pretrain_gpt.py, where nothing leads to the CPU."""
+    prepare = multiprocessing.spawn.get_preparation_data
+    multiprocessing.spawn.get_preparation_data = lambda name: {
+        key: value for key, value in prepare(name).items() if not key.startswith("init_main")}
 
 
 def _replace_index_helper() -> None:
