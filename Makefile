@@ -1,8 +1,13 @@
 # ParamMap. `make help` lists the targets.
 
-PYTHON ?= python3.11
+# the first Python that is new enough; 3.11 before others, for it has wheels of all that the tests need
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do $$python -c \
+  'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV   := .venv
 RUN    := $(VENV)/bin/python
+PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+# what stands in .venv: ParamMap and numpy; or all that the demo and the tests need
+LIGHT  := $(VENV)/.light
 READY  := $(VENV)/.ready
 
 # make convert IN=… OUT=… TO=mindspore TP=8 PP=4 … : sizes and flags of `parammap convert`
@@ -14,7 +19,7 @@ SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 # a file's tests stay together, for the runs and checkpoints that they share
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: help setup convert demo test test-full bench bench-megatron bench-metaseq plan-scale patches lint clean
+.PHONY: help setup convert demo test test-full coverage bench bench-megatron bench-metaseq plan-scale patches lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -22,14 +27,20 @@ help:  ## this list
 
 setup: $(READY)  ## make .venv with everything that the demo and the tests need (once)
 
-$(READY): pyproject.toml constraints.txt
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --no-build-isolation deepspeed  # its build asks the torch that is installed
+$(RUN):
+	$(or $(PYTHON),$(error no Python from 3.11 on was found; install one, or name it: PYTHON=…)) -m venv $(VENV)
+
+$(LIGHT): pyproject.toml | $(RUN)
+	$(PIP) -e .
 	touch $@
 
-convert: $(READY)  ## convert IN=… to OUT=… for TO=…; without IN, the demo
+$(READY): pyproject.toml constraints.txt | $(RUN)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) -c constraints.txt \
+	  --no-build-isolation deepspeed  # its build asks the torch that is installed
+	touch $(LIGHT) $@
+
+convert: $(if $(IN),$(LIGHT),$(READY))  ## convert IN=… to OUT=… for TO=…; without IN, the demo
 ifdef IN
 	$(RUN) -m convert convert $(IN) $(or $(OUT),$(error name the folder to make: OUT=…)) --to $(TO) \
 	  --workers $(WORKERS) $(SIZES) $(FLAGS)
@@ -45,6 +56,9 @@ test: $(READY)  ## the tests
 
 test-full: $(READY)  ## all tests, with the matrix of Megatron releases
 	$(RUN) -m pytest $(PARALLEL)
+
+coverage: $(READY)  ## which lines the quick tests run
+	$(RUN) -m coverage run -m pytest -m "not full" && $(RUN) -m coverage combine && $(RUN) -m coverage report
 
 bench:  ## all measurements, one after the other: the three that follow
 	$(MAKE) --no-print-directory --keep-going -j1 bench-megatron bench-metaseq plan-scale
