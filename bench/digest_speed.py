@@ -11,31 +11,29 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from convert.digest import bits_dtype, box_digest  # noqa: E402
-from convert.tensors import ITEMSIZE, Box  # noqa: E402
+from convert.digest import bits_dtype, cells_digest  # noqa: E402
+from convert.region import Cells  # noqa: E402
+from convert.tensors import ITEMSIZE  # noqa: E402
 from convert.writer import BUFFER_BYTES  # noqa: E402
 
 TOTAL_BYTES, REPEATS = 64 << 20, 5
 ROWS_COLS = 4096
-#: what is digested: its box within a tensor of ROWS_COLS columns
-CASES = {
-    "whole rows": lambda rows: Box(0, rows, 0, ROWS_COLS),
-    "half of the columns": lambda rows: Box(0, rows, ROWS_COLS // 2, ROWS_COLS // 2),
-    "64 of the columns": lambda rows: Box(0, rows, ROWS_COLS // 2, 64),
-}
+#: what is digested of a tensor of ROWS_COLS columns: from which column on, and how many
+CASES = {"whole rows": (0, ROWS_COLS), "half of the columns": (ROWS_COLS // 2, ROWS_COLS // 2),
+         "64 of the columns": (ROWS_COLS // 2, 64)}
 
 
 def rate(dtype: str, case: str) -> float:
     """GB/s of processor time, median of a few repeats over buffers as large as the converter's."""
-    box = CASES[case](1)
-    box = CASES[case](BUFFER_BYTES // ITEMSIZE[dtype] // box.cols)
-    bits = np.random.default_rng(0).integers(0, 1 << 16, box.numel).astype(bits_dtype(dtype))
+    first, cols = CASES[case]
+    rows, cells = BUFFER_BYTES // ITEMSIZE[dtype] // cols, Cells(0, first, (1,))
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (rows, cols)).astype(bits_dtype(dtype))
     count = TOTAL_BYTES // bits.nbytes
     seconds = []
     for _ in range(REPEATS):
         started = time.thread_time()
         for _ in range(count):
-            box_digest(bits, box)
+            cells_digest(bits, cells)
         seconds.append(time.thread_time() - started)
     return count * bits.nbytes / sorted(seconds)[REPEATS // 2] / 1e9
 

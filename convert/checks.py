@@ -14,7 +14,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from .tensors import ITEMSIZE, Box, Piece, Tensor
+from .region import Cells
+from .shard import Shard
+from .tensors import Tensor
+from .view import View
 
 STALE, PERMUTED, UNRELATED = "stale", "permuted", "unrelated"
 SHOWN_POSITIONS = 4
@@ -35,10 +38,6 @@ class Elements:
     def merge(self, other: Elements) -> None:
         self.count += other.count
         self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
-
-    def turn(self) -> None:
-        """To be called where they were found in the transposed matrix."""
-        self.positions = [(row, col, *told) for col, row, *told in self.positions]
 
 
 @dataclass(slots=True)
@@ -95,35 +94,37 @@ _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "floa
 _OVERFLOW = {"bfloat16": 0x4780, "float32": 0x477FF000}
 
 
-def non_finite(tensor: Tensor, box: Box, bits: np.ndarray, file: str) -> NonFinite | None:
-    """What of `box` is not finite; None if all is."""
+def non_finite(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> NonFinite | None:
+    """What of these elements is not finite; None if all is."""
     mask = _EXPONENT.get(tensor.dtype)
-    return _marked(NonFinite, tensor, box, (bits & bits.dtype.type(mask)) == mask, lambda i: (file,)) if mask else None
+    return _marked(NonFinite, tensor, cells, (bits & bits.dtype.type(mask)) == mask, lambda i: (file,)) if mask else None
 
 
-def overflown(tensor: Tensor, box: Box, bits: np.ndarray, file: str) -> Overflown | None:
-    """What of `box`, of a float32 or bfloat16 tensor, is finite but not so in float16; None if nothing is."""
+def overflown(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> Overflown | None:
+    """What of these elements, of a float32 or bfloat16 tensor, is finite but not so in float16; None if nothing is."""
     sizes = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
     wrong = (sizes >= _OVERFLOW[tensor.dtype]) & (sizes < _EXPONENT[tensor.dtype])
-    return _marked(Overflown, tensor, box, wrong, lambda i: (value_of(bits[i:i + 1], tensor.dtype), file))
+    return _marked(Overflown, tensor, cells, wrong, lambda i: (_value_at(bits, i, tensor.dtype), file))
 
 
-def unequal(tensor: Tensor, box: Box, first: np.ndarray, other: np.ndarray, file: str) -> Unequal | None:
-    """Compare the bits of two copies of `box`; None if they are equal."""
-    return _marked(Unequal, tensor, box, first != other, lambda i: (
-        value_of(first[i:i + 1], tensor.dtype), value_of(other[i:i + 1], tensor.dtype), file))
+def unequal(tensor: Tensor, cells: Cells, first: np.ndarray, other: np.ndarray, file: str) -> Unequal | None:
+    """Compare the bits of two copies of some elements; None if they are equal."""
+    return _marked(Unequal, tensor, cells, first != other, lambda i: (
+        _value_at(first, i, tensor.dtype), _value_at(other, i, tensor.dtype), file))
 
 
-def _marked(kind: type[Found], tensor: Tensor, box: Box, wrong: np.ndarray, tell: Callable[[int], tuple]) -> Found | None:
-    """The elements of `box` that are True in `wrong`, with what `tell` says of the first ones; None if none is."""
+def _marked(kind: type[Found], tensor: Tensor, cells: Cells, wrong: np.ndarray,
+            tell: Callable[[int], tuple]) -> Found | None:
+    """The elements that are True in `wrong`, with what `tell` says of the first ones; None if none is."""
     if not wrong.any():
         return None
     found = np.flatnonzero(wrong)
-    return kind(tensor, len(found), [(*_position(box, i), *tell(i)) for i in map(int, found[:SHOWN_POSITIONS])])
+    return kind(tensor, len(found), [(*cells.position(i, wrong.shape), *tell(i)) for i in map(int, found[:SHOWN_POSITIONS])])
 
 
-def _position(box: Box, element: int) -> tuple[int, int]:
-    return box.row + element // box.cols, box.col + element % box.cols
+def _value_at(bits: np.ndarray, element: int, dtype: str) -> float:
+    """The value of an element of an array of bits, counted row-major."""
+    return value_of(bits[np.unravel_index(element, bits.shape)].reshape(1), dtype)
 
 
 def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
@@ -134,15 +135,16 @@ def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
     return np.where(same, first, cast_bits(mean.view(np.uint32), dtype))
 
 
-def compare(tensor: Tensor, main: np.ndarray, box: Box, model: np.ndarray, model_dtype: str) -> Misfit | None:
-    """Compare the bits of `box` of a float32 main weight with the model's bits in `model_dtype`; None if all fit."""
+def compare(tensor: Tensor, main: np.ndarray, cells: Cells, model: np.ndarray, model_dtype: str) -> Misfit | None:
+    """Compare the bits of a float32 main weight with the model's bits in `model_dtype`; None if all fit."""
     cast = cast_bits(main, model_dtype)
     if np.array_equal(cast, model):
         return None
+    shape, (main, cast, model) = main.shape, (bits.reshape(-1) for bits in (main, cast, model))
     wrong = np.flatnonzero((cast != model) & ~(_is_nan(cast, model_dtype) & _is_nan(model, model_dtype)))
     if not len(wrong):
         return None
-    positions = [(*_position(box, i), value_of(cast[i:i + 1], model_dtype), value_of(model[i:i + 1], model_dtype))
+    positions = [(*cells.position(i, shape), value_of(cast[i:i + 1], model_dtype), value_of(model[i:i + 1], model_dtype))
                  for i in map(int, wrong[:SHOWN_POSITIONS])]
     first = int(wrong[0])
     return Misfit(tensor, len(wrong), positions, main[first:first + WINDOW].tobytes(),
@@ -201,18 +203,17 @@ def value_of(bits: np.ndarray, dtype: str) -> float:
     return float(_values(bits, dtype)[0])
 
 
-def tell_permuted(misfits: list[Misfit], models: dict[str, list[Piece]]) -> None:
+def tell_permuted(misfits: list[Misfit], models: dict[str, list[Shard]]) -> None:
     """Mark the misfits whose optimizer values stand, in a row, in some other parameter's model weight.
 
-    `models` gives the pieces of the model's weights by atom name. WINDOW values that vary cannot recur by chance.
+    `models` gives the shards of the model's weights by atom name. WINDOW values that vary cannot recur by chance.
     """
-    for name, pieces in models.items():
-        for piece in pieces:
-            windows = [(m, w) for m in misfits if m.tensor.name != name and (w := _telling(m.window, piece.tensor.dtype))]
-            for chunk in _chunks(piece) if windows else ():
-                for misfit, window in windows:
-                    if not misfit.permuted_with and window in chunk:
-                        misfit.permuted_with = name
+    for name, view in ((name, shard.view) for name, shards in models.items() for shard in shards):
+        windows = [(m, w) for m in misfits if m.tensor.name != name and (w := _telling(m.window, view.dtype))]
+        for chunk in _chunks(view) if windows else ():
+            for misfit, window in windows:
+                if not misfit.permuted_with and window in chunk:
+                    misfit.permuted_with = name
 
 
 def _telling(window: bytes, dtype: str) -> bytes:
@@ -222,11 +223,11 @@ def _telling(window: bytes, dtype: str) -> bytes:
     return values.tobytes() if varied else b""
 
 
-def _chunks(piece: Piece) -> Iterator[bytearray]:
-    """The piece's bytes in chunks that overlap by a window, so that no window is cut."""
-    chunk, overlap = bytearray(), WINDOW * ITEMSIZE[piece.tensor.dtype]
-    with open(piece.file, "rb") as file:
-        for offset, nbytes in _reads(piece):
+def _chunks(view: View) -> Iterator[bytearray]:
+    """A view's bytes in chunks that overlap by a window, so that no window is cut."""
+    chunk, overlap = bytearray(), WINDOW * view.itemsize
+    with open(view.file, "rb") as file:
+        for offset, nbytes in _reads(view):
             chunk += os.pread(file.fileno(), nbytes, offset)
             if len(chunk) >= _SEARCH_BYTES:
                 yield chunk
@@ -234,11 +235,8 @@ def _chunks(piece: Piece) -> Iterator[bytearray]:
     yield chunk
 
 
-def _reads(piece: Piece) -> Iterator[tuple[int, int]]:
-    """The byte runs (offset, bytes) that a piece is in its file, none longer than _SEARCH_BYTES."""
-    itemsize, lying = ITEMSIZE[piece.tensor.dtype], piece.lying
-    rows, cols = (1, lying.numel) if piece.pitch == lying.cols else (lying.rows, lying.cols)
-    for row in range(rows):
-        start = piece.offset + row * piece.pitch * itemsize
-        for low in range(0, cols * itemsize, _SEARCH_BYTES):
-            yield start + low, min(_SEARCH_BYTES, cols * itemsize - low)
+def _reads(view: View) -> Iterator[tuple[int, int]]:
+    """The byte runs (offset, bytes) that a view is in its file, in order, none longer than _SEARCH_BYTES."""
+    for run in map(view.narrow, view.runs()):
+        for low in range(0, run.span, _SEARCH_BYTES):
+            yield run.offset + low, min(_SEARCH_BYTES, run.span - low)

@@ -173,7 +173,7 @@ def _fingerprint(tasks: list[FileTask]) -> str:
     files = set()
     for task in tasks:
         digest.update(repr(task).encode())
-        files |= {copy.file for copy in task.reads()}
+        files |= task.files()
     for name in sorted(files):
         digest.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
     return digest.hexdigest()

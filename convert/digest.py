@@ -9,12 +9,12 @@ a matrix (dim 0 × the rest). The sum is additive: the digests of disjoint boxes
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
-from .tensors import ITEMSIZE, Box
+from .region import Cells, Region
+from .tensors import ITEMSIZE
 
 MASK = (1 << 64) - 1
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -42,43 +42,49 @@ def bits_dtype(dtype: str) -> type:
     return _BITS[ITEMSIZE[dtype]]
 
 
-def box_digest(bits: np.ndarray, box: Box, turned: bool = False) -> int:
-    """The share of `box` in its tensor's digest; `bits` holds the box's elements, row-major, as unsigned integers.
+def cells_digest(bits: np.ndarray, cells: Cells) -> int:
+    """The share of some elements in their tensor's digest; `bits` are unsigned integers, in an array of any strides."""
+    if bits.size > _TILE:
+        order = sorted(range(bits.ndim), key=lambda axis: -bits.strides[axis])
+        axis = next(axis for axis in order if bits.shape[axis] > 1)
+        count = max(bits.shape[axis] * _TILE // bits.size, 1)
+        total = 0
+        for start in range(0, bits.shape[axis], count):
+            part = bits[(slice(None),) * axis + (slice(start, start + count),)]
+            total += cells_digest(part, cells.narrow(Region((0,) * bits.ndim, bits.shape).narrow(axis, start, start + 1)))
+        return total & MASK
+    cols = bits.shape[-1]
+    rows, columns = _row_weights(bits.shape[:-1], cells), _weights(_COL_SEED, cells.col, cols)
+    last = bits.ndim - 1
+    if cols > 1 and bits.strides[last] > max(bits.strides[:last]):  # column after column in memory
+        mixed = _mix(bits.transpose(last, *range(last))).reshape(cols, len(rows))
+        return int(np.dot(np.einsum("cr,r->c", mixed, rows), columns)) & MASK
+    mixed = _mix(bits)
+    if cols == 1:
+        return int(np.dot(mixed.reshape(-1), rows)) * int(columns[0]) & MASK
+    return int(np.dot(np.einsum("rc,c->r", mixed.reshape(len(rows), cols), columns), rows)) & MASK
 
-    If `turned`, the box and its elements are of the transposed matrix; the digest is the tensor's own all the same.
-    """
-    seeds = (_COL_SEED, _ROW_SEED) if turned else (_ROW_SEED, _COL_SEED)
-    return sum(_tile_digest(bits[start:start + tile.numel], tile, *seeds) for tile, start in _tiles(box)) & MASK
 
-
-def _tiles(box: Box) -> Iterator[tuple[Box, int]]:
-    """Boxes of at most _TILE consecutive elements of `box`, each with its start."""
-    cols = min(box.cols, _TILE)
-    rows = _TILE // cols if cols == box.cols else 1
-    for row in range(0, box.rows, rows):
-        for col in range(0, box.cols, cols):
-            yield (Box(box.row + row, min(rows, box.rows - row), box.col + col, min(cols, box.cols - col)),
-                   row * box.cols + col)
-
-
-def _tile_digest(bits: np.ndarray, tile: Box, row_seed: int, col_seed: int) -> int:
-    mixed, rows = _mix(bits), _weights(row_seed, tile.row, tile.rows)
-    columns = _weights(col_seed, tile.col, tile.cols)
-    if tile.cols == 1:
-        return int(np.dot(mixed, rows)) * int(columns[0])
-    return int(np.dot(np.einsum("rc,c->r", mixed.reshape(tile.rows, tile.cols), columns), rows))
+def _row_weights(shape: tuple[int, ...], cells: Cells) -> np.ndarray:
+    """The numbers of the rows of an array's axes of rows, row-major; shape [rows]."""
+    count = sum((size - 1) * step for size, step in zip(shape, cells.steps, strict=True)) + 1
+    weights = _weights(_ROW_SEED, cells.row, count)
+    if len(shape) == 1:
+        return weights
+    return np.ndarray(shape, np.uint64, weights, 0, tuple(8 * step for step in cells.steps)).reshape(-1)
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
+    """The mixed elements, in a row-major array of the same shape, until the next call of this thread."""
     width, factor, shift = _MIX_64 if bits.itemsize == 8 else _MIX_32
-    mixed, shifted = _scratch.mixed.view(width)[:len(bits)], _scratch.shifted.view(width)[:len(bits)]
-    np.add(bits, width(1), out=mixed, dtype=width)
+    mixed, shifted = _scratch.mixed.view(width)[:bits.size], _scratch.shifted.view(width)[:bits.size]
+    np.add(bits, width(1), out=mixed.reshape(bits.shape), dtype=width)
     np.multiply(mixed, factor, out=mixed)
     np.right_shift(mixed, shift, out=shifted)
     np.bitwise_xor(mixed, shifted, out=mixed)
-    wide = _scratch.wide[:len(bits)]
+    wide = _scratch.wide[:bits.size]
     np.copyto(wide, mixed)
-    return wide
+    return wide.reshape(bits.shape)
 
 
 def _weights(seed: int, start: int, count: int) -> np.ndarray:

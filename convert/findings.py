@@ -40,13 +40,13 @@ class Findings:
                 before = sums.setdefault(tensor, {}).get(replica, (0, 0))
                 sums[tensor][replica] = (before[0] + digest) & (1 << 64) - 1, before[1] + count
         entries, self.partial, self.differing = _digests(sums)
-        read = {(tensor.role, tensor.name, tensor.dtype) for tensor in index.boxes}
+        read = {(tensor.role, tensor.name, tensor.dtype) for tensor in index.shards}
         self.digests, self.written = ([entry for entry in entries if ((entry["role"], entry["name"], entry["dtype"]) in read)
                                        == was_read] for was_read in (True, False))
         names = {tensor.name for tensor in self.misfits}
         tell_permuted(list(self.misfits.values()), {
-            tensor.name: [piece for pieces in index.boxes[tensor].values() for piece in pieces]
-            for tensor in index.boxes if tensor.role == MODEL_WEIGHT and tensor.name in names})
+            tensor.name: [shard for shards in index.shards[tensor].values() for shard in shards]
+            for tensor in index.shards if tensor.role == MODEL_WEIGHT and tensor.name in names})
 
     def refusal(self, folder: Path, request: Request) -> RefusedError | None:
         """Why nothing may be published, or None."""

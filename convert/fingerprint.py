@@ -15,7 +15,9 @@ from operator import attrgetter
 from pathlib import Path
 
 from .plan import Plan
+from .region import Region
 from .tensors import Tensor
+from .view import View
 
 _PACKAGE = Path(__file__).parent
 #: the format of marshal that writes equal bytes for equal values: later ones refer back to objects seen before
@@ -54,6 +56,8 @@ def _plain(value: object, known: dict[int, object]) -> object:
         return value
     if kind is tuple:
         return tuple([_plain(one, known) for one in value])
+    if kind in (View, Region):
+        return tuple(value)
     if not is_dataclass(kind):
         raise TypeError(f"a {kind.__name__} has no place in a plan")
     if _is_flat(kind):

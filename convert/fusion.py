@@ -1,18 +1,31 @@
-"""Fused tensors as arrangements of atoms: which rows of q, k, v, gate and up a rank's piece of a fused tensor holds.
+"""Fused tensors as arrangements of logical tensors: which rows of q, k, v, gate and up a rank's tensor holds, and where.
 
-Tensor-parallel splitting cuts atoms; a fused tensor is only the order in which row blocks of atoms follow each other.
+An arrangement is a pattern of axes, outermost first. `[q: nd | k: d | v: d]` is an axis on which parts follow each other,
+each a logical tensor of its own; what is before and after it, all parts have. The last axis of the pattern is the columns of
+the logical tensors, those before it are their rows; `e` counts experts, whose tensors are logical tensors of their own.
+Letters are sizes: g query groups, n heads in a group, d the size of a head, v the true vocabulary, p its padding, e the
+experts of a rank, a and b the rows of q's and kv's down-projections; any other is what the shape leaves. Letters side by
+side are multiplied.
+
+`tp` is the axis that tensor parallelism cuts. If it is the outermost one (`[]` for the parts'), each rank holds an equal run
+of the whole tensor; an axis inside cuts each part for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .errors import RefusedError
-from .tensors import Box
+from .region import Region
+from .shard import Shard, merged
+from .tensors import ITEMSIZE
+from .view import View
 
-#: how a family's tensor is cut over tensor-parallel ranks, and which atoms it is made of
+#: how a family's tensor is cut over tensor-parallel ranks, and which logical tensors it is made of
 REPLICATED, ROWS, COLS, VOCAB, QKV, STACKED_QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, EXPERTS_FC2, QKV_DOWN = (
     "replicated", "rows", "cols", "vocab", "qkv", "stacked_qkv", "qk", "gate_up", "kvq", "experts_fc1", "experts_fc2",
     "qkv_down")
@@ -20,7 +33,7 @@ REPLICATED, ROWS, COLS, VOCAB, QKV, STACKED_QKV, QK, GATE_UP, KVQ, EXPERTS_FC1, 
 Q_DOWN, KV_DOWN = "q_down", "kv_down"
 #: arrangements of tensors that hold all experts of a rank
 GROUPED = (EXPERTS_FC1, EXPERTS_FC2)
-#: the atom that the rows of a vocabulary's padding make up
+#: the part that the rows of a vocabulary's padding make up
 PADDING = "padding"
 
 
@@ -44,192 +57,213 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Rows of one atom inside a rank's tensor: the atom's name part ('' for an unfused tensor), shape and box."""
+class Part:
+    """A part of a rank's tensor: its name ('' for a tensor that is not fused), the shape of the logical tensor that it is
+    of, which region of that it is, and where it lies in the rank's tensor."""
 
-    part: str
+    name: str
     shape: tuple[int, ...]
-    box: Box
+    region: Region
+    view: View
 
 
-@lru_cache(maxsize=1024)
-def blocks(kind: str, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes = Sizes(),
-           experts: range = range(0)) -> tuple[Block, ...]:
-    """The row blocks of tensor-parallel rank `rank`'s tensor of local `shape`, in the order they lie there; `abreast` of
-    them at a time lie side by side. `experts` are those that the rank holds."""
-    if kind in GROUPED:
-        return tuple(_ARRANGEMENTS[kind](shape, tp, rank, sizes, experts))
-    return tuple(_ARRANGEMENTS[kind](shape, tp, rank, sizes))
+#: an axis of a pattern: its letters, or the parts on it, each with its letters
+Axis = str | tuple[tuple[str, str], ...]
 
 
-def abreast(kind: str | None, sizes: Sizes) -> int:
-    """How many blocks at a time share their rows and lie side by side in each."""
-    return 2 if kind == EXPERTS_FC1 and sizes.gated else 1
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How a tensor is put together: a pattern and the axis that ranks cut (see above).
+
+    `dim` is the dimension of the tensor's shape in which parts and ranks follow each other. `uncut` are the letters of what
+    no rank may have a part of, in words, and `unfit` says that a shape does not go with the sizes.
+    """
+
+    pattern: str
+    tp: str = ""
+    dim: int = 0
+    uncut: tuple[tuple[str, str], ...] = ()
+    unfit: str = "a tensor of shape {shape} cannot be {number} equal parts: {names}"
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return _parsed(self.pattern)
+
+    @property
+    def parts(self) -> tuple[tuple[str, str], ...]:
+        """The names of the parts, each with its letters; one without a name if the tensor is not fused."""
+        return next((axis for axis in self.axes if not isinstance(axis, str)), (("", ""),))
+
+    @property
+    def is_cut_as_a_whole(self) -> bool:
+        return self.tp == (self.axes[0] if isinstance(self.axes[0], str) else "[]")
+
+    def arranged(self, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes, experts: range, dtype: str) -> list[Part]:
+        """The parts of rank `rank`'s tensor of local `shape`."""
+        if self.dim and len(shape) != 2:
+            raise RefusedError(f"a tensor of shape {list(shape)} cannot be split along dim 1")
+        length = self._lengths(shape, tp, sizes, experts)
+        parts = list(self._parts(shape, length, experts, dtype))
+        if self.is_cut_as_a_whole:
+            return list(_run_of(parts, rank, math.prod(shape))) if tp > 1 else parts
+        return [self._share(part, tp, rank) for part in parts] if self.tp else parts
+
+    def count(self, letters: str, shape: tuple[int, ...], sizes: Sizes) -> int:
+        """How many there are of what the letters say in a tensor that is `shape` as a whole."""
+        if letters == "[]":
+            return shape[self.dim]
+        known = _known(sizes)
+        if not set(letters) <= known.keys():
+            return self._lengths(shape, 1, sizes, range(sizes.experts or 0))(letters)
+        return math.prod(known[letter] for letter in letters)
+
+    def _lengths(self, shape: tuple[int, ...], tp: int, sizes: Sizes, experts: range) -> Callable[[Axis], int]:
+        """The length of each axis (or letters) of a tensor of which a rank holds `shape`: of its share, or, if it is cut as
+        a whole, of the whole."""
+        ranks, shares = (tp, 1) if self.is_cut_as_a_whole else (1, tp)
+        known = {letter: size // shares if letter in self.tp else size for letter, size in _known(sizes).items()}
+        known["e"] = len(experts)
+        beside = self.axes[-2 if self.dim else -1]
+        known[beside] = shape[0] if self.dim else math.prod(shape[1:])
+        along = [axis for axis in self.axes if axis != beside]
+        letters = {letter for axis in along for letter in (axis if isinstance(axis, str) else "".join(dict(axis).values()))}
+        if "n" in letters and "n" not in known:
+            raise RefusedError("the number of attention heads is not recorded")
+        unknown = letters - known.keys()
+
+        def length(axis: Axis, size: int) -> int:
+            if isinstance(axis, str):
+                return math.prod(size if letter in unknown else known[letter] for letter in axis)
+            return sum(length(letters, size) for _, letters in axis)
+
+        total = (shape[self.dim] if shape else 1) * ranks
+        fixed = math.prod(length(axis, 0) for axis in along)
+        each = math.prod(length(axis, 1) for axis in along) - fixed
+        size, rest = divmod(total - fixed, each) if each else (0, total - fixed)
+        if rest or size < 0 or ("n" in letters and sizes.heads % sizes.groups) or unknown & {"a", "b"}:
+            names = [name for name, _ in self.parts]
+            raise RefusedError(self.unfit.format(
+                shape=list(shape), count=shape[self.dim], tp=tp, sizes=sizes, parts=tuple(names), number=len(names),
+                names=", ".join(names), both=" and ".join(names), experts=len(experts)))
+        return lambda axis: length(axis, size)
+
+    def _parts(self, shape: tuple[int, ...], length: Callable[[Axis], int], experts: range, dtype: str) -> Iterator[Part]:
+        """The parts of a tensor that is not cut."""
+        axes, itemsize = self.axes, ITEMSIZE[dtype]
+        counts = list(map(length, axes))
+        strides = [itemsize * math.prod(counts[number + 1:]) for number in range(len(axes))]
+        fused = next((number for number, axis in enumerate(axes) if not isinstance(axis, str)), None)
+        first = axes[0] == "e"
+        for number, expert in enumerate(experts if first else [None]):
+            offset = number * strides[0] if first else 0
+            for name, letters in self.parts:
+                if fused is not None:
+                    counts[fused] = length(letters)
+                view = merged(View("", offset, dtype, tuple(counts[first:]), tuple(strides[first:])))
+                rows, cols = math.prod(counts[first:-1]), counts[-1]
+                yield Part(name if expert is None else f"{expert}.{name}",
+                           (rows, cols) if self.dim else (rows, *shape[1:]) if shape or self.tp else shape,
+                           Region((0, 0), (rows, cols)), view)
+                if fused is not None:
+                    offset += counts[fused] * strides[fused]
+
+    def _share(self, part: Part, tp: int, rank: int) -> Part:
+        """A rank's share of a logical tensor, of which each rank's tensor has as much."""
+        rows, cols = part.region.sizes
+        if self.dim:
+            return replace(part, shape=(rows, cols * tp), region=Region((0, rank * cols), (rows, cols)))
+        return replace(part, shape=(rows * tp, *part.shape[1:]), region=Region((rank * rows, 0), (rows, cols)))
+
+
+def _run_of(parts: list[Part], rank: int, numel: int) -> Iterator[Part]:
+    """What a rank holds of a tensor of which each rank has a run of so many elements."""
+    for part in parts:
+        begin = rank * numel * part.view.itemsize
+        for one in Shard(None, part.region, part.view).within(begin, begin + numel * part.view.itemsize):
+            yield replace(part, region=one.region, view=one.view.at("", -begin))
+
+
+@lru_cache
+def _parsed(pattern: str) -> tuple[Axis, ...]:
+    return tuple(tuple(re.findall(r"(\w*): (\w+)", axis)) if axis[0] == "[" else axis
+                 for axis in re.findall(r"\[.*?\]|\w+", pattern))
+
+
+def _known(sizes: Sizes) -> dict[str, int]:
+    known = {"g": sizes.groups, "n": sizes.heads and sizes.heads // sizes.groups, "v": sizes.vocab,
+             "a": sizes.q_down, "b": sizes.kv_down}
+    return {letter: size for letter, size in known.items() if size is not None}
+
+
+_HEADS = (("attention heads", "gn"), ("query groups", "g"))
+_ATTENTION = "{count} × {tp} rows do not fit {sizes.heads} heads in {sizes.groups} groups: {parts}"
+_FC1 = {"tp": "f", "dim": 1, "uncut": (("columns of each expert's gate and up", "f"),),
+        "unfit": "{count} columns are not {experts} experts' {both}"}
+ARRANGEMENTS = {
+    REPLICATED: Arrangement("r h"),
+    Q_DOWN: Arrangement("r h", uncut=(("rows", "r"),)),
+    KV_DOWN: Arrangement("r h", uncut=(("rows", "r"),)),
+    ROWS: Arrangement("r h", "r", uncut=(("rows", "r"),)),
+    COLS: Arrangement("r h", "h", dim=1, uncut=(("columns", "h"),)),
+    # rows of the true vocabulary, then its padding (Megatron-LM, tokenizer's _vocab_size_with_padding)
+    VOCAB: Arrangement("[: v | padding: p] h", "[]", uncut=(("rows of the padded vocabulary", "[]"),),
+                       unfit="{count} × {tp} rows cannot hold a vocabulary of {sizes.vocab}"),
+    # Megatron-LM, checkpoint version ≥ 2
+    QKV: Arrangement("g [q: nd | k: d | v: d] h", "g", uncut=_HEADS, unfit=_ATTENTION),
+    # Yuan-2.0, LocalizedFilter's attention
+    QK: Arrangement("g [q: nd | k: d] h", "g", uncut=_HEADS, unfit=_ATTENTION),
+    # transformers, GPT2Attention's c_attn, transposed; Merak, its col_linear
+    STACKED_QKV: Arrangement("[q: r | k: r | v: r] h", "r", uncut=_HEADS),
+    # metaseq, ModelParallelMultiheadAttention's qkv_proj
+    KVQ: Arrangement("[k: r | v: r | q: r] h", "r", uncut=_HEADS),
+    # Megatron-LM, ParallelMLP and core MLP with gated_linear_unit
+    GATE_UP: Arrangement("[gate: r | up: r] h", "r", uncut=(("rows each of gate and up", "r"),)),
+    # megatron-core, FusedMLASelfAttention's linear_qkv_down_proj, 0.17 and later
+    QKV_DOWN: Arrangement("[q_down: a | kv_down: b] h", "ab", uncut=(("rows of q's down-projection", "a"),
+                                                                    ("rows of kv's down-projection", "b")),
+                          unfit="{count} × {tp} rows are not the {sizes.q_down} and {sizes.kv_down} that the arguments say"),
+    # megatron-core, GroupedMLP.weight1, whatever its shape says
+    EXPERTS_FC1: Arrangement("e h [gate: f | up: f]", **_FC1),
+    # megatron-core, GroupedMLP.weight2
+    EXPERTS_FC2: Arrangement("e [fc2: f] h", "f", uncut=(("rows of each expert", "f"),),
+                             unfit="{count} rows are not those of {experts} experts"),
+}
+_UNGATED_FC1 = Arrangement("e h [fc1: f]", **_FC1)
+
+
+def arrangement(kind: str, sizes: Sizes) -> Arrangement:
+    return _UNGATED_FC1 if kind == EXPERTS_FC1 and not sizes.gated else ARRANGEMENTS[kind]
+
+
+@lru_cache(maxsize=4096)
+def arranged(kind: str, shape: tuple[int, ...], tp: int, rank: int, sizes: Sizes = Sizes(), experts: range = range(0),
+             dtype: str = "float32") -> tuple[Part, ...]:
+    """The parts of tensor-parallel rank `rank`'s tensor of local `shape`. `experts` are those that the rank holds.
+
+    Raises RefusedError where the shape does not go with the sizes.
+    """
+    parts = arrangement(kind, sizes).arranged(shape, tp, rank, sizes, experts, dtype)
+    return tuple([part for part in parts if part.region.numel] or parts[:1])
 
 
 def local_shape(kind: str, shape: tuple[int, ...], tp: int, sizes: Sizes, ep: int = 1) -> tuple[int, ...]:
     """Each rank's shape of a tensor that is `shape` as a whole. Raises RefusedError where tp does not divide it."""
-    for what, count in _indivisible(kind, shape, sizes) if tp > 1 and kind != REPLICATED else ():
-        if count % tp:
+    for what, letters in arrangement(kind, sizes).uncut if tp > 1 else ():
+        if (count := arrangement(kind, sizes).count(letters, shape, sizes)) % tp:
             raise RefusedError(f"{count} {what} cannot be divided over tp {tp}")
     if kind in (Q_DOWN, KV_DOWN) and tp > 1:
         raise RefusedError("nobody recorded whether the release keeps it whole on every tensor-parallel rank; keep tp 1, or "
                            "convert with the sidecar")
-    dim, parts = _cut(kind, tp, ep)
-    return (*shape[:dim], shape[dim] // parts, *shape[dim + 1:]) if parts > 1 else shape
+    dim, ranks = ARRANGEMENTS[kind].dim, _ranks(kind, tp, ep)
+    return (*shape[:dim], shape[dim] // ranks, *shape[dim + 1:]) if ranks > 1 else shape
 
 
 def whole_shape(kind: str, shape: tuple[int, ...], tp: int, ep: int = 1) -> tuple[int, ...]:
     """The shape as a whole of a tensor of which each rank holds `shape`."""
-    dim, parts = _cut(kind, tp, ep)
-    return (*shape[:dim], shape[dim] * parts, *shape[dim + 1:]) if parts > 1 else shape
+    dim, ranks = ARRANGEMENTS[kind].dim, _ranks(kind, tp, ep)
+    return (*shape[:dim], shape[dim] * ranks, *shape[dim + 1:]) if ranks > 1 else shape
 
 
-def _cut(kind: str, tp: int, ep: int) -> tuple[int, int]:
-    """The dimension that is cut, and over how many ranks."""
-    return 1 if kind in (COLS, EXPERTS_FC1) else 0, 1 if kind == REPLICATED else tp * ep if kind in GROUPED else tp
-
-
-def _indivisible(kind: str, shape: tuple[int, ...], sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """What must not be cut, and how many of it a tensor has."""
-    if kind in (QKV, STACKED_QKV, QK, KVQ):
-        yield "attention heads", sizes.heads
-        yield "query groups", sizes.groups
-    elif kind == GATE_UP:
-        yield "rows each of gate and up", shape[0] // 2
-    elif kind == VOCAB:
-        yield "rows of the padded vocabulary", shape[0]
-    elif kind == EXPERTS_FC1:
-        yield "columns of each expert's gate and up", shape[1] // sizes.experts // (2 if sizes.gated else 1)
-    elif kind == EXPERTS_FC2:
-        yield "rows of each expert", shape[0] // sizes.experts
-    elif kind == QKV_DOWN:
-        yield "rows of q's down-projection", sizes.q_down
-        yield "rows of kv's down-projection", sizes.kv_down
-    else:
-        yield ("columns", shape[1]) if kind == COLS else ("rows", shape[0])
-
-
-def _replicated(shape, tp, rank, sizes) -> list[Block]:
-    return [_block("", shape, 0, _rows(shape))]
-
-
-def _split_rows(shape, tp, rank, sizes) -> list[Block]:
-    rows = _rows(shape)
-    return [_block("", (rows * tp, *shape[1:]), rank * rows, rows)]
-
-
-def _vocab(shape, tp, rank, sizes) -> list[Block]:
-    """Rows of the true vocabulary and of its padding (Megatron-LM, tokenizer's _vocab_size_with_padding)."""
-    padding = shape[0] * tp - sizes.vocab
-    if padding < 0:
-        raise RefusedError(f"{shape[0]} × {tp} rows cannot hold a vocabulary of {sizes.vocab}")
-    runs = [("", 0, sizes.vocab), (PADDING, 0, padding)]
-    totals = {part: (rows, *shape[1:]) for part, _, rows in runs}
-    return [_block(part, totals[part], row, rows) for part, row, rows in _chunk(iter(runs), rank * shape[0], shape[0])]
-
-
-def _split_cols(shape, tp, rank, sizes) -> list[Block]:
-    if len(shape) != 2:
-        raise RefusedError(f"a tensor of shape {list(shape)} cannot be split along dim 1")
-    rows, cols = shape
-    return [Block("", (rows, cols * tp), Box(0, rows, rank * cols, cols))]
-
-
-def _gate_up(shape, tp, rank, sizes) -> list[Block]:
-    """[gate; up] on every rank (Megatron-LM, ParallelMLP and core MLP with gated_linear_unit)."""
-    return _stacked(shape, tp, rank, ("gate", "up"))
-
-
-def _kvq(shape, tp, rank, sizes) -> list[Block]:
-    """[k; v; q] on every rank (metaseq, ModelParallelMultiheadAttention's qkv_proj)."""
-    return _stacked(shape, tp, rank, ("k", "v", "q"))
-
-
-def _stacked_qkv(shape, tp, rank, sizes) -> list[Block]:
-    """[q; k; v] on every rank (transformers, GPT2Attention's c_attn, transposed; Merak, its col_linear)."""
-    return _stacked(shape, tp, rank, ("q", "k", "v"))
-
-
-def _stacked(shape, tp, rank, parts: tuple[str, ...]) -> list[Block]:
-    rows, rest = divmod(_rows(shape), len(parts))
-    if rest:
-        raise RefusedError(f"a tensor of shape {list(shape)} cannot be {len(parts)} equal parts: {', '.join(parts)}")
-    return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part in parts]
-
-
-def _qkv_down(shape, tp, rank, sizes) -> list[Block]:
-    """[q; kv] on every rank (megatron-core, FusedMLASelfAttention's linear_qkv_down_proj, 0.17 and later)."""
-    if None in (sizes.q_down, sizes.kv_down) or shape[0] * tp != sizes.q_down + sizes.kv_down:
-        raise RefusedError(f"{shape[0]} × {tp} rows are not the {sizes.q_down} and {sizes.kv_down} that the arguments say")
-    parts = [(Q_DOWN, sizes.q_down // tp), (KV_DOWN, sizes.kv_down // tp)]
-    return [_block(part, (rows * tp, *shape[1:]), rank * rows, rows) for part, rows in parts]
-
-
-def _experts_fc1(shape, tp, rank, sizes, experts: range) -> list[Block]:
-    """[expert, in, gate and up side by side], whatever the shape says (megatron-core, GroupedMLP.weight1)."""
-    parts = ("gate", "up") if sizes.gated else ("fc1",)
-    cols, rest = divmod(shape[1], len(experts) * len(parts))
-    if rest:
-        raise RefusedError(f"{shape[1]} columns are not {len(experts)} experts' {' and '.join(parts)}")
-    return [Block(f"{expert}.{part}", (shape[0], cols * tp), Box(0, shape[0], rank * cols, cols))
-            for expert in experts for part in parts]
-
-
-def _experts_fc2(shape, tp, rank, sizes, experts: range) -> list[Block]:
-    """[expert, in, out] (megatron-core, GroupedMLP.weight2)."""
-    rows, rest = divmod(shape[0], len(experts))
-    if rest:
-        raise RefusedError(f"{shape[0]} rows are not those of {len(experts)} experts")
-    return [_block(f"{expert}.fc2", (rows * tp, *shape[1:]), rank * rows, rows) for expert in experts]
-
-
-def _qkv(shape, tp, rank, sizes) -> list[Block]:
-    """A plain chunk of the rows [group, (heads / group) q + k + v, head size] (Megatron-LM, checkpoint version ≥ 2)."""
-    return _attention(shape, tp, rank, sizes, ("q", "k", "v"))
-
-
-def _qk(shape, tp, rank, sizes) -> list[Block]:
-    """A plain chunk of the rows [head, q + k, head size] (Yuan-2.0, LocalizedFilter's attention)."""
-    return _attention(shape, tp, rank, sizes, ("q", "k"))
-
-
-def _attention(shape, tp, rank, sizes, parts: tuple[str, ...]) -> list[Block]:
-    if sizes.heads is None:
-        raise RefusedError("the number of attention heads is not recorded")
-    rows = _rows(shape)
-    per_group = sizes.heads // sizes.groups
-    size, rest = divmod(rows * tp, sizes.groups * (per_group + len(parts) - 1))
-    if rest or sizes.heads % sizes.groups:
-        raise RefusedError(f"{rows} × {tp} rows do not fit {sizes.heads} heads in {sizes.groups} groups: {parts}")
-    in_group = {part: per_group * size if part == "q" else size for part in parts}
-    runs = ((part, group * count, count) for group in range(sizes.groups) for part, count in in_group.items())
-    return [_block(part, (sizes.groups * in_group[part], *shape[1:]), row, count)
-            for part, row, count in _chunk(runs, rank * rows, rows)]
-
-
-def _chunk(runs: Iterator[tuple[str, int, int]], start: int, count: int) -> Iterator[tuple[str, int, int]]:
-    """The rows [start, start + count) of row runs (part, first row, rows) that follow each other."""
-    position = 0
-    for part, row, rows in runs:
-        low, high = max(start, position), min(start + count, position + rows)
-        if low < high:
-            yield part, row + low - position, high - low
-        position += rows
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
-
-
-def _block(part: str, shape: tuple[int, ...], row: int, rows: int) -> Block:
-    cols = 1
-    for size in shape[1:]:
-        cols *= size
-    return Block(part, shape, Box(row, rows, 0, cols))
-
-
-_ARRANGEMENTS = {REPLICATED: _replicated, Q_DOWN: _replicated, KV_DOWN: _replicated, ROWS: _split_rows,
-                 COLS: _split_cols, VOCAB: _vocab, QKV: _qkv,
-                 STACKED_QKV: _stacked_qkv, QK: _qk,
-                 GATE_UP: _gate_up, KVQ: _kvq, QKV_DOWN: _qkv_down, EXPERTS_FC1: _experts_fc1, EXPERTS_FC2: _experts_fc2}
+def _ranks(kind: str, tp: int, ep: int) -> int:
+    """Over how many ranks a tensor is cut."""
+    return 1 if kind == REPLICATED else tp * ep if kind in GROUPED else tp

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
-
 from . import families
 from .cuts import UNRECORDED, Partition, kind_of
 from .errors import RefusedError
@@ -31,13 +29,14 @@ from .fusion import (
     ROWS,
     STACKED_QKV,
     VOCAB,
-    Block,
+    Part,
     Sizes,
-    abreast,
-    blocks,
+    arranged,
 )
 from .layout import Layout, Place
-from .tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
+from .region import Region, covers_once
+from .shard import Shard, fitted, lying, merged
+from .tensors import MODEL_WEIGHT, Stored, Tensor
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
 _FUSED_SEGMENT = {QKV: "qkv", STACKED_QKV: "qkv", QK: "qk", KVQ: "qkv", GATE_UP: "fc1", EXPERTS_FC1: "grouped.fc1",
@@ -63,15 +62,16 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class Held:
     """A tensor on disk and what it is: `canonical` is its fused canonical name, `kind` its arrangement (None: nobody knows
-    how it is cut), `blocks` its row blocks in order. `abreast` of them, if more than one, share their rows and lie side
-    by side in each."""
+    how it is cut), `parts` what it is of which logical tensors: where each lies in it, row-major, whatever the file does.
+
+    A tensor that no file holds in one piece, and that therefore has no extents, has `chunks`."""
 
     found: Found
     canonical: str
     row: families.Row | None
     kind: str | None
-    blocks: tuple[tuple[Tensor, Box], ...]
-    abreast: int = 1
+    parts: tuple[Shard, ...]
+    chunks: tuple[Held, ...] = ()
 
     @property
     def is_tied_head(self) -> bool:
@@ -79,72 +79,25 @@ class Held:
         return self.canonical == families.WORD_EMBEDDING and self.row is not None and self.row.canonical == families.HEAD
 
     @property
-    def transposed(self) -> bool:
-        """Whether it lies on disk as [in, out]; its blocks then lie side by side in each row of the file."""
-        return is_transposed(self.row, self.found.stored.shape)
-
-    @property
     def layer(self) -> int | None:
         layer = families.layer_of(self.canonical)
         return layer and layer[1]
 
-    def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
-        """The pieces of its blocks, or of those of one logical tensor; several extents give pieces for each."""
-        if self.transposed:
-            return list(self._pieces_transposed(replica, only))
-        if self.abreast > 1:
-            return list(self._pieces_abreast(replica, only))
-        result, start = [], 0
-        itemsize = ITEMSIZE[self.found.stored.dtype]
-        for tensor, box in self.blocks:
-            if only in (None, tensor):
-                for extent, low, high, first in _extents_of(self.found.stored, start * itemsize, box.numel * itemsize):
-                    for part, element in box.split_flat(low // itemsize, high // itemsize):
-                        result.append(Piece(tensor, part, extent.file, first + element * itemsize - low, replica))
-            start += box.numel
-        return result
-
-    def _pieces_abreast(self, replica: int, only: Tensor | None) -> Iterator[Piece]:
-        extent, = self.found.stored.extents
-        itemsize, start = ITEMSIZE[self.found.stored.dtype], 0
-        for first in range(0, len(self.blocks), self.abreast):
-            band = self.blocks[first:first + self.abreast]
-            pitch, col = sum(box.cols for _, box in band), 0
-            for tensor, box in band:
-                if only in (None, tensor):
-                    yield Piece(tensor, box, extent.file, extent.offset + (start + col) * itemsize, replica, pitch)
-                col += box.cols
-            start += pitch * band[0][1].rows
-
-    def _pieces_transposed(self, replica: int, only: Tensor | None) -> Iterator[Piece]:
-        """Each row of the file holds one column of all blocks."""
-        stored, pitch = self.found.stored, sum(box.rows for _, box in self.blocks)
-        itemsize, matrix = ITEMSIZE[stored.dtype], Box(0, stored.numel // pitch, 0, pitch)
-        for extent, low, high, first in _extents_of(stored, 0, stored.nbytes):
-            for run, start in matrix.split_flat(low // itemsize, high // itemsize):
-                left = 0
-                for tensor, box in self.blocks:
-                    part = run.intersect(Box(0, matrix.rows, left, box.rows))
-                    if part and only in (None, tensor):
-                        element = start + part.col - run.col
-                        yield Piece(tensor, Box(box.row + part.col - left, part.cols, box.col + part.row, part.rows),
-                                    extent.file, first + element * itemsize - low, replica, pitch, transposed=True)
-                    left += box.rows
+    def shards(self, replica: int, only: Tensor | None = None) -> Iterator[Shard]:
+        """Where its parts, or those of one logical tensor, lie in the files; several extents give shards for each."""
+        stored = self.found.stored
+        for chunk in self.chunks:
+            yield from chunk.shards(replica, only)
+        if stored.extents and not self.chunks:
+            turned = is_transposed(self.row, stored.shape)
+            for part in self.parts:
+                if only is None or only is part.tensor or only == part.tensor:
+                    yield from lying(part, stored, turned, replica)
 
 
 def is_transposed(row: families.Row | None, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of this shape on disk is the transpose, [in, out], of what it is logically; only matrices are."""
     return row is not None and row.transposed and len(shape) == 2
-
-
-def _extents_of(stored: Stored, start: int, nbytes: int):
-    """Parts [low, high) of the byte run [start, start + nbytes) of a tensor, with the extent and file offset of each."""
-    position = 0
-    for extent in stored.extents:
-        low, high = max(start, position), min(start + nbytes, position + extent.nbytes)
-        if low < high:
-            yield extent, low - start, high - start, extent.offset + low - position
-        position += extent.nbytes
 
 
 @dataclass(slots=True)
@@ -210,25 +163,28 @@ class Naming:
 
 
 def _hold(found: Found, canonical: str, row: families.Row | None, kind: str | None, naming: Naming) -> Held:
-    side_by_side = abreast(kind, naming.sizes)
     shape, turned = found.stored.shape, is_transposed(row, found.stored.shape)
-    if turned and side_by_side > 1:
+    if turned and kind == EXPERTS_FC1:
         raise RefusedError(f"{found.where}: {found.name} lies transposed, which {kind} never does")
     try:
-        arranged: tuple[Block, ...] = blocks(kind or REPLICATED, shape[::-1] if turned else shape, naming.layout.tp,
-                                             found.place.tp, naming.sizes, naming.experts_of(found.place))
+        parts = arranged(kind or REPLICATED, shape[::-1] if turned else shape, naming.layout.tp, found.place.tp,
+                         naming.sizes, naming.experts_of(found.place), found.stored.dtype)
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
-    return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, arranged),
-                side_by_side)
+    return Held(found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, parts))
 
 
-def atoms(role: str, canonical: str, kind: str | None, dtype: str,
-          arranged: tuple[Block, ...]) -> tuple[tuple[Tensor, Box], ...]:
-    """The logical tensors of which a tensor's row blocks are boxes."""
-    tensors = {part: Tensor(role, atom_name(canonical, kind, part), dtype, shape)
-               for part, shape in {block.part: block.shape for block in arranged}.items()}
-    return tuple((tensors[block.part], block.box) for block in arranged)
+def atoms(role: str, canonical: str, kind: str | None, dtype: str, parts: tuple[Part, ...]) -> tuple[Shard, ...]:
+    """The logical tensors of which a tensor's parts are regions, with where these lie in it."""
+    tensors = {name: Tensor(role, atom_name(canonical, kind, name), dtype, shape)
+               for name, shape in {part.name: part.shape for part in parts}.items()}
+    return tuple(Shard(tensors[part.name], part.region, part.view) for part in parts)
+
+
+def in_role(held: Held, role: str, dtype: str | None = None) -> Held:
+    """The tensor as another state of the same parameters, of `dtype` if that is another too."""
+    return replace(held, found=replace(held.found, role=role), parts=tuple(
+        replace(part, tensor=replace(part.tensor, role=role, dtype=dtype or part.tensor.dtype)) for part in held.parts))
 
 
 def atom_name(canonical: str, kind: str | None, part: str) -> str:
@@ -243,18 +199,16 @@ def is_padding(tensor: Tensor) -> bool:
     return tensor.name.endswith(f".{PADDING}")
 
 
-class Boxes(Mapping):
-    """The pieces of each logical tensor by box, by row, where equal boxes are replicas; made when asked for, a few are kept.
-
-    A large model has some hundred boxes for each fused tensor, so that only who holds what is kept for good.
-    """
+class Shards(Mapping):
+    """The shards of each logical tensor by region, by row, where equal regions are replicas; made when asked for, some are
+    kept, so that only who holds what is kept for good."""
 
     def __init__(self, holders: dict[Tensor, list[Held]], layout: Layout) -> None:
         self.holders, self.layout = holders, layout
-        self._expand = lru_cache(maxsize=64)(self._expanded)
-        self._rows = lru_cache(maxsize=64)(self._sorted_rows)
+        self._expand = lru_cache(maxsize=1024)(self._expanded)
+        self._rows = lru_cache(maxsize=1024)(self._sorted_rows)
 
-    def __getitem__(self, tensor: Tensor) -> dict[Box, list[Piece]]:
+    def __getitem__(self, tensor: Tensor) -> dict[Region, list[Shard]]:
         return self._expand(tensor)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -263,43 +217,47 @@ class Boxes(Mapping):
     def __len__(self) -> int:
         return len(self.holders)
 
-    def _expanded(self, tensor: Tensor) -> dict[Box, list[Piece]]:
-        boxes: dict[Box, list[Piece]] = {}
+    def _expanded(self, tensor: Tensor) -> dict[Region, list[Shard]]:
+        regions: dict[Region, list[Shard]] = {}
         for held in self.holders[tensor]:
-            for piece in held.pieces(replica_of(held, self.layout), tensor):
-                boxes.setdefault(piece.box, []).append(piece)
-        if sum(box.numel for box in boxes) > tensor.rows * tensor.cols:
-            boxes = _refined(boxes)
-        for pieces in boxes.values():
-            pieces.sort(key=lambda piece: piece.replica)
-        return dict(sorted(boxes.items(), key=lambda item: (item[0].row, item[0].col)))
+            for shard in held.shards(replica_of(held, self.layout), tensor):
+                regions.setdefault(shard.region, []).append(shard)
+        if sum(region.numel for region in regions) > tensor.rows * tensor.cols:
+            regions = _refined(regions)
+        for shards in regions.values():
+            shards.sort(key=lambda shard: shard.replica)
+        return dict(sorted(regions.items(), key=lambda item: item[0].offsets))
 
-    def overlapping(self, tensor: Tensor, box: Box) -> Iterator[tuple[Box, list[Piece]]]:
-        """The parts of `box` that the tensor's boxes hold, by row, with the pieces of each such box by replica."""
-        boxes = self._expand(tensor)
-        rows, held, tallest = self._rows(tensor)
-        for number in range(bisect_left(rows, box.row - tallest + 1), bisect_left(rows, box.row + box.rows)):
-            if part := held[number].intersect(box):
-                yield part, boxes[held[number]]
+    def overlapping(self, tensor: Tensor, region: Region) -> Iterator[tuple[Region, list[Shard]]]:
+        """The parts of `region` that the tensor's regions hold, by row, with the shards of each such region by replica."""
+        rows, regions, tallest = self._rows(tensor)
+        first = bisect_left(rows, region.offsets[0] - tallest + 1)
+        end = bisect_left(rows, region.ends[0])
+        shards = self[tensor]
+        for there in regions[first:end]:
+            if part := there.intersect(region):
+                yield part, shards[there]
 
-    def _sorted_rows(self, tensor: Tensor) -> tuple[list[int], list[Box], int]:
-        boxes = list(self._expand(tensor))
-        return [box.row for box in boxes], boxes, max(box.rows for box in boxes)
+    def _sorted_rows(self, tensor: Tensor) -> tuple[list[int], list[Region], int]:
+        regions = list(self[tensor])
+        return ([region.offsets[0] for region in regions], regions,
+                max((region.sizes[0] for region in regions), default=0))
 
 
-def _refined(boxes: dict[Box, list[Piece]]) -> dict[Box, list[Piece]]:
-    """The same pieces, cut where any of them ends: copies that files cut at different elements come to have equal boxes."""
-    refined: dict[Box, list[Piece]] = {}
-    rows = sorted({edge for box in boxes for edge in (box.row, box.row + box.rows)})
-    for piece in (piece for pieces in boxes.values() for piece in pieces):
-        box = piece.box
-        for low, high in pairwise(edge for edge in rows if box.row <= edge <= box.row + box.rows):
-            cols = {edge for other in boxes if other.row < high and low < other.row + other.rows
-                    for edge in (other.col, other.col + other.cols) if box.col <= edge <= box.col + box.cols}
-            for left, right in pairwise(sorted(cols)):
-                part = Box(low, high - low, left, right - left)
-                refined.setdefault(part, []).append(
-                    replace(piece, box=part, offset=piece.offset_of(low, left), stride=piece.pitch))
+def _refined(regions: dict[Region, list[Shard]]) -> dict[Region, list[Shard]]:
+    """The same shards, cut where any of them ends: copies that files cut differently come to have equal regions."""
+    refined: dict[Region, list[Shard]] = {}
+    shards = [shard for shards in regions.values() for shard in shards]
+    rows = sorted({edge for region in regions for edge in (region.offsets[0], region.ends[0])})
+    for low, high in pairwise(rows):
+        there = [shard for shard in shards if shard.region.offsets[0] < high and low < shard.region.ends[0]]
+        cols = sorted({edge for shard in there for edge in (shard.region.offsets[1], shard.region.ends[1])})
+        for left, right in pairwise(cols):
+            cell = Region((low, left), (high - low, right - left))
+            holding = [shard for shard in there if shard.region.intersect(cell)]
+            for part, views in fitted(cell, holding):
+                refined[part] = [Shard(shard.tensor, part, merged(view), shard.replica)
+                                 for shard, view in zip(holding, views, strict=True)]
     return refined
 
 
@@ -311,76 +269,39 @@ def replica_of(held: Held, layout: Layout) -> int:
 
 @dataclass(slots=True)
 class Index:
-    """All of a checkpoint's tensors, who holds each logical tensor, and its pieces."""
+    """All of a checkpoint's tensors, who holds each logical tensor, and its shards."""
 
     held: list[Held]
     layout: Layout
-    boxes: Mapping[Tensor, dict[Box, list[Piece]]] | None = None
+    shards: Mapping[Tensor, dict[Region, list[Shard]]] | None = None
     holders: dict[Tensor, list[Held]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known: dict[tuple[str, str], Tensor] = {}
         for held in self.held:
-            for tensor in dict.fromkeys(tensor for tensor, _ in held.blocks):
+            for tensor in dict.fromkeys(part.tensor for part in held.parts):
                 first = known.setdefault((tensor.role, tensor.name), tensor)
                 if first != tensor:
                     raise RefusedError(f"{held.found.where}: {tensor.name} ({tensor.role}) is {tensor.dtype} "
                                        f"{list(tensor.shape)} here and {first.dtype} {list(first.shape)} on another rank; "
                                        "these files are of different runs")
-                same = self.holders.setdefault(first, [])
-                if same and same[0].transposed != held.transposed:
-                    raise RefusedError(f"{held.found.where}: {tensor.name} ({tensor.role}) lies transposed here or in "
-                                       f"{same[0].found.where}, and not in both; these files are of different runs")
-                same.append(held)
-        if self.boxes is None:
-            self.boxes = Boxes(self.holders, self.layout)
+                self.holders.setdefault(first, []).append(held)
+        if self.shards is None:
+            self.shards = Shards(self.holders, self.layout)
 
     def check_complete(self) -> None:
-        """Refuse unless the pieces of every logical tensor cover each of its elements exactly once."""
-        for tensor, boxes in self.boxes.items():
-            if not covers_once(list(boxes), tensor.rows, tensor.cols):
-                files = sorted({piece.file for pieces in boxes.values() for piece in pieces})
+        """Refuse unless the shards of every logical tensor cover each of its elements exactly once."""
+        for tensor, regions in self.shards.items():
+            if not covers_once(list(regions), tensor.matrix):
+                files = sorted({shard.view.file for shards in regions.values() for shard in shards})
                 raise RefusedError(f"{files[0]}: the pieces of {tensor.name} ({tensor.role}) found in {len(files)} files "
                                    f"do not make up its shape {list(tensor.shape)} exactly once; a rank is missing")
 
-    def is_transposed(self, tensor: Tensor) -> bool:
-        """Whether all that hold it hold its transpose."""
-        return tensor in self.holders and self.holders[tensor][0].transposed
-
     def tensors(self, role: str) -> list[Tensor]:
-        return [tensor for tensor in self.boxes if tensor.role == role]
+        return [tensor for tensor in self.shards if tensor.role == role]
 
     def num_layers(self) -> int:
         return 1 + max((held.layer for held in self.held if held.layer is not None), default=-1)
 
     def roles(self) -> set[str]:
-        return {tensor.role for tensor in self.boxes if tensor.role != MODEL_WEIGHT}
-
-
-def covers_once(boxes: list[Box], rows: int, cols: int) -> bool:
-    """Whether the boxes tile a matrix of rows × cols, with no gap and no overlap."""
-    if len(boxes) == 1:
-        return boxes[0] == Box(0, rows, 0, cols)
-    if sum(box.numel for box in boxes) != rows * cols:
-        return False
-    counts = _counts(boxes, rows, cols)
-    return counts is not None and bool((counts == 1).all())
-
-
-def covers(boxes: list[Box], rows: int, cols: int) -> bool:
-    """Whether the boxes, which may overlap, leave no element of a matrix of rows × cols out."""
-    counts = _counts(boxes, rows, cols)
-    return counts is not None and bool(counts.all())
-
-
-def _counts(boxes: list[Box], rows: int, cols: int) -> np.ndarray | None:
-    """How many boxes hold each cell of the grid that all their edges make; None if some box reaches outside."""
-    row_edges = sorted({0, rows, *(b.row for b in boxes), *(b.row + b.rows for b in boxes)})
-    col_edges = sorted({0, cols, *(b.col for b in boxes), *(b.col + b.cols for b in boxes)})
-    if row_edges[-1] > rows or col_edges[-1] > cols:
-        return None
-    row_at, col_at = ({edge: k for k, edge in enumerate(edges)} for edges in (row_edges, col_edges))
-    count = np.zeros((len(row_edges) - 1, len(col_edges) - 1), np.int32)
-    for b in boxes:
-        count[row_at[b.row]:row_at[b.row + b.rows], col_at[b.col]:col_at[b.col + b.cols]] += 1
-    return count
+        return {tensor.role for tensor in self.shards if tensor.role != MODEL_WEIGHT}

@@ -22,7 +22,7 @@ from .garbage import no_collection
 from .naming import brief
 from .owners import MANIFEST_KEY
 from .parts import Part, part_of
-from .plan import FileTask, Output, Plan, Transpose
+from .plan import FileTask, Output, Plan
 from .planner import OWN, Planner
 from .progress import Progress
 from .publish import Staging, check_target, published
@@ -190,7 +190,7 @@ def _scalars(plan: Plan) -> list[dict]:
 def _describe(source: Checkpoint, target: Checkpoint, plan: Plan, request: Request) -> list[str]:
     workers = min(request.workers, len(plan.tasks))
     lines = [f"{source.folder}: iteration {source.iteration}, {source.trained or source.layout}, "
-             f"{len(source.index.boxes)} logical tensors"]
+             f"{len(source.index.shards)} logical tensors"]
     if target is not source:
         lines += [f"laid out anew: {target.layout}, layers per stage {target.stage_layers()}", *target.notes]
     lines += [f"  {request.target / task.path}  {task.nbytes:,} bytes, {len(task.specs)} tensors" for task in plan.tasks]
@@ -204,15 +204,13 @@ def _describe(source: Checkpoint, target: Checkpoint, plan: Plan, request: Reque
 
 
 def _strips(plan: Plan) -> int:
-    """How many strips of turned tensors a worker holds at once: of one that it writes, of one that it compares with it."""
-    writes = any(isinstance(one, Transpose) for task in plan.tasks for copies in task.copies for one in copies)
-    compares = any(one.turned for task in plan.tasks for copy in task.reads() for one in (copy.twin, *copy.others) if one)
-    return writes + compares
+    """How many strips of what lies in another order than it is written a worker holds at once."""
+    return any(fill.is_turned for task in plan.tasks for fills in task.fills for fill in fills)
 
 
 def _replicas(plan: Plan) -> Iterator[str]:
     """Says how many tensors had copies that were compared."""
-    repeated = {tensor for task in plan.tasks for copy in task.reads() if copy.others for tensor, _ in copy.blocks}
+    repeated = {fill.tensor for task in plan.tasks for fills in task.fills for fill in fills if fill.others}
     if repeated:
         yield f"{len(repeated)} tensors are kept by several ranks: all copies were compared, and the first one's taken"
 

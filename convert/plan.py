@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .containers.frames import Hole, Segment
 from .layout import Place
-from .tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored, Tensor, TensorSpec
+from .region import Region
+from .shard import Shard
+from .tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, Tensor, TensorSpec
+from .view import View, row_major
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A tensor that an output file should hold: its spec and the boxes of logical tensors that make it up, in order.
+    """A tensor that an output file should hold: its spec and its parts, the regions of logical tensors that make it up, each
+    with where it lies in the tensor.
 
-    A box without a tensor is a gap, filled with zeros. `bands` says how many boxes at a time have their rows side by side,
-    band by band; empty: each box for itself. `source` stands instead of boxes for a tensor that is copied as it is and is
-    no part of the training state. A `transposed` tensor is the transpose of what its boxes make up, in which the boxes of
-    a band are interleaved (see Transpose).
+    A part without a tensor is a gap, filled with zeros. The dtype of the parts' views may be another than the spec's.
+    `source` stands instead of parts for a tensor that is copied as it is and is no part of the training state.
     """
 
     spec: TensorSpec
-    blocks: tuple[tuple[Tensor | None, Box], ...] = ()
+    parts: tuple[Shard, ...] = ()
     source: Stored | None = None
-    bands: tuple[int, ...] = ()
-    transposed: bool = False
 
 
-def bands_of(blocks: tuple, abreast: int) -> tuple[int, ...]:
-    """The bands of a tensor of which `abreast` blocks at a time lie side by side."""
-    return (abreast,) * (len(blocks) // abreast) if abreast > 1 else ()
+def in_a_row(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """The shards as parts of a tensor in which all are row-major and follow each other."""
+    parts, position = [], 0
+    for shard in shards:
+        view = row_major(shard.region.sizes, shard.view.dtype, "", position)
+        parts.append(replace(shard, view=view))
+        position += view.span
+    return tuple(parts)
+
+
+def interleaved(panels: Sequence[tuple[Shard, ...]]) -> tuple[Shard, ...]:
+    """The shards of panels as parts of a tensor of which element [row, col, k] is [col, row] of panel k: each panel's shards
+    are whole rows of it, one after the other, and all panels have as many."""
+    parts, count = [], len(panels)
+    for number, panel in enumerate(panels):
+        itemsize, rows, position = panel[0].view.itemsize, sum(shard.region.sizes[0] for shard in panel), number
+        for shard in panel:
+            view = View("", position * itemsize, shard.view.dtype, shard.region.sizes,
+                        (count * itemsize, rows * count * itemsize))
+            parts.append(replace(shard, view=view))
+            position += count * shard.region.sizes[0]
+    return tuple(parts)
+
+
+def gap(rows: int, cols: int, dtype: str = "float32") -> Shard:
+    """A part that is zeros."""
+    return Shard(None, Region((0, 0), (rows, cols)), row_major((rows, cols), dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,153 +86,61 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
-    """Where the elements of a copy are repeated, perhaps in less precision: in the same order, or, where `pitch` is set, the
-    copy's rows so many elements apart. If `turned`, it is of the copy's one block and lies transposed as seen from there."""
+class Fill:
+    """Elements of an output tensor: `target`, whose bytes count from the tensor's begin, gets `source`, index by index, or
+    zeros if there is none.
 
-    file: str
-    offset: int
-    dtype: str
-    pitch: int = 0
-    turned: bool = False
-
-    def after(self, numel: int) -> Twin:
-        """Where the elements that come `numel` later are."""
-        return replace(self, offset=self.offset + numel * ITEMSIZE[self.dtype])
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """`numel` consecutive elements from byte `offset` of `file`, or zeros if that is ''; they come next in their tensor.
-
-    `blocks` are what they are of which logical tensors, in order; if `turned`, these are boxes of the transposed tensors, as
-    the source holds them. Where `pitch` is set, the blocks have equally many rows and lie side by side in rows that begin so
-    many elements apart. `replica` numbers the copies that ranks keep of one box; `counted` marks the one use of each source
-    element that enters its digest. `twin` is to be compared on the way, and so are the `others`, copies that should be
-    equal, of all of which the mean is taken if `mean`.
+    They are `region` of the logical `tensor`, if they are part of one: the last axis of the views is along its columns, all
+    others together along its rows. `replica` numbers the copies that ranks keep of the region; `counted` marks the one use
+    of each source element that enters its digest. `model_copy` is to be compared on the way, and so are the `others`,
+    replicas that should be equal, of all of which the mean is taken if `mean`. All views have the same shape.
     """
 
-    file: str
-    offset: int
-    numel: int
-    dtype: str
-    blocks: tuple[tuple[Tensor, Box], ...] = ()
+    target: View
+    source: View | None
+    tensor: Tensor | None = None
+    region: Region | None = None
     replica: int = 0
     counted: bool = False
-    twin: Twin | None = None
-    others: tuple[Twin, ...] = ()
+    model_copy: View | None = None
+    others: tuple[View, ...] = ()
     mean: bool = False
-    pitch: int = 0
-    turned: bool = False
 
     @property
-    def rows(self) -> int:
-        """The rows of its first block."""
-        return self.blocks[0][1].rows
+    def reads(self) -> tuple[View, ...]:
+        """All that is read for it."""
+        return tuple(view for view in (self.source, self.model_copy, *self.others) if view)
 
     @property
-    def cols(self) -> int:
-        """The columns of its rows, if these have a pitch, else those of its first block."""
-        if self.pitch:
-            return sum(box.cols for _, box in self.blocks)
-        return self.blocks[0][1].cols if self.blocks else 1
-
-    def reads(self) -> Iterator[Copy]:
-        """Itself."""
-        yield self
-
-    def is_followed_by(self, other: object) -> bool:
-        """Whether `other` goes on where this one ends, at the source, the twin and the others, and is treated alike."""
-        if not isinstance(other, Copy):
-            return False
-        if (self.file, self.offset + self.numel * ITEMSIZE[self.dtype], self.dtype, self.replica, self.counted,
-                bool(self.blocks), self.turned, self.pitch, other.pitch) != (
-                other.file, other.offset, other.dtype, other.replica, other.counted, bool(other.blocks), other.turned, 0, 0):
-            return False
-        if any(one.pitch for one in (self.twin, *self.others) if one):
-            return False
-        return ((self.twin and self.twin.after(self.numel)) == other.twin
-                and tuple(one.after(self.numel) for one in self.others) == other.others)
-
-    def is_beside(self, other: Copy) -> bool:
-        """Whether each row of `other` goes on where this one's ends, at the source, the twin and the others, and is treated
-        alike; both have a pitch."""
-        if (self.file, self.offset + self.cols * ITEMSIZE[self.dtype], self.dtype, self.replica, self.counted, self.turned,
-                self.pitch, self.rows) != (other.file, other.offset, other.dtype, other.replica, other.counted, other.turned,
-                                           other.pitch, other.rows):
-            return False
-        mine, theirs = ((one.twin, *one.others) if one.twin else one.others for one in (self, other))
-        return (all(one.pitch and not one.turned for one in mine)
-                and tuple(one.after(self.cols) for one in mine) == theirs)
+    def is_turned(self) -> bool:
+        """Whether something that is read lies in another order than what is written."""
+        return any(view.innermost not in (None, self.target.innermost) for view in self.reads)
 
 
-@dataclass(frozen=True, slots=True)
-class Weave:
-    """Copies of equally many rows that lie side by side in each row of their tensor."""
-
-    panels: tuple[Copy, ...]
-
-    def reads(self) -> Iterator[Copy]:
-        """Its panels."""
-        return iter(self.panels)
-
-    @property
-    def numel(self) -> int:
-        return sum(panel.numel for panel in self.panels)
-
-    @property
-    def rows(self) -> int:
-        return self.panels[0].rows
-
-    @property
-    def cols(self) -> int:
-        return sum(panel.cols for panel in self.panels)
-
-    def is_followed_by(self, other: object) -> bool:
-        """Nothing can be made one with it."""
-        return False
-
-
-@dataclass(frozen=True, slots=True)
-class Transpose:
-    """Panels of rows × cols each, transposed and interleaved: element [row, col] of panel k is element [col, row, k] of
-    their tensor. Each copy of a panel has its `pitch` set; its columns, from the first on, fill boxes of the panel that have
-    its rows."""
-
-    panels: tuple[tuple[tuple[tuple[Box, ...], Copy], ...], ...]
-    rows: int
-    cols: int
-
-    def reads(self) -> Iterator[Copy]:
-        """The copies that its panels are made of."""
-        return (copy for panel in self.panels for _, copy in panel)
-
-    @property
-    def numel(self) -> int:
-        return len(self.panels) * self.rows * self.cols
-
-    def is_followed_by(self, other: object) -> bool:
-        """Whether its panels go on in those of `other`."""
-        return (isinstance(other, Transpose) and self.rows == other.rows
-                and next(self.reads()).dtype == next(other.reads()).dtype)
+def panels(fills: Sequence[Fill]) -> Iterator[tuple[int, int, list[Fill]]]:
+    """Bytes [start, stop) of a tensor, with the fills (given in order of their targets) whose elements alternate there."""
+    first = 0
+    while first < len(fills):
+        last, stop = first, fills[first].target.offset + 1
+        while last < len(fills) and fills[last].target.offset < stop:
+            target = fills[last].target
+            last, stop = last + 1, max(stop, target.offset + target.span)
+        yield fills[first].target.offset, stop, list(fills[first:last])
+        first = last
 
 
 @dataclass(frozen=True, slots=True)
 class FileTask:
-    """Everything one worker needs to write one output file; `copies[i]` fill tensor i in order."""
+    """Everything one worker needs to write one output file; `fills[i]` are those of tensor i, in order of their targets."""
 
     path: str
     segments: tuple[Segment, ...]
     specs: tuple[TensorSpec, ...]
-    copies: tuple[tuple[Copy | Weave | Transpose, ...], ...]
-
-    def reads(self) -> Iterator[Copy]:
-        """What it reads of the source, each run or panel for itself."""
-        return (read for copies in self.copies for copy in copies for read in copy.reads())
+    fills: tuple[tuple[Fill, ...], ...]
 
     def files(self) -> set[str]:
-        """The source files that it reads, twins and other copies included."""
-        return {one.file for copy in self.reads() for one in (copy, copy.twin, *copy.others) if one and one.file}
+        """The source files that it reads, those of copies that are compared included."""
+        return {view.file for fills in self.fills for fill in fills for view in fill.reads}
 
     @property
     def nbytes(self) -> int:
@@ -221,7 +153,7 @@ class FileTask:
 
     @property
     def bytes_read(self) -> int:
-        return sum(copy.numel * ITEMSIZE[copy.dtype] for copy in self.reads())
+        return sum(fill.source.numel * fill.source.itemsize for fills in self.fills for fill in fills if fill.source)
 
 
 @dataclass(slots=True)

@@ -9,10 +9,11 @@ from . import families
 from .checkpoint import Checkpoint
 from .errors import RefusedError
 from .families import HEAD, WORD_EMBEDDING, Row
-from .fusion import GATE_UP, KVQ, PADDING, QKV, ROWS, STACKED_QKV, VOCAB, Sizes, blocks, local_shape
+from .fusion import GATE_UP, KVQ, PADDING, QKV, ROWS, STACKED_QKV, VOCAB, Sizes, arranged, local_shape
 from .index import atom_name, atoms
 from .naming import brief
 from .plan import Wanted
+from .shard import transposed
 from .tensors import WEIGHT, Tensor, TensorSpec
 
 #: the atoms of fused tensors that a model may have as one or apart
@@ -37,7 +38,7 @@ class States:
 
     def __init__(self, source: Checkpoint, vocab_rows: int | None = None) -> None:
         self.source = source
-        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.boxes}
+        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
         words = self.tensor(WEIGHT, WORD_EMBEDDING).rows
         self.vocab_rows = vocab_rows or words
         if self.vocab_rows < words:
@@ -80,10 +81,10 @@ class States:
         sizes = replace(sizes, vocab=self.tensor(role, WORD_EMBEDDING).rows)
         shape = local_shape(parameter.kind, parameter.shape, tp, sizes)
         stored = self._dtype(role, parameter)
-        arranged = blocks(parameter.kind, shape, tp, rank, sizes)
+        parts = atoms(role, parameter.canonical, parameter.kind, stored, arranged(parameter.kind, shape, tp, rank, sizes))
         is_transposed = parameter.row.transposed and len(shape) == 2
         spec = TensorSpec(name or parameter.name, dtype or stored, shape[::-1] if is_transposed else shape)
-        return Wanted(spec, atoms(role, parameter.canonical, parameter.kind, stored, arranged), transposed=is_transposed)
+        return Wanted(spec, transposed(parts, shape) if is_transposed else parts)
 
     def parts(self, canonical: str, arrangement: str) -> tuple[str, tuple[str, ...]]:
         """How a tensor of the dialect is put together of the source's, and of which: a model without gates has plain fc1."""

@@ -1,4 +1,4 @@
-"""The nouns of a conversion: where bytes lie on disk, and which box of which logical tensor they are.
+"""The nouns of a conversion: logical tensors, and tensors as files hold them.
 
 Nothing here reads or writes a file, and nothing here knows a framework or a file format.
 """
@@ -6,7 +6,6 @@ Nothing here reads or writes a file, and nothing here knows a framework or a fil
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 #: bytes per element of every dtype that a checkpoint can hold, by torch's name of it
@@ -31,11 +30,13 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor as it lies on disk: row-major, in one extent or, where a container cuts it, in several."""
+    """A tensor as it lies on disk: row-major, in one extent or, where a container cuts it, in several; or, where `strides`
+    (in elements) are given, so, from the begin of one extent that holds more than it."""
 
     dtype: str
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
+    strides: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -62,7 +63,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A logical tensor (an atom): one role of one parameter, whole, in [out, in, …] orientation."""
+    """A logical tensor (an atom): one role of one parameter, whole, in [out, in, …] orientation.
+
+    It is seen as a matrix: dim 0 × all the other dims. How rows are grouped (by heads, by groups) is a matter of who holds
+    them, and frameworks differ in it; that matrix is what they have in common, so regions of the tensor are regions of it.
+    """
 
     role: str
     name: str
@@ -77,76 +82,6 @@ class Tensor:
     def cols(self) -> int:
         return math.prod(self.shape[1:])
 
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A block of rows × columns of a logical tensor, which is seen as a matrix: dim 0 × all the other dims."""
-
-    row: int
-    rows: int
-    col: int
-    cols: int
-
     @property
-    def numel(self) -> int:
-        return self.rows * self.cols
-
-    def intersect(self, other: Box) -> Box | None:
-        row, col = max(self.row, other.row), max(self.col, other.col)
-        rows = min(self.row + self.rows, other.row + other.rows) - row
-        cols = min(self.col + self.cols, other.col + other.cols) - col
-        return Box(row, rows, col, cols) if rows > 0 and cols > 0 else None
-
-    def flipped(self) -> Box:
-        """The same block of the transposed matrix."""
-        return Box(self.col, self.cols, self.row, self.rows)
-
-    def split_flat(self, start: int, stop: int) -> Iterator[tuple[Box, int]]:
-        """The at most three boxes that make up the row-major elements [start, stop) of this box, each with its start."""
-        if start == 0 and stop == self.numel:
-            yield self, 0
-            return
-        while start < stop:
-            row, col = divmod(start, self.cols)
-            if col == 0 and stop - start >= self.cols:
-                rows, cols = (stop - start) // self.cols, self.cols
-            else:
-                rows, cols = 1, min(self.cols - col, stop - start)
-            yield Box(self.row + row, rows, self.col + col, cols), start
-            start += rows * cols
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a logical tensor on disk, in the tensor's dtype: from byte `offset` of `file` on, its rows `stride` elements
-    apart (0: one directly after the other). If `transposed`, the file holds the transpose of the box: its columns as rows.
-
-    `replica` tells apart the copies that several ranks keep of the same box (the tensor-parallel rank that wrote it).
-    """
-
-    tensor: Tensor
-    box: Box
-    file: str
-    offset: int
-    replica: int = 0
-    stride: int = 0
-    transposed: bool = False
-
-    @property
-    def lying(self) -> Box:
-        """Its box as the file holds it."""
-        return self.turned(self.box)
-
-    @property
-    def pitch(self) -> int:
-        """The elements from the begin of one of the file's rows to the begin of the next."""
-        return self.stride or self.lying.cols
-
-    def turned(self, box: Box) -> Box:
-        """A box inside its own as the file holds it, rows and columns exchanged if it lies transposed; and back again."""
-        return box.flipped() if self.transposed else box
-
-    def offset_of(self, row: int, col: int) -> int:
-        """The byte of the file where the tensor's element [row, col] begins."""
-        at, lying = self.turned(Box(row, 1, col, 1)), self.lying
-        return self.offset + ((at.row - lying.row) * self.pitch + at.col - lying.col) * ITEMSIZE[self.tensor.dtype]
+    def matrix(self) -> tuple[int, int]:
+        return self.rows, self.cols

@@ -67,5 +67,5 @@ def test_combined_files_beside_their_shards_are_a_source(sharded, tmp_path):
     cut = Path(shutil.copytree(sharded[1], tmp_path / "cut"))
     assert main(["--strategy-dir", str(cut / "opt_shard_info"), "--checkpoint-dir", str(cut), "--output-dir", str(cut)]) == 0
     plain, combined = (frameworks.read(source) for source in (sharded[0], cut))
-    assert set(plain.index.boxes) == set(combined.index.boxes)
+    assert set(plain.index.shards) == set(combined.index.shards)
     assert all("_dp_merged" in held.found.stored.extents[0].file for held in combined.index.held)

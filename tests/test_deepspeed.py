@@ -102,9 +102,9 @@ def test_the_universal_checkpoint_is_read_as_what_it_was_made_of(golden, goldens
 
 def test_weights_alone_are_the_layer_files(goldens):
     checkpoint = frameworks.read(goldens(GPT), weights_only=True)
-    assert not checkpoint.with_optimizer and {tensor.dtype for tensor in checkpoint.index.boxes} == {"bfloat16"}
+    assert not checkpoint.with_optimizer and {tensor.dtype for tensor in checkpoint.index.shards} == {"bfloat16"}
     whole = frameworks.read(goldens(GPT))
-    assert {t.name for t in checkpoint.index.boxes} == {t.name for t in whole.index.tensors(WEIGHT)}
+    assert {t.name for t in checkpoint.index.shards} == {t.name for t in whole.index.tensors(WEIGHT)}
     with pytest.raises(RefusedError, match="no optimizer's states, and by them alone DeepSpeed resumes"):
         convert(Request(source=goldens(GPT), target=Path("nowhere"), to="deepspeed", weights_only=True))
 

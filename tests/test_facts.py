@@ -18,7 +18,8 @@ from convert import completeness, fingerprint, frameworks
 from convert.cli import main
 from convert.errors import RefusedError
 from convert.job import _planned
-from convert.plan import Copy, Plan
+from convert.plan import Fill, Plan
+from convert.region import Region
 from convert.request import Request
 from tests.lab.deepspeed_goldens import BLOOM, GPT, PLAIN, unpack
 from tests.lab.torch_load import torch_load
@@ -97,23 +98,23 @@ def test_a_source_that_changed_with_its_time_put_back_is_another(legacy, capsys)
     assert main(args) == 2 and "is not empty" in capsys.readouterr().err
 
 
-def changes(copy: Copy):
-    yield replace(copy, offset=copy.offset + 4)
-    yield replace(copy, dtype="int32")
-    yield replace(copy, counted=not copy.counted)
-    yield replace(copy, twin=None)
-    (tensor, box), *rest = copy.blocks
-    yield replace(copy, blocks=((tensor, replace(box, row=box.row + 1)), *rest))
-    yield replace(copy, blocks=((replace(tensor, name="another"), box), *rest))
+def changes(fill: Fill):
+    yield replace(fill, source=fill.source.at(fill.source.file, 4))
+    yield replace(fill, source=fill.source._replace(dtype="int32"))
+    yield replace(fill, counted=not fill.counted)
+    yield replace(fill, model_copy=None)
+    row, col = fill.region.offsets
+    yield replace(fill, region=Region((row + 1, col), fill.region.sizes))
+    yield replace(fill, tensor=replace(fill.tensor, name="another"))
 
 
 def test_the_fingerprint_is_of_the_whole_plan():
     plan = _planned(Request(source=LEGACY, target=Path("out")))[4]
     task = plan.tasks[0]
-    number, copy = next((number, one) for number, (one, *_) in enumerate(task.copies) if isinstance(one, Copy) and one.twin)
-    copies = [(*task.copies[:number], (other, *task.copies[number][1:]), *task.copies[number + 1:])
-              for other in changes(copy)]
-    tasks = [task, *(replace(task, copies=one) for one in copies), replace(task, path="another"),
+    number, fill = next((number, one) for number, (one, *_) in enumerate(task.fills) if one.model_copy)
+    fills = [(*task.fills[:number], (other, *task.fills[number][1:]), *task.fills[number + 1:])
+             for other in changes(fill)]
+    tasks = [task, *(replace(task, fills=one) for one in fills), replace(task, path="another"),
              replace(task, segments=task.segments[::-1]), replace(task, specs=(replace(task.specs[0], data=b"1"),
                                                                               *task.specs[1:]))]
     found = [fingerprint.fingerprint(Plan([one, *plan.tasks[1:]]), ["options"]) for one in tasks]

@@ -12,6 +12,7 @@ import torch
 
 from convert import frameworks
 from convert.containers import torch_legacy
+from tests.lab.views import matrix_of
 from tests.test_merak import DATA, HF, SAID, TRACKER, WHOLE, as_run, assert_same, convert, digests, load, models, refused
 
 CHECKOUT = os.environ.get("MERAK")
@@ -44,24 +45,16 @@ def atoms(name, value):
 
 
 def copies(checkpoint, role, name):
-    """Each rank's copy of a logical tensor, put together from its pieces."""
-    tensor, = (one for one in checkpoint.index.boxes if (one.role, one.name) == (role, name))
-    boxes = checkpoint.index.boxes[tensor]
-    dtype = np.dtype(tensor.dtype)
-    for number in range(max(map(len, boxes.values()))):
-        whole = np.full((tensor.rows, tensor.cols), np.nan, dtype)
-        for box, pieces in boxes.items():
-            piece = pieces[min(number, len(pieces) - 1)]
-            data = Path(piece.file).read_bytes()
-            for row in range(box.row, box.row + box.rows):
-                for col in range(box.col, box.col + box.cols):
-                    whole[row, col] = np.frombuffer(data, dtype, 1, piece.offset_of(row, col))[0]
-        yield whole.reshape(tensor.shape)
+    """Each rank's copy of a logical tensor, put together from its shards."""
+    tensor, = (one for one in checkpoint.index.shards if (one.role, one.name) == (role, name))
+    regions = checkpoint.index.shards[tensor]
+    for number in range(max(map(len, regions.values()))):
+        yield matrix_of(tensor, regions, number).view(tensor.dtype).reshape(tensor.shape)
 
 
 def assert_truth(folder, roles):
     checkpoint, truth = frameworks.read(folder), load(folder / "truth.pt")
-    assert {tensor.role for tensor in checkpoint.index.boxes} == set(roles)
+    assert {tensor.role for tensor in checkpoint.index.shards} == set(roles)
     compared = set()
     for role in roles:
         for name, value in truth[role].items():
@@ -69,7 +62,7 @@ def assert_truth(folder, roles):
                 for copy in copies(checkpoint, role, own):
                     assert np.array_equal(copy, expected.numpy()), (role, own)
                 compared.add((role, own))
-    assert compared == {(tensor.role, tensor.name) for tensor in checkpoint.index.boxes}
+    assert compared == {(tensor.role, tensor.name) for tensor in checkpoint.index.shards}
     return checkpoint
 
 
@@ -110,7 +103,7 @@ def test_words_that_no_rank_shares_are_read_and_written(tmp_path, capsys):
         assert torch.equal(model["module.0.transformer.wte.weight"], whole)
         assert torch.equal(model["module.6.lm_head.weight"], whole)
     assert digests(capsys, out) == digests(capsys, HF)
-    assert not [tensor.name for tensor in frameworks.read(out).index.boxes if tensor.name.endswith(".padding")]
+    assert not [tensor.name for tensor in frameworks.read(out).index.shards if tensor.name.endswith(".padding")]
 
 
 def test_tensors_that_lie_in_wider_ones(tmp_path, weights, capsys):

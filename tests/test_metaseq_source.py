@@ -19,8 +19,10 @@ from convert.containers import torch_zip
 from convert.containers.pickles import Opaque
 from convert.errors import RefusedError
 from convert.frameworks.metaseq import reader as metaseq
-from convert.tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Box, Stored
+from convert.region import Region
+from convert.tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Stored
 from tests.lab import opt175b
+from tests.lab.views import matrix_of
 
 DATA = Path(__file__).parent / "data" / "metaseq"
 FP32, FP16 = DATA / "mp1dp3_fp32", DATA / "mp2dp2_fp16"
@@ -86,15 +88,11 @@ def of_part(checkpoint: Checkpoint, part: int) -> dict[tuple[str, str], torch.Te
 
 
 def logical(checkpoint: Checkpoint) -> dict[tuple[str, str], torch.Tensor]:
-    """Each logical tensor, put together from the pieces that its boxes have."""
+    """Each logical tensor, put together from its shards."""
     result = {}
-    for tensor, boxes in checkpoint.index.boxes.items():
-        whole = torch.full((tensor.rows, tensor.cols), 77, dtype=getattr(torch, tensor.dtype))
-        for box, (piece, *_) in boxes.items():
-            content = bytearray(Path(piece.file).read_bytes()[piece.offset:][:box.numel * ITEMSIZE[tensor.dtype]])
-            values = torch.frombuffer(content, dtype=whole.dtype).view(box.rows, box.cols)
-            whole[box.row:box.row + box.rows, box.col:box.col + box.cols] = values
-        result[tensor.role, tensor.name] = whole.view(tensor.shape)
+    for tensor, regions in checkpoint.index.shards.items():
+        whole = torch.from_numpy(matrix_of(tensor, regions).view(f"i{ITEMSIZE[tensor.dtype]}"))
+        result[tensor.role, tensor.name] = whole.view(getattr(torch, tensor.dtype)).view(tensor.shape)
     return result
 
 
@@ -427,8 +425,8 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
     opt175b.write(tmp_path, [5])
     checkpoint = metaseq.read(tmp_path / "checkpoint_last-model_part-5-shard*.pt")
     held = next(held for held in checkpoint.index.held if held.found.name == "decoder.layers.15.fc1.weight")
-    start, = [piece for piece in held.pieces(0) if piece.box.intersect(Box(1537, 1, 5172, 1))]
-    flat = torch_zip.read(start.file)["model"]["decoder.layers.15.flat_param_0"].extents[0]
-    assert Path(start.file).name == "checkpoint_last-model_part-5-shard51.pt"
-    assert (start.offset_of(1537, 5172) - flat.offset) // 2 == 1241838
-    assert (start.offset_of(1537, 5189) - flat.offset) // 2 == 1241855
+    start, = [shard for shard in held.shards(0) if shard.region.intersect(Region((1537, 5172), (1, 1)))]
+    flat = torch_zip.read(start.view.file)["model"]["decoder.layers.15.flat_param_0"].extents[0]
+    assert Path(start.view.file).name == "checkpoint_last-model_part-5-shard51.pt"
+    assert (start.place_of(1537, 5172) - flat.offset) // 2 == 1241838
+    assert (start.place_of(1537, 5189) - flat.offset) // 2 == 1241855

@@ -9,7 +9,8 @@ import torch
 from convert.checks import Overflown, cast, overflown
 from convert.cli import main
 from convert.publish import _entry, _outcome
-from convert.tensors import WEIGHT, Box, Tensor
+from convert.region import Cells
+from convert.tensors import WEIGHT, Tensor
 from convert.writer import Outcome
 from tests.test_alpa import opt_weights, singleton
 
@@ -26,11 +27,11 @@ def test_the_elements_are_those_that_torch_makes_infinite(dtype):
         near = np.concatenate([np.arange(at - 9000, at + 9000, dtype=np.uint32) for at in (0x477FE000, 0x7F800000)])
         bits = np.concatenate([near, near | np.uint32(1 << 31)])
         values = torch.from_numpy(bits.view(np.int32)).view(torch.float32)
-    narrow, cols = values.half(), 100
+    narrow, cols = values.half(), 32
     lost = torch.nonzero(values.isfinite() & narrow.isinf()).flatten().tolist()
     assert lost and np.array_equal(np.isinf(cast(bits, dtype, "float16").view(np.float16)), narrow.isinf().numpy())
     tensor = Tensor(WEIGHT, "w", dtype, (len(bits) // cols + 8, cols + 3))
-    found = overflown(tensor, Box(7, len(bits) // cols + 1, 3, cols), bits, "file")
+    found = overflown(tensor, Cells(7, 3, (1,)), bits.reshape(-1, cols), "file")
     assert found.count == len(lost)
     assert found.positions == [(7 + i // cols, 3 + i % cols, values[i].item(), "file") for i in lost[:4]]
 

@@ -16,23 +16,26 @@ import numpy as np
 import pytest
 import torch
 
-from convert import writer
+from convert import gather, writer
 from convert.containers.frames import Hole, Literal
-from convert.digest import box_digest
+from convert.digest import cells_digest
 from convert.errors import RefusedError
 from convert.fusion import ROWS
 from convert.index import Found, Held, Index
 from convert.layout import Layout, Place
-from convert.plan import Plan, Wanted, WantedFile, bands_of
+from convert.plan import Plan, Wanted, WantedFile
 from convert.planner import FIRST, MEAN, OWN, REFUSE, Planner
-from convert.tensors import MODEL_WEIGHT, WEIGHT, Box, Extent, Stored, Tensor, TensorSpec
+from convert.region import Cells, Region
+from convert.shard import Shard
+from convert.tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Extent, Stored, Tensor, TensorSpec
+from convert.view import View
 from convert.writer import Outcome, Writer
 
 SEEDS = pytest.mark.parametrize("seed", range(10))
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NUMPY = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 
-Block = tuple[Tensor | None, Box]
+Block = tuple[Tensor | None, Region]
 
 
 class Lab:
@@ -51,10 +54,10 @@ class Lab:
         return tensor
 
     def of(self, block: Block) -> np.ndarray:
-        tensor, box = block
+        tensor, region = block
         if tensor is None:
-            return np.zeros((box.rows, box.cols), np.uint32)
-        return self.matrices[tensor][box.row:box.row + box.rows, box.col:box.col + box.cols]
+            return np.zeros(region.sizes, np.uint32)
+        return part(self.matrices[tensor], region)
 
     def store(self, blocks: list[Block], rank: int = 0, abreast: int = 1, content: np.ndarray | None = None) -> None:
         """Write one tensor that is these blocks, somewhere in one of three files; `content`: what it is instead."""
@@ -66,7 +69,7 @@ class Lab:
             extent = Extent(str(path), file.tell(), flat.nbytes)
             file.write(flat.tobytes())
         found = Found("t", Place(tp=rank), blocks[0][0].role, Stored(dtype, (flat.size,), (extent,)))
-        self.held.append(Held(found, "t", None, ROWS, tuple(blocks), abreast))
+        self.held.append(Held(found, "t", None, ROWS, laid(blocks, dtype, abreast)))
 
     def side_by_side(self, blocks: list[Block], abreast: int) -> np.ndarray:
         """The elements of blocks of which `abreast` at a time share their rows."""
@@ -74,28 +77,27 @@ class Lab:
                  for start in range(0, len(blocks), abreast)]
         return np.concatenate([band.reshape(-1) for band in bands])
 
-    def tiles(self, box: Box, cuts: int) -> list[Box]:
-        """The box, cut at random so many times."""
-        tiles = [box]
+    def tiles(self, region: Region, cuts: int) -> list[Region]:
+        """The region, cut at random so many times."""
+        tiles = [region]
         for _ in range(cuts):
             tile = tiles.pop(self.draw.randrange(len(tiles)))
             tiles += self.halves(tile)
         return tiles
 
-    def halves(self, tile: Box) -> list[Box]:
-        if tile.rows > 1 and (self.draw.random() < 0.5 or tile.cols == 1):
-            cut = self.draw.randrange(1, tile.rows)
-            return [Box(tile.row, cut, tile.col, tile.cols), Box(tile.row + cut, tile.rows - cut, tile.col, tile.cols)]
-        if tile.cols > 1:
-            cut = self.draw.randrange(1, tile.cols)
-            return [Box(tile.row, tile.rows, tile.col, cut), Box(tile.row, tile.rows, tile.col + cut, tile.cols - cut)]
-        return [tile]
+    def halves(self, tile: Region) -> list[Region]:
+        rows, cols = tile.sizes
+        axis = 0 if rows > 1 and (self.draw.random() < 0.5 or cols == 1) else 1
+        if tile.sizes[axis] == 1:
+            return [tile]
+        cut = self.draw.randrange(1, tile.sizes[axis])
+        return [tile.narrow(axis, 0, cut), tile.narrow(axis, cut, tile.sizes[axis])]
 
     def bands(self, tensors: list[Tensor], count: int) -> list[list[Block]]:
         """All of the tensors, which have the same rows, in runs of rows; in each, a box of each tensor, in some order."""
         rows = tensors[0].rows
         edges = [0, *sorted(self.draw.sample(range(1, rows), count - 1)), rows]
-        return [[(tensor, Box(low, high - low, 0, tensor.cols)) for tensor in self.draw.sample(tensors, len(tensors))]
+        return [[(tensor, Region((low, 0), (high - low, tensor.cols))) for tensor in self.draw.sample(tensors, len(tensors))]
                 for low, high in zip(edges, edges[1:], strict=False)]
 
     def file(self, wanted: list[Wanted], rank: int) -> WantedFile:
@@ -143,25 +145,44 @@ def cast(elements: np.ndarray, source: str, target: str) -> np.ndarray:
     return bits(torch.from_numpy(elements.view(view).copy()).view(TORCH[source]), target)
 
 
-def whole(tensor: Tensor) -> Box:
-    return Box(0, tensor.rows, 0, tensor.cols)
+def whole(tensor: Tensor) -> Region:
+    return Region((0, 0), tensor.matrix)
 
 
 def wanted(blocks: list[Block], dtype: str = "float32", abreast: int = 1, name: str = "out") -> Wanted:
-    spec = TensorSpec(name, dtype, (sum(box.numel for _, box in blocks),))
-    return Wanted(spec, tuple(blocks), bands=bands_of(blocks, abreast))
+    spec = TensorSpec(name, dtype, (sum(region.numel for _, region in blocks),))
+    return Wanted(spec, laid(blocks, dtype, abreast))
+
+
+def laid(blocks: list[Block], dtype: str, abreast: int = 1) -> tuple[Shard, ...]:
+    """The blocks where they lie in a tensor in which `abreast` at a time share their rows."""
+    shards, start, itemsize = [], 0, ITEMSIZE[dtype]
+    for first in range(0, len(blocks), abreast):
+        band = blocks[first:first + abreast]
+        pitch, col = sum(region.sizes[1] for _, region in band), 0
+        for tensor, region in band:
+            view = View("", (start + col) * itemsize, dtype, region.sizes, (pitch * itemsize, itemsize))
+            shards.append(Shard(tensor, region, view))
+            col += region.sizes[1]
+        start += pitch * band[0][1].sizes[0]
+    return tuple(shards)
+
+
+def digest(matrix: np.ndarray) -> int:
+    return cells_digest(matrix, Cells(0, 0, (1,)))
 
 
 @pytest.fixture(params=[(24, 0), (24, 1 << 20), (60, 8), (256, 12), (1 << 12, 1 << 12)], ids=str)
 def buffers(request, monkeypatch) -> None:
     """Buffers of so many bytes, of which a row of most matrices here takes more, and gaps that are read along."""
     monkeypatch.setattr(writer, "BUFFER_BYTES", request.param[0])
-    monkeypatch.setattr(writer, "_GAP_BYTES", request.param[1])
+    monkeypatch.setattr(gather, "BUFFER_BYTES", request.param[0])
+    monkeypatch.setattr(gather, "GAP_BYTES", request.param[1])
 
 
 def assert_all_digested(lab: Lab, written: Written, taken: np.ndarray | None = None) -> None:
     """Each element of each tensor, or of what was taken in its place, exactly once, at its own row and column."""
-    expected = {(tensor, 0): (box_digest((matrix if taken is None else taken).reshape(-1), whole(tensor)), matrix.size)
+    expected = {(tensor, 0): (digest(matrix if taken is None else taken), matrix.size)
                 for tensor, matrix in lab.matrices.items() if tensor.role == WEIGHT}
     assert written.outcome.digests == expected
     assert written.plan.unused == []
@@ -174,7 +195,7 @@ def test_any_tiling_from_any_tiling(tmp_path, buffers, seed):
     for tile in lab.tiles(whole(tensor), lab.draw.randrange(8)):
         lab.store([(tensor, tile)])
     blocks: list[Block] = [(tensor, tile) for tile in lab.tiles(whole(tensor), lab.draw.randrange(8))]
-    blocks.insert(lab.draw.randrange(len(blocks) + 1), (None, Box(0, 1, 0, 5)))
+    blocks.insert(lab.draw.randrange(len(blocks) + 1), (None, Region((0, 0), (1, 5))))
     written = lab.convert([wanted(blocks)])
     assert np.array_equal(written.tensors[0], lab.side_by_side(blocks, 1))
     assert_all_digested(lab, written)
@@ -193,7 +214,7 @@ def test_casts_on_the_way(tmp_path, buffers, seed, stored_as, wanted_as):
     assert np.array_equal(written.tensors[0], cast(lab.side_by_side(blocks, 1), stored_as, wanted_as))
     made = cast(lab.matrices[tensor].reshape(-1), stored_as, wanted_as)
     found = written.outcome.digests.pop((replace(tensor, dtype=wanted_as), 0))
-    assert found == (box_digest(made, whole(tensor)), tensor.rows * tensor.cols)
+    assert found == (digest(made.reshape(tensor.matrix)), made.size)
     assert_all_digested(lab, written)
 
 
@@ -234,18 +255,18 @@ def flipped(lab: Lab, matrix: np.ndarray, count: int) -> tuple[np.ndarray, set[t
 
 
 @SEEDS
-def test_twins_are_compared_at_the_right_elements(tmp_path, buffers, seed, monkeypatch):
+def test_model_copies_are_compared_at_the_right_elements(tmp_path, buffers, seed, monkeypatch):
     monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     lab = Lab(tmp_path, seed)
     tensor = lab.matrix(9, 20)
-    twin = Tensor(MODEL_WEIGHT, "t", "bfloat16", tensor.shape)
+    copy = Tensor(MODEL_WEIGHT, "t", "bfloat16", tensor.shape)
     model = cast(lab.matrices[tensor].reshape(-1), "float32", "bfloat16").reshape(tensor.shape)
-    lab.matrices[twin], where = flipped(lab, model, 7)
+    lab.matrices[copy], where = flipped(lab, model, 7)
     tiles = lab.tiles(whole(tensor), lab.draw.randrange(6))
     for tile in tiles:
         lab.store([(tensor, tile)])
     for tile in tiles if seed % 2 else lab.tiles(whole(tensor), lab.draw.randrange(6)):
-        lab.store([(twin, tile)])
+        lab.store([(copy, tile)])
     written = lab.convert([wanted([(tensor, tile) for tile in lab.tiles(whole(tensor), lab.draw.randrange(6))])])
     misfit = written.outcome.misfits[tensor]
     assert misfit.count == 7 and {(row, col) for row, col, *_ in misfit.positions} == where
@@ -264,26 +285,27 @@ def test_copies_are_compared_at_the_right_elements(tmp_path, buffers, seed, monk
     tiles = lab.tiles(whole(tensor), lab.draw.randrange(6))
     for rank, copy in enumerate(copies):
         for tile in tiles if seed % 2 else lab.tiles(whole(tensor), lab.draw.randrange(6)):
-            lab.store([(tensor, tile)], rank, content=part(copy, tile))
+            lab.store([(tensor, tile)], rank, content=part(copy, tile).reshape(-1))
     blocks: list[Block] = [(tensor, tile) for tile in lab.tiles(whole(tensor), lab.draw.randrange(6))]
     for replicas in (REFUSE, FIRST, MEAN):
         written = lab.convert([wanted(blocks), wanted(blocks[::-1], name="again")], replicas)
         taken = mean(copies) if replicas == MEAN else copies[0]
         for tensors, order in zip(written.tensors, (blocks, blocks[::-1]), strict=True):
-            assert np.array_equal(tensors, np.concatenate([part(taken, box) for _, box in order]))
+            assert np.array_equal(tensors, np.concatenate([part(taken, region).reshape(-1) for _, region in order]))
         found = written.outcome.unequal[tensor]
         assert {(row, col) for row, col, *_ in found.positions} == others[0][1] | others[1][1]
         assert found.count == (20 if replicas == MEAN else 10)  # a mean needs them in both of the output's tensors
         assert_all_digested(lab, written, taken)
     for rank, copy in enumerate(copies):
         written = lab.convert([wanted(blocks)], OWN, rank)
-        assert np.array_equal(written.tensors[0], np.concatenate([part(copy, box) for _, box in blocks]))
+        assert np.array_equal(written.tensors[0], np.concatenate([part(copy, region).reshape(-1) for _, region in blocks]))
         assert not written.outcome.unequal
-        assert written.outcome.digests == {(tensor, rank): (box_digest(copy.reshape(-1), whole(tensor)), copy.size)}
+        assert written.outcome.digests == {(tensor, rank): (digest(copy), copy.size)}
 
 
-def part(matrix: np.ndarray, box: Box) -> np.ndarray:
-    return matrix[box.row:box.row + box.rows, box.col:box.col + box.cols].reshape(-1)
+def part(matrix: np.ndarray, region: Region) -> np.ndarray:
+    (row, col), (row_end, col_end) = region.offsets, region.ends
+    return matrix[row:row_end, col:col_end]
 
 
 def mean(copies: list[np.ndarray]) -> np.ndarray:
@@ -293,11 +315,11 @@ def mean(copies: list[np.ndarray]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-def halves(lab: Lab) -> tuple[Tensor, list[Box]]:
-    return lab.matrix(4, 6), [Box(0, 4, 0, 3), Box(0, 4, 3, 3)]
+def halves(lab: Lab) -> tuple[Tensor, list[Region]]:
+    return lab.matrix(4, 6), [Region((0, 0), (4, 3)), Region((0, 3), (4, 3))]
 
 
-def cases_of_coverage(lab: Lab) -> Iterator[tuple[list[Box], list[Box], str]]:
+def cases_of_coverage(lab: Lab) -> Iterator[tuple[list[Region], list[Region], str]]:
     """What is stored, what is wanted, what is said."""
     _, (left, right) = halves(lab)
     yield [left], [left, right], "does not hold"
@@ -310,16 +332,27 @@ def test_an_element_left_out_or_written_twice_is_refused(tmp_path, case):
     lab = Lab(tmp_path, 0)
     tensor, _ = halves(lab)
     stored, blocks, said = list(cases_of_coverage(lab))[case]
-    for box in stored:
-        lab.store([(tensor, box)])
+    for region in stored:
+        lab.store([(tensor, region)])
     with pytest.raises(RefusedError, match=said):
-        lab.convert([Wanted(TensorSpec("out", "float32", (24,)), tuple((tensor, box) for box in blocks))])
+        lab.convert([Wanted(TensorSpec("out", "float32", (24,)), laid([(tensor, region) for region in blocks], "float32"))])
+
+
+def test_parts_that_overlap_are_refused(tmp_path):
+    """As many elements as the tensor has, but the second half where the first one is."""
+    lab = Lab(tmp_path, 0)
+    tensor, (left, right) = halves(lab)
+    lab.store([(tensor, whole(tensor))])
+    parts = laid([(tensor, left), (tensor, right)], "float32")
+    for wrong in ((parts[0], parts[1].at("", -8)), (parts[0], replace(parts[1], view=parts[0].view))):
+        with pytest.raises(RefusedError, match="leave out or repeat elements"):
+            lab.convert([Wanted(TensorSpec("out", "float32", (24,)), wrong)])
 
 
 def test_an_element_written_twice_in_place_of_another_leaves_that_one_unused(tmp_path):
     lab = Lab(tmp_path, 0)
     tensor, (left, right) = halves(lab)
-    for box in (left, right):
-        lab.store([(tensor, box)])
+    for region in (left, right):
+        lab.store([(tensor, region)])
     assert lab.convert([wanted([(tensor, left), (tensor, left)])]).plan.unused == ["t (weight)"]
     assert lab.convert([wanted([(tensor, right), (tensor, left)])]).plan.unused == []

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from convert import job
-from convert.digest import box_digest
+from convert.digest import cells_digest
 from convert.publish import MANIFEST
+from convert.region import Cells
 from convert.request import Request
-from convert.tensors import Box
 from examples.tiny.options import VOCAB_DIVISOR
 from examples.tiny.trained import ROOT, Trained
 from examples.tiny.whole import Sizes, cut_for, same
@@ -266,7 +266,7 @@ def test_parts_of_fused_tensors_are_what_their_names_say(trained, tmp_path):
                  "mlp.gate": gate, "mlp.up": up}
         for name, values in parts.items():
             rows = values.reshape(-1, LLAMA["hidden"])
-            digest = box_digest(rows.reshape(-1).view(np.uint32), Box(0, len(rows), 0, LLAMA["hidden"]))
+            digest = cells_digest(rows.view(np.uint32), Cells(0, 0, (1,)))
             assert found[role, f"layers.2.{name}.weight"] == ("float32", rows.shape, f"{digest:016x}"), name
 
 

@@ -20,6 +20,7 @@ from convert.errors import RefusedError
 from convert.proof import verify
 from convert.tensors import WEIGHT
 from examples.tiny.trained import Trained
+from tests.lab.views import matrix_of
 
 ONE_BUCKET = 10 ** 8
 DENSE = {"tp": 2, "pp": 2, "layers": 4}
@@ -73,7 +74,7 @@ def test_it_is_the_live_state(saved, name):
     """Nothing of the torch format's reader: values as the live parameters and optimizer shards have them."""
     run = saved(name)
     checkpoint = frameworks.read(run.path)
-    pieces = {(t.role, t.name): boxes for t, boxes in checkpoint.index.boxes.items()}
+    shards = {(t.role, t.name): (t, regions) for t, regions in checkpoint.index.shards.items()}
     for truth in run.truths():
         layers = truth.meta["layers"]
         for chunk, name in truth.names():
@@ -82,12 +83,8 @@ def test_it_is_the_live_state(saved, name):
             layer = layers[chunk][int(name.split(".")[2])]
             for role, live_role in (("weight", "main"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
                 live = truth.array(chunk, name, live_role)
-                boxes = pieces[role, f"layers.{layer}.mlp.fc2.weight"]
-                tp = truth.meta["args"]["tensor_model_parallel_size"]
-                whole = np.zeros((live.shape[0], live.shape[1] * tp), np.float32)
-                for box, (piece, *_) in boxes.items():
-                    part = np.fromfile(piece.file, np.float32, box.numel, offset=piece.offset)
-                    whole[box.row:box.row + box.rows, box.col:box.col + box.cols] = part.reshape(box.rows, box.cols)
+                tensor, regions = shards[role, f"layers.{layer}.mlp.fc2.weight"]
+                whole = matrix_of(tensor, regions).view(np.float32)
                 first = truth.place[0] * live.shape[1]
                 assert np.array_equal(whole[:, first:first + live.shape[1]], live), (name, role)
 

@@ -8,16 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import writer
+from convert import gather, writer
 from convert.checks import cast_bits
 from convert.containers.frames import Hole
-from convert.digest import box_digest
-from convert.fusion import COLS, ROWS, blocks
+from convert.digest import cells_digest
+from convert.fusion import COLS, ROWS, arranged
 from convert.index import Found, Held, Index, atoms
 from convert.layout import Layout, Place
-from convert.plan import Wanted, WantedFile, bands_of
+from convert.plan import Wanted, WantedFile, in_a_row, interleaved
 from convert.planner import Planner
-from convert.tensors import MODEL_WEIGHT, WEIGHT, Box, Extent, Stored, Tensor, TensorSpec
+from convert.region import Cells
+from convert.shard import transposed, whole_of
+from convert.tensors import MODEL_WEIGHT, WEIGHT, Extent, Stored, Tensor, TensorSpec
 from convert.writer import Writer
 
 
@@ -48,14 +50,15 @@ class Source:
             file.write_bytes(b"\xff" * 7 + content)
             extents.append(Extent(str(file), 7, len(content)))
         found = Found(name, Place(tp=rank), role, Stored(dtype, shape, tuple(extents)))
-        arranged = blocks(kind, shape, self.layout.tp, rank)
-        self.held.append(Held(found, name, None, kind, atoms(role, name, kind, dtype, arranged)))
+        parts = arranged(kind, shape, self.layout.tp, rank, dtype=dtype)
+        self.held.append(Held(found, name, None, kind, atoms(role, name, kind, dtype, parts)))
 
-    def written(self, wanted: Wanted, holes: list[int] = (), twins: dict | None = None) -> tuple[np.ndarray, writer.Outcome]:
+    def written(self, wanted: Wanted, holes: list[int] = (),
+                model_copies: dict | None = None) -> tuple[np.ndarray, writer.Outcome]:
         """What the writer makes of it, in holes that end at these bytes."""
         edges = [0, *holes, wanted.spec.nbytes]
         segments = tuple(Hole(0, low, high - low) for low, high in zip(edges, edges[1:], strict=False) if high > low)
-        plan = Planner(Index(self.held, self.layout), twins or {}).plan([WantedFile("out", segments, (wanted,))])
+        plan = Planner(Index(self.held, self.layout), model_copies or {}).plan([WantedFile("out", segments, (wanted,))])
         out = io.BytesIO()
         outcome = Writer(plan.tasks[0], out, lambda nbytes: None).write()
         assert not plan.unused
@@ -65,8 +68,7 @@ class Source:
 def turned(*names: str, shape: tuple[int, int], dtype: str = "float32") -> Wanted:
     rows, cols = shape
     spec = TensorSpec("out", dtype, (cols, rows * len(names)))
-    whole = tuple((Tensor(WEIGHT, name, "float32", shape), Box(0, rows, 0, cols)) for name in names)
-    return Wanted(spec, whole, bands=bands_of(whole, len(names)), transposed=True)
+    return Wanted(spec, interleaved([(whole_of(Tensor(WEIGHT, name, "float32", shape)),) for name in names]))
 
 
 @pytest.fixture
@@ -74,7 +76,8 @@ def small_buffers(monkeypatch):
     """Buffers that even small matrices do not fit."""
     monkeypatch.setattr(writer, "BUFFER_BYTES", 400)
     monkeypatch.setattr(writer, "STRIP_BYTES", 4000)
-    monkeypatch.setattr(writer, "_GAP_BYTES", 80)
+    monkeypatch.setattr(gather, "BUFFER_BYTES", 400)
+    monkeypatch.setattr(gather, "GAP_BYTES", 80)
 
 
 @pytest.mark.parametrize("kind", [ROWS, COLS])
@@ -86,7 +89,7 @@ def test_a_matrix_cut_over_ranks(kind, tp, shape, tmp_path, small_buffers):
     result, outcome = source.written(turned("w", shape=shape))
     assert np.array_equal(result, matrix.T)
     (digest, count), = outcome.digests.values()
-    assert digest == box_digest(matrix.view(np.uint32).reshape(-1), Box(0, shape[0], 0, shape[1])) and count == matrix.size
+    assert digest == cells_digest(matrix.view(np.uint32), Cells(0, 0, (1,))) and count == matrix.size
 
 
 @settings(max_examples=60, deadline=None)
@@ -101,12 +104,13 @@ def test_shards_cut_at_any_element_and_holes_at_any_byte(tmp_path_factory, rows,
     ends = sorted({4 * (hole % total) for hole in holes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "BUFFER_BYTES", 96)
+        patch.setattr(gather, "BUFFER_BYTES", 96)
         patch.setattr(writer, "STRIP_BYTES", 512)
         result, outcome = source.written(turned(*"qkv"[:count], shape=(rows, cols)), ends)
     assert np.array_equal(result, np.stack([matrix.T for matrix in matrices], axis=-1).reshape(cols, rows * count))
     for name, matrix in zip("qkv", matrices, strict=False):
         digest, numel = next(value for (tensor, _), value in outcome.digests.items() if tensor.name == name)
-        assert digest == box_digest(matrix.view(np.uint32).reshape(-1), Box(0, rows, 0, cols)) and numel == matrix.size
+        assert digest == cells_digest(matrix.view(np.uint32), Cells(0, 0, (1,))) and numel == matrix.size
 
 
 def test_three_vectors_are_interleaved(tmp_path):
@@ -114,8 +118,8 @@ def test_three_vectors_are_interleaved(tmp_path):
     for name, vector in zip("qkv", vectors, strict=True):
         source.cut(name, vector, ROWS)
     spec = TensorSpec("out", "float32", (24,))
-    whole = tuple((Tensor(WEIGHT, name, "float32", (8,)), Box(0, 8, 0, 1)) for name in "qkv")
-    result, _ = source.written(Wanted(spec, whole, bands=(3,), transposed=True))
+    panels = [(whole_of(Tensor(WEIGHT, name, "float32", (8,))),) for name in "qkv"]
+    result, _ = source.written(Wanted(spec, interleaved(panels)))
     assert np.array_equal(result, np.stack(vectors, axis=1).reshape(-1))
 
 
@@ -123,9 +127,8 @@ def test_bands_go_one_below_the_other(tmp_path, small_buffers):
     source, parts = Source(tmp_path), [random((rows, 30), rows) for rows in (20, 5)]
     for name, part in zip("ab", parts, strict=True):
         source.cut(name, part, ROWS)
-    whole = tuple((Tensor(WEIGHT, name, "float32", part.shape), Box(0, len(part), 0, 30))
-                  for name, part in zip("ab", parts, strict=True))
-    result, _ = source.written(Wanted(TensorSpec("out", "float32", (30, 25)), whole, transposed=True))
+    shards = in_a_row(whole_of(Tensor(WEIGHT, name, "float32", part.shape)) for name, part in zip("ab", parts, strict=True))
+    result, _ = source.written(Wanted(TensorSpec("out", "float32", (30, 25)), transposed(shards, (25, 30))))
     assert np.array_equal(result, np.concatenate(parts).T)
 
 
@@ -142,7 +145,7 @@ def test_the_models_own_copy_is_compared(tmp_path, small_buffers):
     model[37, 21] += 1
     source.cut("w", matrix, COLS)
     source.cut("w", model, COLS, MODEL_WEIGHT, "bfloat16")
-    result, outcome = source.written(turned("w", shape=(60, 40)), twins={WEIGHT: MODEL_WEIGHT})
+    result, outcome = source.written(turned("w", shape=(60, 40)), model_copies={WEIGHT: MODEL_WEIGHT})
     misfit, = outcome.misfits.values()
     assert np.array_equal(result, matrix.T)
     assert misfit.count == 1 and misfit.positions[0][:2] == (37, 21)

@@ -1,22 +1,25 @@
 """Matrices that a file holds as [in, out], with q, k and v side by side, taken apart by heads and read together."""
 
 import itertools
-import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from convert import families, writer
-from convert.digest import box_digest
+from convert import families
+from convert.digest import cells_digest
 from convert.fusion import QKV, ROWS
 from convert.index import Found, Held, Index
 from convert.layout import Layout, Place
-from convert.plan import Wanted
+from convert.plan import Wanted, in_a_row
 from convert.planner import FIRST, MEAN
-from convert.tensors import MODEL_WEIGHT, WEIGHT, Box, Extent, Stored, Tensor, TensorSpec
+from convert.region import Cells, Region
+from convert.shard import Shard, transposed, whole_of
+from convert.tensors import MODEL_WEIGHT, WEIGHT, Extent, Stored, Tensor, TensorSpec
+from convert.view import View
 from tests.test_transposed_source import (
     HEADS,
     HIDDEN,
@@ -55,40 +58,29 @@ def test_parts_side_by_side_are_taken_apart_by_heads(wants, seed, tmp_path):
         layer.weights).items()
 
 
-@pytest.mark.parametrize(("strip", "count", "nbytes"), [(1 << 20, 1, 4 * 3 * HIDDEN * HIDDEN), (3456, 6 * HIDDEN, 4 * 12)])
-def test_heads_side_by_side_are_read_together(strip, count, nbytes, tmp_path, monkeypatch):
-    """All at once, or in two strips, of each row half of q, of k and of v."""
-    layer, reads, read = Layer(tmp_path), [], os.preadv
-    layer.save(True)
-    index = layer.index
-    monkeypatch.setattr(writer, "STRIP_BYTES", strip)
-    monkeypatch.setattr(writer, "_GAP_BYTES", 0)
-    monkeypatch.setattr(writer.os, "preadv", lambda file, views, at: reads.append(len(views[0])) or read(file, views, at))
-    _, _, plan = written(index, [wanted(NAME, False, kind=QKV)])
-    assert reads == [nbytes] * count and plan.tasks[0].bytes_read == 4 * 3 * HIDDEN * HIDDEN
-
-
 @pytest.mark.parametrize("tp", [1, 3])
-def test_a_file_is_one_copy_of_q_k_and_v(tp, tmp_path):
+def test_q_k_and_v_of_a_file_are_one_fill_each(tp, tmp_path):
+    """Whatever the number of heads: these are an axis of a view."""
     layer = Layer(tmp_path, tp=tp)
     layer.save(True)
     _, _, plan = written(layer.index, [wanted(NAME, False, kind=QKV)])
     rows = HIDDEN // tp
-    assert [[(tensor.name.split(".")[-2], box) for tensor, box in copy.blocks] for copy in plan.tasks[0].reads()] == [
-        [(atom, Box(0, HIDDEN, rank * rows, rows)) for atom in "qkv"] for rank in range(tp)]
+    assert {(fill.tensor.name.split(".")[-2], fill.region, len(fill.target.shape)) for fill in plan.tasks[0].fills[0]} == {
+        (atom, Region((rank * rows, 0), (rows, HIDDEN)), 3) for atom in "qkv" for rank in range(tp)}
+    assert plan.tasks[0].bytes_read == 4 * 3 * HIDDEN * HIDDEN
 
 
-@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("replicas", [FIRST, MEAN])
 @SMALL_BUFFERS
-def test_twins_and_copies_are_compared_where_parts_are_taken_apart_by_heads(twin, replicas, tmp_path, monkeypatch):
+def test_model_copies_and_replicas_are_compared_where_parts_are_taken_apart_by_heads(copy, replicas, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     layer = Layer(tmp_path, 3, ep=2)
     other, differing = changed(layer.weights, random.Random(0), 20)
     model, stale = changed({name: weight.bfloat16() for name, weight in layer.weights.items()}, random.Random(1), 20)
     layer.save(True)
     layer.save(True, weights=other, ep=1)
-    layer.save(twin, MODEL_WEIGHT, model)
+    layer.save(copy, MODEL_WEIGHT, model)
     (result,), outcome, _ = written(layer.index, [wanted(NAME, False, kind=QKV)], replicas)
     mean = (layer.weights[NAME].double() + other[NAME].double()).div(2).float()
     assert np.array_equal(result, bits(by_head({FIRST: layer.weights[NAME], MEAN: mean}[replicas])))
@@ -98,28 +90,30 @@ def test_twins_and_copies_are_compared_where_parts_are_taken_apart_by_heads(twin
 # -------------------------------------------------------------------------------- what cannot be read or taken together
 
 
-def lying(folder: Path, name: str, content: torch.Tensor, blocks: list[tuple[Tensor, Box]], is_transposed: bool) -> Held:
-    """A matrix in a file of its own, made of blocks side by side."""
+def lying(folder: Path, name: str, content: torch.Tensor, parts: tuple[Shard, ...], is_transposed: bool) -> Held:
+    """A matrix in a file of its own, made of parts."""
     content.contiguous().view(torch.uint8).numpy().tofile(folder / name)
     extent = Extent(str(folder / name), 0, content.nbytes)
     found = Found(name, Place(), WEIGHT, Stored(str(content.dtype)[6:], tuple(content.shape), (extent,)))
-    row = families.Row(name, ROWS, None, True) if is_transposed else None
-    return Held(found, name, row, ROWS, tuple(blocks), 1 if is_transposed else len(blocks))
+    return Held(found, name, families.Row(name, ROWS, None, True) if is_transposed else None, ROWS, parts)
 
 
-def whole(name: str, matrix: torch.Tensor) -> tuple[Tensor, Box]:
-    return Tensor(WEIGHT, name, str(matrix.dtype)[6:], tuple(matrix.shape)), Box(0, len(matrix), 0, matrix.shape[1])
+def whole(name: str, matrix: torch.Tensor) -> Shard:
+    return whole_of(Tensor(WEIGHT, name, str(matrix.dtype)[6:], tuple(matrix.shape)))
 
 
-def taken(matrix: torch.Tensor, box: Box) -> torch.Tensor:
-    return matrix[box.row:box.row + box.rows, box.col:box.col + box.cols]
+def taken(matrix: torch.Tensor, region: Region) -> torch.Tensor:
+    (row, col), (row_end, col_end) = region.offsets, region.ends
+    return matrix[row:row_end, col:col_end]
 
 
 @SMALL_BUFFERS
 def test_parts_of_other_precision_follow_each_other(tmp_path):
     parts = {"a": drawn((6, 20), 0), "b": drawn((9, 20), 1).bfloat16()}
-    held = [lying(tmp_path, name, part.t(), [whole(name, part)], True) for name, part in parts.items()]
-    one = Wanted(TensorSpec("out", "bfloat16", (15, 20)), tuple(itertools.starmap(whole, parts.items())))
+    held = [lying(tmp_path, name, part.t(), (whole(name, part),), True) for name, part in parts.items()]
+    one = Wanted(TensorSpec("out", "bfloat16", (15, 20)), tuple(
+        part.at("", at * 20 * part.view.itemsize) for part, at in zip(itertools.starmap(whole, parts.items()), (0, 6),
+                                                                        strict=True)))
     (result,), _, _ = written(Index(held, Layout()), [one])
     assert np.array_equal(result, bits(torch.cat([part.bfloat16() for part in parts.values()])))
 
@@ -127,10 +121,12 @@ def test_parts_of_other_precision_follow_each_other(tmp_path):
 @SMALL_BUFFERS
 def test_parts_side_by_side_go_one_below_the_other(tmp_path):
     parts = {name: drawn((20, 6), seed) for seed, name in enumerate("ab")}
-    blocks = list(itertools.starmap(whole, parts.items()))
-    held = lying(tmp_path, "ab", torch.cat(list(parts.values()), dim=1), blocks, False)
+    shards = [whole(name, part) for name, part in parts.items()]
+    side_by_side = tuple(replace(shard, view=View("", 24 * number, "float32", (20, 6), (48, 4)))
+                         for number, shard in enumerate(shards))
+    held = lying(tmp_path, "ab", torch.cat(list(parts.values()), dim=1), side_by_side, False)
     (result,), _, _ = written(Index([held], Layout()), [
-        Wanted(TensorSpec("out", "float32", (6, 40)), tuple(blocks), transposed=True)])
+        Wanted(TensorSpec("out", "float32", (6, 40)), transposed(in_a_row(shards), (40, 6)))])
     assert np.array_equal(result, bits(torch.cat(list(parts.values())).t()))
 
 
@@ -138,10 +134,11 @@ def test_parts_side_by_side_go_one_below_the_other(tmp_path):
 def test_parts_of_other_widths_follow_each_other(tmp_path):
     layer, name = Layer(tmp_path), "layers.0.attention.out.weight"
     layer.save(True)
-    tensor, boxes = whole(name, layer.weights[name])[0], (Box(0, HIDDEN, 0, 7), Box(0, HIDDEN, 7, HIDDEN - 7))
+    tensor = whole(name, layer.weights[name]).tensor
+    regions = Region((0, 0), (HIDDEN, 7)), Region((0, 7), (HIDDEN, HIDDEN - 7))
     (result,), outcome, _ = written(layer.index, [
-        Wanted(TensorSpec("out", "float32", (HIDDEN * HIDDEN,)), tuple((tensor, box) for box in boxes))])
-    assert np.array_equal(result, bits(torch.cat([taken(layer.weights[name], box).reshape(-1) for box in boxes])))
+        Wanted(TensorSpec("out", "float32", (HIDDEN * HIDDEN,)), in_a_row(whole_of(tensor, region) for region in regions))])
+    assert np.array_equal(result, bits(torch.cat([taken(layer.weights[name], region).reshape(-1) for region in regions])))
     assert outcome.digests[tensor, 0] == (logical_digests(layer.weights)[name], tensor.rows * tensor.cols)
 
 
@@ -150,12 +147,11 @@ def test_parts_side_by_side_in_another_order_than_in_their_tensors(tmp_path):
     """Of neighbours, some differ in their rows only, some in their columns, some in their tensor."""
     matrices = {name: drawn((12, 20), seed) for seed, name in enumerate("ab")}
     order = [("a", 0, 0), ("a", 6, 10), ("a", 0, 10), ("b", 6, 10), ("b", 0, 10), ("b", 6, 0), ("b", 0, 0), ("a", 6, 0)]
-    blocks = [(whole(name, matrices[name])[0], Box(row, 6, col, 10)) for name, row, col in order]
-    parts = [taken(matrices[tensor.name], box) for tensor, box in blocks]
-    held = lying(tmp_path, "ab", torch.cat(parts).t(), blocks, True)
-    (result,), outcome, plan = written(Index([held], Layout()), [
-        Wanted(TensorSpec("out", "float32", (48, 10)), tuple(blocks[::-1]))])
-    assert np.array_equal(result, bits(torch.cat(parts[::-1]))) and len(list(plan.tasks[0].reads())) == 1
+    shards = [whole_of(whole(name, matrices[name]).tensor, Region((row, col), (6, 10))) for name, row, col in order]
+    parts = [taken(matrices[shard.tensor.name], shard.region) for shard in shards]
+    held = lying(tmp_path, "ab", torch.cat(parts).t(), in_a_row(shards), True)
+    (result,), outcome, _ = written(Index([held], Layout()), [
+        Wanted(TensorSpec("out", "float32", (48, 10)), in_a_row(shards[::-1]))])
+    assert np.array_equal(result, bits(torch.cat(parts[::-1])))
     for name, matrix in matrices.items():
-        tensor, box = whole(name, matrix)
-        assert outcome.digests[tensor, 0] == (box_digest(bits(matrix).reshape(-1), box), 240)
+        assert outcome.digests[whole(name, matrix).tensor, 0] == (cells_digest(bits(matrix), Cells(0, 0, (1,))), 240)

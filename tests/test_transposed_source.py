@@ -15,18 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from convert import families, writer
+from convert import families, gather, writer
 from convert.containers import safetensors, torch_zip
 from convert.containers.frames import Hole
-from convert.digest import box_digest
-from convert.errors import RefusedError
+from convert.digest import cells_digest
 from convert.families import HF_GPT2, HF_OPT, MERAK_CUT
-from convert.fusion import COLS, ROWS, STACKED_QKV, VOCAB, Sizes, blocks, local_shape
+from convert.fusion import COLS, ROWS, STACKED_QKV, VOCAB, Sizes, arranged, local_shape
 from convert.index import Found, Held, Index, Naming, atoms
 from convert.layout import Layout, Place
-from convert.plan import Plan, Transpose, Wanted, WantedFile, bands_of
+from convert.plan import Plan, Wanted, WantedFile, in_a_row, interleaved
 from convert.planner import FIRST, MEAN, OWN, Planner
-from convert.tensors import MODEL_WEIGHT, WEIGHT, Box, Extent, Stored, Tensor, TensorSpec
+from convert.region import Cells
+from convert.shard import Shard, transposed, whole_of
+from convert.tensors import MODEL_WEIGHT, WEIGHT, Extent, Stored, Tensor, TensorSpec
 from convert.writer import Outcome, Writer
 
 HEADS, HIDDEN, INNER = 12, 24, 60
@@ -47,8 +48,10 @@ WAYS = pytest.mark.parametrize(("stored", "wants"), [(True, False), (False, True
 @pytest.fixture(params=[(48, 480, 0), (400, 4000, 80), (1 << 12, 1 << 12, 1 << 12)], ids=str)
 def buffers(request, monkeypatch):
     """Buffers that even small matrices do not fit."""
-    for name, size in zip(("BUFFER_BYTES", "STRIP_BYTES", "_GAP_BYTES"), request.param, strict=True):
-        monkeypatch.setattr(writer, name, size)
+    buffer, strip, gap = request.param
+    for module, name, size in ((writer, "BUFFER_BYTES", buffer), (gather, "BUFFER_BYTES", buffer),
+                               (writer, "STRIP_BYTES", strip), (gather, "GAP_BYTES", gap)):
+        monkeypatch.setattr(module, name, size)
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -105,9 +108,14 @@ def wanted(name: str, is_transposed: bool, tp: int = 1, rank: int = 0, kind: str
            dtype: str = "float32") -> Wanted:
     own, whole, *_ = TENSORS[name]
     shape = local_shape(kind or own, whole, tp, SIZES)
-    arranged = atoms(WEIGHT, name, kind or own, "float32", blocks(kind or own, shape, tp, rank, SIZES))
+    parts = atoms(WEIGHT, name, kind or own, "float32", arranged(kind or own, shape, tp, rank, SIZES))
+    return laid(name, shape, parts, is_transposed, dtype)
+
+
+def laid(name: str, shape: tuple[int, ...], parts: tuple[Shard, ...], is_transposed: bool, dtype: str = "float32") -> Wanted:
     is_turned = is_transposed and len(shape) == 2
-    return Wanted(TensorSpec(name, dtype, shape[::-1] if is_turned else shape), arranged, transposed=is_turned)
+    return Wanted(TensorSpec(name, dtype, shape[::-1] if is_turned else shape),
+                  transposed(parts, shape) if is_turned else parts)
 
 
 def written(index: Index, tensors: list[Wanted], replicas: str = OWN, draw: random.Random | None = None,
@@ -137,8 +145,7 @@ def logical_digests(weights: dict[str, torch.Tensor]) -> dict[str, int]:
         is_fused = TENSORS[name][0] == STACKED_QKV
         for atom, part in zip("qkv", weight.chunk(3), strict=True) if is_fused else [("", weight)]:
             matrix = bits(part).reshape(part.shape[0], -1)
-            result[name.replace("qkv", atom) if is_fused else name] = box_digest(
-                matrix.reshape(-1), Box(0, matrix.shape[0], 0, matrix.shape[1]))
+            result[name.replace("qkv", atom) if is_fused else name] = cells_digest(matrix, Cells(0, 0, (1,)))
     return result
 
 
@@ -162,13 +169,12 @@ def test_any_cut_from_any_cut(stored, wants, seed, tmp_path, buffers) -> None:
     assert all(count == tensor.rows * tensor.cols for (tensor, _), (_, count) in outcome.digests.items())
 
 
-def test_the_same_tensor_is_one_copy_and_its_parts_are_read_together(tmp_path):
+def test_a_tensor_and_each_part_of_it_are_one_fill(tmp_path):
     layer, names = Layer(tmp_path), ("layers.0.attention.qkv.weight", "layers.0.mlp.fc1.weight")
     layer.save(True)
     for wants in (True, False):
         _, _, plan = written(layer.index, [wanted(name, wants) for name in names])
-        assert [len(copies) for copies in plan.tasks[0].copies] == [1, 1]
-        assert len(list(plan.tasks[0].reads())) == 2
+        assert [len(fills) for fills in plan.tasks[0].fills] == [3, 1]
 
 
 @pytest.mark.parametrize("wants", [False, True])
@@ -209,21 +215,16 @@ def test_padding_of_a_vocabulary_that_lies_transposed(wants, rows, tmp_path, buf
     found = Found("lm_head.kernel", Place(), WEIGHT, safetensors.read(tmp_path / "head.safetensors")["lm_head.kernel"])
     row = families.Row("output.weight", VOCAB, None, True)
     held = Held(found, row.canonical, row, VOCAB, atoms(WEIGHT, row.canonical, VOCAB, "float32",
-                                                        blocks(VOCAB, (12, 10), 1, 0, sizes)))
+                                                        arranged(VOCAB, (12, 10), 1, 0, sizes)))
     shape = (11 + rows, 10)
-    arranged = atoms(WEIGHT, row.canonical, VOCAB, "float32", blocks(VOCAB, shape, 1, 0, sizes))
-    one = Wanted(TensorSpec("out", "float32", shape[::-1] if wants else shape), arranged, transposed=wants)
-    if wants and rows > 1:
-        with pytest.raises(RefusedError, match="padding"):
-            written(Index([held], Layout()), [one])
-        return
+    one = laid("out", shape, atoms(WEIGHT, row.canonical, VOCAB, "float32", arranged(VOCAB, shape, 1, 0, sizes)), wants)
     (result,), outcome, _ = written(Index([held], Layout()), [one])
     expected = torch.cat([table, table[-1:].expand(rows - 1, -1)])
     assert np.array_equal(result, bits(turned(expected, wants)))
     assert {count for _, count in outcome.digests.values()} == {110, 10}
 
 
-# -------------------------------------------------------------------------------------------------- twins and replicas
+# -------------------------------------------------------------------------------------------------- copys and replicas
 
 
 def changed(weights: dict[str, torch.Tensor], draw: random.Random, count: int) -> tuple[dict, dict[str, set]]:
@@ -250,16 +251,16 @@ def in_logical(found: dict[Tensor, object]) -> dict[str, set[tuple[int, int]]]:
     return result
 
 
-@pytest.mark.parametrize("twin", [False, True])
+@pytest.mark.parametrize("copy", [False, True])
 @WAYS
 @pytest.mark.parametrize(("tp", "to"), [(1, 1), (3, 2)])
-def test_twins_are_compared_at_the_right_elements(stored, wants, twin, tp, to, tmp_path, buffers, monkeypatch):
+def test_model_copies_are_compared_at_the_right_elements(stored, wants, copy, tp, to, tmp_path, buffers, monkeypatch):
     """The model's own copy lies as the optimizer's weight does, or the other way round."""
     monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     layer = Layer(tmp_path, 1, tp)
     layer.save(stored)
     model, where = changed({name: weight.bfloat16() for name, weight in layer.weights.items()}, random.Random(0), 9)
-    layer.save(twin, MODEL_WEIGHT, model)
+    layer.save(copy, MODEL_WEIGHT, model)
     results, outcome, _ = written(layer.index, [wanted(name, wants, to, rank) for rank in range(to) for name in TENSORS])
     assert in_logical(outcome.misfits) == where
     assert sum(misfit.count for misfit in outcome.misfits.values()) == 9 * len(where)
@@ -268,7 +269,7 @@ def test_twins_are_compared_at_the_right_elements(stored, wants, twin, tp, to, t
 
 
 @WAYS
-def test_a_twin_whose_parts_are_tensors_of_their_own(stored, wants, tmp_path, monkeypatch):
+def test_a_copy_whose_parts_are_tensors_of_their_own(stored, wants, tmp_path, monkeypatch):
     monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     layer, name = Layer(tmp_path), "layers.0.attention.qkv.weight"
     layer.save(stored)
@@ -310,38 +311,42 @@ def test_what_is_not_finite_is_named_by_its_logical_place(tmp_path, buffers):
         assert tensor.name.endswith("attention.k.weight") and found.count == 1 and found.positions[0][:2] == (5, 17)
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# --------------------------------------------------------------------------------------------- what lies in several orders
 
 
-def test_one_tensor_that_lies_both_ways_is_refused(tmp_path):
+@pytest.mark.parametrize("wants", [False, True])
+def test_one_tensor_that_lies_both_ways(wants, tmp_path, buffers, monkeypatch):
+    """One rank's file holds it transposed, the other's as it is; copies are compared all the same."""
+    monkeypatch.setattr("convert.checks.SHOWN_POSITIONS", 1000)
     layer = Layer(tmp_path, tp=1, ep=2)
+    other, where = changed(layer.weights, random.Random(0), 5)
     layer.save(True)
-    layer.save(False, ep=1)
-    with pytest.raises(RefusedError, match="lies transposed here or in"):
-        _ = layer.index
+    layer.save(False, weights=other, ep=1)
+    results, outcome, _ = written(layer.index, [wanted(name, wants) for name in TENSORS], FIRST)
+    for name, result in zip(TENSORS, results, strict=True):
+        assert np.array_equal(result, bits(turned(layer.weights[name], wants)))
+    assert in_logical(outcome.unequal) == where
 
 
-def test_parts_that_lie_transposed_are_not_interleaved(tmp_path):
-    layer = Layer(tmp_path)
+def test_parts_that_lie_transposed_are_interleaved(tmp_path, buffers):
+    layer, name = Layer(tmp_path), "layers.0.attention.qkv.weight"
     layer.save(True)
-    one = wanted("layers.0.attention.qkv.weight", True)
-    with pytest.raises(RefusedError, match="cannot be interleaved"):
-        written(layer.index, [Wanted(one.spec, one.blocks, bands=bands_of(one.blocks, 3), transposed=True)])
+    one = wanted(name, True)
+    (result,), _, _ = written(layer.index, [Wanted(one.spec, interleaved([(part,) for part in one.parts]))])
+    q, k, v = layer.weights[name].chunk(3)
+    assert np.array_equal(result, bits(torch.stack([q.t(), k.t(), v.t()], dim=2).reshape(HIDDEN, 3 * HIDDEN)))
 
 
-def test_blocks_that_lie_differently_make_no_tensor(tmp_path):
-    layer = Layer(tmp_path)
+def test_parts_that_lie_differently_make_one_tensor(tmp_path, buffers):
+    layer, content = Layer(tmp_path), drawn((HIDDEN, HIDDEN), 9)
     layer.save(True)
-    plain = layer.held[0].found.stored
-    Path(tmp_path / "plain").write_bytes(bytes(plain.nbytes))
-    other = Tensor(WEIGHT, "other", "float32", (HIDDEN, HIDDEN))
-    box = Box(0, HIDDEN, 0, HIDDEN)
+    content.numpy().tofile(tmp_path / "plain")
+    other, out = (Tensor(WEIGHT, name, "float32", (HIDDEN, HIDDEN)) for name in ("other", "layers.0.attention.out.weight"))
     stored = Stored("float32", (HIDDEN, HIDDEN), (Extent(str(tmp_path / "plain"), 0, 4 * HIDDEN * HIDDEN),))
-    held = Held(Found("other", Place(), WEIGHT, stored), "other", None, ROWS, ((other, box),))
-    out = Tensor(WEIGHT, "layers.0.attention.out.weight", "float32", (HIDDEN, HIDDEN))
-    with pytest.raises(RefusedError, match="cannot be made of both"):
-        written(Index([*layer.held, held], Layout()), [
-            Wanted(TensorSpec("out", "float32", (HIDDEN, 2 * HIDDEN)), ((out, box), (other, box)), transposed=True)])
+    held = Held(Found("other", Place(), WEIGHT, stored), "other", None, ROWS, (whole_of(other),))
+    parts = in_a_row([whole_of(out), whole_of(other)])
+    (result,), _, _ = written(Index([*layer.held, held], Layout()), [laid("out", (2 * HIDDEN, HIDDEN), parts, True)])
+    assert np.array_equal(result, bits(torch.cat([layer.weights[out.name], content]).t()))
 
 
 def test_memory_does_not_grow_with_the_matrix(tmp_path, monkeypatch):
@@ -350,9 +355,9 @@ def test_memory_does_not_grow_with_the_matrix(tmp_path, monkeypatch):
     save_file({"h.0.mlp.c_fc.weight": weight.t().contiguous()}, tmp_path / "w.safetensors")
     stored, = safetensors.read(tmp_path / "w.safetensors").values()
     held = Naming(HF_GPT2, Layout(), None, None, SIZES, False).hold(Found("h.0.mlp.c_fc.weight", Place(), WEIGHT, stored))
-    one = Wanted(TensorSpec("out", "float32", (3000, 4000)), held.blocks)
+    one = Wanted(TensorSpec("out", "float32", (3000, 4000)), held.parts)
     plan = Planner(Index([held], Layout())).plan([WantedFile("out", (Hole(0, 0, stored.nbytes),), (one,))])
-    assert isinstance(plan.tasks[0].copies[0][0], Transpose)
+    assert plan.tasks[0].fills[0][0].is_turned
     with open(tmp_path / "out", "wb") as out:
         tracemalloc.start()
         Writer(plan.tasks[0], out, lambda nbytes: None).write()

@@ -44,8 +44,8 @@ def test_checkpoints_are_compared_element_by_element(stored, wants, tp, tmp_path
     b.weights, where = changed(a.weights, random.Random(1), 4)
     b.save(wants)
     sides = a.index, b.index
-    theirs = {tensor.name: tensor for tensor in sides[1].boxes}
-    found = differences(*sides, [Pair(tensor, theirs[tensor.name]) for tensor in sides[0].boxes])
+    theirs = {tensor.name: tensor for tensor in sides[1].shards}
+    found = differences(*sides, [Pair(tensor, theirs[tensor.name]) for tensor in sides[0].shards])
     positions = {one.a: type("Found", (), {"positions": [(at.row, at.column) for at in one.positions]}) for one in found}
     assert in_logical(positions) == where and sum(one.elements for one in found) == 4 * len(where)
     for one in found:
@@ -82,8 +82,8 @@ def test_wrong_elements_are_repaired_in_place(stored, tmp_path, small_tiles):
     wrong.weights, _ = changed(right.weights, random.Random(1), 6)
     wrong.save(True)
     sides, checksums = (wrong.index, right.index), repair._Checksums()
-    theirs = {tensor.name: tensor for tensor in sides[1].boxes}
-    for tensor in sides[0].boxes:
+    theirs = {tensor.name: tensor for tensor in sides[1].shards}
+    for tensor in sides[0].shards:
         repair._rewrite(Pair(tensor, theirs[tensor.name]), *sides, checksums)
     checksums.renew()
     for rank, file in enumerate(sorted((tmp_path / "b").iterdir())):
@@ -99,7 +99,7 @@ def test_elements_are_located_and_back(tp, tmp_path):
     checkpoint, draw = Located(tmp_path, layer.index), random.Random(0)
     for name, (kind, shape, key, _) in TENSORS.items():
         stored = [turned(cut(kind, layer.weights[name], tp, rank), True) for rank in range(tp)]
-        for tensor in (tensor for tensor in checkpoint.index.boxes if tensor.name in (
+        for tensor in (tensor for tensor in checkpoint.index.shards if tensor.name in (
                 name, *(name.replace("qkv", atom) for atom in "qkv"))):
             first = HIDDEN * "qkv".index(tensor.name.split(".")[-2]) if kind == STACKED_QKV else 0
             index = [draw.randrange(size) for size in tensor.shape]
@@ -110,16 +110,17 @@ def test_elements_are_located_and_back(tp, tmp_path):
             back, = identify(checkpoint, Path(run.file), run.offset + 3).runs
             assert back == run
             runs = list(locate(checkpoint, tensor.name))
-            assert sum(run.box.numel for run in runs) == tensor.rows * tensor.cols
+            assert sum(run.region.numel for run in runs) == tensor.rows * tensor.cols
             matrix = layer.weights[name].reshape(shape[0], -1)
             for run in runs:
-                box = run.box
-                expected = matrix[first + box.row:first + box.row + box.rows, box.col:box.col + box.cols]
-                assert np.array_equal(np.fromfile(run.file, "<u4", box.numel, offset=run.offset), bits(expected).reshape(-1))
+                (row, col), (row_end, col_end) = run.region.offsets, run.region.ends
+                expected = matrix[first + row:first + row_end, col:col_end]
+                there = np.fromfile(run.file, "<u4", run.region.numel, offset=run.offset)
+                assert np.array_equal(there, bits(expected).reshape(-1))
         for rank, tensor in enumerate(stored):
             low = draw.randrange(tensor.shape[0] - 1)
             found = list(locate(checkpoint, f"{key}[{low}:{low + 2}]", {"tp": rank}))
-            values = np.concatenate([np.fromfile(run.file, "<u4", run.box.numel, offset=run.offset) for run in found])
+            values = np.concatenate([np.fromfile(run.file, "<u4", run.region.numel, offset=run.offset) for run in found])
             assert np.array_equal(values, bits(tensor[low:low + 2]).reshape(-1))
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from convert import planner
 from convert.cli import main
 from convert.proof import stream
+from convert.region import whole
 from tests.conftest import every_run
 from tests.lab.logical import content_offset, element, flip
 from tests.lab.mindspore_load import load
@@ -126,16 +127,19 @@ def test_an_equal_output_is_proved_and_says_how_much(output, capsys):
 
 def test_two_rows_swapped_by_a_wrong_plan_are_caught(tmp_path, monkeypatch, capsys):
     """The copier's own digests are those of the source; only reading the output again can tell."""
-    planned = planner.Planner._copies
+    planned = planner.Planner._fills
 
-    def swapped(self, wanted, place):
+    def swap(self, wanted, place):
         if wanted.spec.name == "exp_avg.language_model.encoder.layers.2.attention.qkv_proj.weight":
-            (one, a), *between, (same, b) = wanted.blocks[:4]
-            assert one == same and a.numel == b.numel and a != b
-            wanted = dataclasses.replace(wanted, blocks=((one, b), *between, (one, a), *wanted.blocks[4:]))
+            q, *others = wanted.parts
+            a, b = (q.cut(whole(q.view.shape).narrow(0, row, row + 1)) for row in range(2))
+            assert a.region.sizes == b.region.sizes and len(q.view.shape) == 3
+            rest = [q.cut(whole(q.view.shape).narrow(0, 2, q.view.shape[0]))] if q.view.shape[0] > 2 else []
+            swapped = (dataclasses.replace(a, view=b.view), dataclasses.replace(b, view=a.view), *rest, *others)
+            wanted = dataclasses.replace(wanted, parts=swapped)
         return planned(self, wanted, place)
 
-    monkeypatch.setattr(planner.Planner, "_copies", swapped)
+    monkeypatch.setattr(planner.Planner, "_fills", swap)
     out = convert(GOLDEN, tmp_path / "out", "mindspore")
     status, found = run(capsys, "verify", out)
     assert status == 1 and names(found["problems"]) == {"layers.2.attention.q.weight (exp_avg)"}

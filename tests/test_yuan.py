@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from convert.cli import main
 from convert.frameworks.megatron.facts import Facts
 from convert.repartition import main as repartition
 from tests.lab.torch_load import torch_load
+from tests.lab.views import matrix_of
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests/data/yuan"
@@ -251,13 +253,8 @@ def test_parameters_in_another_order_are_found_out(tmp_path, capsys):
 def atoms(save: Path) -> dict[str, torch.Tensor]:
     """The model's logical tensors by name, from the bytes that the reader points at."""
     result = {}
-    for tensor, boxes in frameworks.read(save, weights_only=True).index.boxes.items():
-        whole = torch.empty(tensor.rows, tensor.cols, dtype=torch.bfloat16)
-        for box, (piece, *_) in boxes.items():
-            with open(piece.file, "rb") as file:
-                file.seek(piece.offset)
-                data = torch.frombuffer(bytearray(file.read(box.numel * 2)), dtype=torch.bfloat16)
-            whole[box.row:box.row + box.rows, box.col:box.col + box.cols] = data.view(box.rows, box.cols)
+    for tensor, regions in frameworks.read(save, weights_only=True).index.shards.items():
+        whole = torch.from_numpy(matrix_of(tensor, regions).view(np.int16)).view(torch.bfloat16)
         result[tensor.name] = whole.view(tensor.shape)
     return result
 

@@ -53,14 +53,14 @@ def _entry(run: Run) -> dict:
     """`index` and `rows` × `columns` count in the logical tensor seen as a matrix."""
     return {"tensor": run.tensor.name, "role": run.tensor.role, "dtype": run.tensor.dtype, "shape": list(run.tensor.shape),
             "place": asdict(run.place), "file": run.file, "key": run.key, "element": run.element, "offset": run.offset,
-            "bytes": run.nbytes, "index": [run.box.row, run.box.col], "rows": run.box.rows, "columns": run.box.cols,
-            "first_value": value_at(run.file, run.offset, run.tensor.dtype)}
+            "bytes": run.nbytes, "index": list(run.region.offsets), "rows": run.region.sizes[0],
+            "columns": run.region.sizes[1], "first_value": value_at(run.file, run.offset, run.tensor.dtype)}
 
 
 def _line(run: Run) -> str:
-    count = run.box.numel
+    count = run.region.numel
     value = value_at(run.file, run.offset, run.tensor.dtype)
-    what = f"[{run.box.row}, {run.box.col}]" + (f" and {count - 1} more" if count > 1 else "")
+    what = f"{list(run.region.offsets)}" + (f" and {count - 1} more" if count > 1 else "")
     return (f"{run.tensor.name} ({run.tensor.role}) {what} = {value:.9g}{' …' if count > 1 else ''}: {run.file} bytes "
             f"{run.offset} to {run.offset + run.nbytes}, {run.key} element {run.element} ({run.place})")
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import os
 import pickletools
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from convert.containers import pickle_writer, pickles, torch_zip
@@ -32,32 +30,6 @@ _NUMEL = struct.Struct("<q")
 _PREFIX = "legacy"
 
 
-@dataclass(frozen=True, slots=True)
-class Lines(Sequence):
-    """The extents of `count` runs of `nbytes` bytes each, `pitch` bytes apart, made when asked for."""
-
-    file: str
-    offset: int
-    nbytes: int
-    pitch: int
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> Extent:
-        return Extent(self.file, self.offset + range(self.count)[number] * self.pitch, self.nbytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Strided(Stored):
-    """A matrix of which one dimension is contiguous: the file has its rows, or if `turned` its columns, `pitch` elements
-    apart, and each of these is an extent."""
-
-    pitch: int = 0
-    turned: bool = False
-
-
 def is_legacy(path: str | os.PathLike) -> bool:
     """Whether a file begins as such a checkpoint does; False for one that cannot be read."""
     try:
@@ -68,13 +40,13 @@ def is_legacy(path: str | os.PathLike) -> bool:
 
 
 def read_either(path: str | os.PathLike) -> Any:
-    """The pickled object of a torch.save of either kind, with a Stored in place of each tensor, or a Strided."""
+    """The pickled object of a torch.save of either kind, with a Stored in place of each tensor."""
     return read(path) if is_legacy(path) else torch_zip.read(path, kind=_Views)
 
 
 def read(path: str | os.PathLike) -> Any:
-    """The pickled object, with a Stored in place of each tensor and parameter, or a Strided; reads the pickles and the
-    storages' sizes only.
+    """The pickled object, with a Stored in place of each tensor and parameter; reads the pickles and the storages' sizes
+    only.
 
     Raises RefusedError if the file is missing, truncated, of another format, big-endian, or holds a tensor that is neither
     contiguous nor a strided matrix.
@@ -164,15 +136,14 @@ class _Views(torch_zip.Reader):
     def _box(self, extent: Extent, dtype: str, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Stored:
         if len(shape) != 2 or 0 in shape or torch_zip._is_contiguous(shape, stride) or 1 not in stride:
             return super()._box(extent, dtype, offset, shape, stride)
-        turned = stride[1] != 1
-        (lines, width), pitch = shape[::-1] if turned else shape, stride[1] if turned else stride[0]
-        itemsize = ITEMSIZE[dtype]
-        start = extent.offset + offset * itemsize
-        if pitch < width:
+        start, itemsize = extent.offset + offset * ITEMSIZE[dtype], ITEMSIZE[dtype]
+        inner = int(stride[1] == 1)
+        if stride[1 - inner] < shape[inner]:
             return super()._box(extent, dtype, offset, shape, stride)
-        if offset < 0 or start + ((lines - 1) * pitch + width) * itemsize > extent.offset + extent.nbytes:
+        span = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * itemsize + itemsize
+        if offset < 0 or start + span > extent.offset + extent.nbytes:
             raise RefusedError(f"{self.file}: a tensor {shape} reaches beyond its storage; the file is damaged")
-        return Strided(dtype, shape, Lines(self.file, start, width * itemsize, pitch * itemsize, lines), pitch, turned)
+        return Stored(dtype, shape, (Extent(self.file, start, span),), stride)
 
 
 class _Legacy(_Views):

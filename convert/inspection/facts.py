@@ -244,7 +244,8 @@ def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
     knows_vocab = facts.sizes().vocab or _architecture(whole)
     padding = sum(_numel(t) for t in weights if is_padding(t) and t.name.startswith((WORD_EMBEDDING, HEAD))) \
         if knows_vocab else None
-    copied = {tensor for held in whole.index.held if held.is_tied_head for tensor, _ in held.blocks if tensor.role == WEIGHT}
+    copied = {part.tensor for held in whole.index.held if held.is_tied_head for part in held.parts
+              if part.tensor.role == WEIGHT}
     tied = sum(map(_numel, copied))
     is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
     return {"tensors": len(weights), "total": total, "by_kind": {kind: n for kind, n in by_kind.items() if n},
@@ -260,7 +261,7 @@ def _states(reading: Reading) -> list[dict[str, Any]]:
     """Each role and dtype: tensors and logical elements, and bytes on disk with the copies that several ranks keep."""
     counted: dict[tuple[str, str], dict[str, int]] = {}
     for checkpoint, roles in _read_roles(reading):
-        for tensor in checkpoint.index.boxes:
+        for tensor in checkpoint.index.shards:
             if tensor.role in roles:
                 entry = counted.setdefault((roles[tensor.role], tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
                 entry["tensors"] += 1
@@ -352,19 +353,19 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
 def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
     """Each logical tensor: shape, dtype of each role, how it is split, and who holds it under which name."""
     entries: dict[str, dict[str, Any]] = {}
-    for tensor, boxes in whole.index.boxes.items():
+    for tensor, regions in whole.index.shards.items():
         entry = entries.setdefault(tensor.name, {"name": tensor.name, "shape": list(tensor.shape), "roles": {},
                                                  "kind": kind_of(tensor.name), "split": "", "held_by": []})
         entry["roles"][tensor.role] = tensor.dtype
         if tensor.role == WEIGHT:
-            rows = any(box.rows != tensor.rows for box in boxes)
-            cols = any(box.cols != tensor.cols for box in boxes)
+            rows = any(region.sizes[0] != tensor.rows for region in regions)
+            cols = any(region.sizes[1] != tensor.cols for region in regions)
             entry["split"] = "rows" if rows else "columns" if cols else "whole"
     holders: dict[str, dict[tuple[str, int], set[tuple[int, int, int]]]] = {}
     for held in whole.index.held:
         place = held.found.place
-        for tensor, _ in held.blocks:
-            names = holders.setdefault(tensor.name, {})
+        for part in held.parts:
+            names = holders.setdefault(part.tensor.name, {})
             names.setdefault((held.found.name, place.vpp), set()).add((place.tp, place.pp, place.ep))
     for name, found in holders.items():
         entries[name]["held_by"] = [{"name": key, "vpp": vpp, "ranks": sorted(map(list, places))}

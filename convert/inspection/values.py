@@ -11,10 +11,11 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from ..checks import widen_bits
-from ..digest import bits_dtype
 from ..proof import contents
 from ..proof.stream import BAND_BYTES, Files
-from ..tensors import ITEMSIZE, Stored
+from ..region import whole
+from ..shard import views_of
+from ..tensors import Stored
 
 _TENSORS = (*contents.PICKLED, ".ckpt", ".safetensors", ".npy")
 #: the key of a tensor of a state dict
@@ -52,13 +53,9 @@ def total(stored: Stored, files: Files) -> Total:
 
 
 def _bits(stored: Stored, files: Files) -> Iterator[np.ndarray]:
-    itemsize = ITEMSIZE[stored.dtype]
-    buffer = np.empty(BAND_BYTES // itemsize, bits_dtype(stored.dtype))
-    for extent in stored.extents:
-        for start in range(0, extent.nbytes, buffer.nbytes):
-            bits = buffer[:min(buffer.nbytes, extent.nbytes - start) // itemsize]
-            files.read(extent.file, extent.offset + start, bits)
-            yield bits
+    for view, _ in views_of(stored):
+        for piece in whole(view.shape).pieces(view.order, BAND_BYTES // view.itemsize):
+            yield files.bits(view.narrow(piece)).reshape(-1)
 
 
 def _total_of(bits: np.ndarray, dtype: str) -> Total:

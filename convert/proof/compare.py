@@ -14,8 +14,9 @@ from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
 from ..frameworks.megatron.facts import Facts
 from ..index import Index, is_padding
-from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Tensor
-from .stream import Files, View, bands, copies_of, in_processes, tiles
+from ..region import Cells, Region, cells_of
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Tensor
+from .stream import Copy, Files, bands, copies_of, in_processes, tiles
 
 #: a tensor that differs in so many elements at most has each of them listed, one that does in more the first few
 LISTED = 32
@@ -63,12 +64,15 @@ class Difference:
     positions: list[Position] = field(default_factory=list)
     apart: str | None = None
 
-    def add(self, band: Box, at: np.ndarray, a: np.ndarray, b: np.ndarray, *, places: tuple[Place, Place]) -> None:
-        """Take down the elements numbered `at` of a band with the values `a`, `b`; `places` say where one lies on disk."""
+    def add(self, wrong: np.ndarray, a: np.ndarray, b: np.ndarray, cells: Cells, places: tuple[Place, Place]) -> None:
+        """Take down the elements that are True in `wrong`; `a`, `b` are the values of the cells, and `places` say where one
+        lies on disk. All arrays have the same shape."""
+        at = np.flatnonzero(wrong)
+        shape, a, b = wrong.shape, a.reshape(-1), b.reshape(-1)
         self.elements += len(at)
         self.largest = max(self.largest, _largest(a[at], b[at]))
         for element in map(int, at[:max(LISTED - len(self.positions), 0)]):
-            row, col = band.row + element // band.cols, band.col + element % band.cols
+            row, col = cells.position(element, shape)
             self.positions.append(Position(row, col, a[element].item(), b[element].item(),
                                            *(place(row, col) for place in places)))
 
@@ -126,7 +130,7 @@ class Pairing:
 def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
     """Pair tensors by role and name. Left aside are the model's own copies of weights where only one side keeps any, and
     padding of the vocabulary where one side has none or another number of rows, as layouts do."""
-    mine, theirs = ({(tensor.role, tensor.name): tensor for tensor in one.index.boxes} for one in (a, b))
+    mine, theirs = ({(tensor.role, tensor.name): tensor for tensor in one.index.shards} for one in (a, b))
     found_a, only_a = _counterparts(mine, theirs, is_tied(b))
     found_b, only_b = _counterparts(theirs, mine, is_tied(a))
     pairs = dict.fromkeys([*(Pair(*both) for both in found_a), *(Pair(*reversed(both)) for both in found_b)])
@@ -198,34 +202,34 @@ def _difference(a: Index, b: Index, pair: Pair, tolerance: Tolerance | None) -> 
     if not same_bits and tolerance is None:
         found.apart = f"{pair.a.dtype} and {pair.b.dtype}"
     wrong = _wrong_bits if same_bits and tolerance is None else _Wrong(tolerance or Tolerance())
-    boxes = a.boxes[pair.a], b.boxes[pair.b]
+    regions = a.shards[pair.a], b.shards[pair.b]
     with Files() as files:
-        for number in range(max(map(copies_of, boxes))):
-            views = View(pair.a, boxes[0], number), View(pair.b, boxes[1], number)
-            _compare(pair, views, wrong, files, found)
+        for number in range(max(map(copies_of, regions))):
+            copies = Copy(pair.a, regions[0], number), Copy(pair.b, regions[1], number)
+            _compare(pair, copies, wrong, files, found)
     found.shorten()
     return found if found.elements or found.apart else None
 
 
-def _compare(pair: Pair, views: tuple[View, View], wrong, files: Files, found: Difference) -> None:
-    view_a, view_b = views
-    for band, bits_a, bits_b in read_both(pair, view_a, view_b, files):
+def _compare(pair: Pair, copies: tuple[Copy, Copy], wrong, files: Files, found: Difference) -> None:
+    copy_a, copy_b = copies
+    for band, bits_a, bits_b in read_both(pair, copy_a, copy_b, files):
         dtype_b = pair.a.dtype if pair.cast else pair.b.dtype
         if pair.a.dtype == dtype_b and np.array_equal(bits_a, bits_b):
             continue
         a, b = values(bits_a, pair.a.dtype), values(bits_b, dtype_b)
-        at = np.flatnonzero(wrong(bits_a, bits_b, a, b, pair.cast))
-        if len(at):
-            found.add(band, at, a, b, places=(view_a.place, view_b.place))
+        at = wrong(bits_a, bits_b, a, b, pair.cast)
+        if at.any():
+            found.add(at.reshape(band.sizes), a, b, cells_of(band, band.sizes), (copy_a.place, copy_b.place))
 
 
-def read_both(pair: Pair, view_a: View, view_b: View, files: Files) -> Iterator[tuple[Box, np.ndarray, np.ndarray]]:
+def read_both(pair: Pair, copy_a: Copy, copy_b: Copy, files: Files) -> Iterator[tuple[Region, np.ndarray, np.ndarray]]:
     """The bits of both, band by band; b's in a's dtype where they are compared across a cast."""
     itemsize = max(ITEMSIZE[pair.a.dtype], ITEMSIZE[pair.b.dtype])
-    cut = tiles if view_a.is_transposed or view_b.is_transposed else bands
-    for band in cut(Box(0, pair.a.rows, 0, pair.a.cols), itemsize):
-        bits = view_b.read(band, files)
-        yield band, view_a.read(band, files), recast(bits, pair.b.dtype, pair.a.dtype) if pair.cast else bits
+    cut = tiles if copy_a.is_transposed or copy_b.is_transposed else bands
+    for band in cut(Region((0, 0), pair.a.matrix), itemsize):
+        bits = copy_b.read(band, files)
+        yield band, copy_a.read(band, files), recast(bits, pair.b.dtype, pair.a.dtype) if pair.cast else bits
 
 
 def recast(bits: np.ndarray, dtype: str, to: str) -> np.ndarray:

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint import Checkpoint
-from ..digest import bits_dtype
 from ..errors import RefusedError
-from ..index import Held
+from ..index import Held, is_transposed
 from ..layout import Place
-from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Box, Piece, Stored, Tensor
+from ..region import Region
+from ..shard import Shard, fitted, merged, transposed, views_of
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Stored, Tensor
+from ..view import row_major
 from .compare import values
 from .contents import entries_of, structure_at
 from .stream import Files
@@ -33,13 +35,13 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive elements on disk that follow each other in the logical tensor as well, row by row of `box`.
+    """Consecutive elements on disk that follow each other in the logical tensor as well, row by row of `region`.
 
     `key` is the file's own name of the tensor they lie in, and `element` the number of the first one in it, row-major.
     """
 
     tensor: Tensor
-    box: Box
+    region: Region
     place: Place
     file: str
     key: str
@@ -91,11 +93,11 @@ def _named(checkpoint: Checkpoint, name: str) -> list[tuple[Held, Tensor | None]
     for roles, rest in _readings(checkpoint, name):
         held_of_roles = [held for held in checkpoint.index.held if held.found.role in roles]
         atoms = [(held, tensor) for held in held_of_roles
-                 for tensor in dict.fromkeys(tensor for tensor, _ in held.blocks) if tensor.name == rest]
+                 for tensor in dict.fromkeys(part.tensor for part in held.parts) if tensor.name == rest]
         stored = [(held, None) for held in held_of_roles if rest in (held.found.name, held.canonical)]
         if atoms or stored:
             return atoms or stored
-    known = {tensor.name for tensor in checkpoint.index.boxes} | {held.found.name for held in checkpoint.index.held}
+    known = {tensor.name for tensor in checkpoint.index.shards} | {held.found.name for held in checkpoint.index.held}
     near = difflib.get_close_matches(name, known, 3)
     raise RefusedError(f"{checkpoint.folder}: holds no {name}" + (f"; perhaps {' or '.join(near)}?" if near else ""))
 
@@ -148,60 +150,35 @@ def _flat_runs(ranges: Ranges, shape: tuple[int, ...]) -> Iterator[tuple[int, in
 
 def _runs_of_atom(held: Held, tensor: Tensor, ranges: Ranges) -> Iterator[Run]:
     row, stop = ranges[0] if ranges else (0, 1)
-    pieces = [piece for piece in held.pieces(0) if piece.tensor == tensor]
+    shards = list(held.shards(0, tensor))
     for low, high in _flat_runs(ranges[1:], tensor.shape[1:]):
-        for piece in pieces:
-            part = piece.box.intersect(Box(row, stop - row, low, high - low))
-            if part:
-                yield from (_run(held, piece, box) for box in _boxes_on_disk(piece, part))
-
-
-def _boxes_on_disk(piece: Piece, part: Box) -> Iterator[Box]:
-    """The boxes in which the elements of a box inside the piece's follow each other on disk, row by row."""
-    lying = piece.turned(part)
-    if not piece.transposed and piece.pitch == lying.cols:
-        yield part
-    else:
-        yield from (piece.turned(Box(lying.row + row, 1, lying.col, lying.cols)) for row in range(lying.rows))
+        yield from _runs_in(held, shards, Region((row, low), (stop - row, high - low)))
 
 
 def _runs_of_stored(held: Held, ranges: Ranges) -> Iterator[Run]:
-    pieces = [(piece, _number_of(held.found.stored, piece)) for piece in held.pieces(0)]
-    for start, stop in _flat_runs(ranges, held.found.stored.shape):
-        boxes = [(number, piece, box) for piece, first in pieces
-                 for number, box in _boxes_between(piece, start - first, stop - first, first)]
-        yield from (_run(held, piece, box) for _, piece, box in sorted(boxes, key=lambda one: one[0]))
+    shape, shards = held.found.stored.shape, list(held.shards(0))
+    parts = transposed(held.parts, shape[::-1]) if is_transposed(held.row, shape) else held.parts
+    for start, stop in _flat_runs(ranges, shape):
+        runs = [run.cut(box) for part in parts for run in part.within(start * part.view.itemsize, stop * part.view.itemsize)
+                for box in run.view.runs()]
+        for run in sorted(runs, key=lambda run: run.view.offset):
+            yield from _runs_in(held, [shard for shard in shards if shard.tensor == run.tensor], run.region)
 
 
-def _number_of(stored: Stored, piece: Piece) -> int:
-    """The number, in the stored tensor, of the first element of a piece of it."""
-    position = 0
-    for extent in stored.extents:
-        if extent.file == piece.file and 0 <= piece.offset - extent.offset < extent.nbytes:
-            return (position + piece.offset - extent.offset) // ITEMSIZE[stored.dtype]
-        position += extent.nbytes
-    raise ValueError(f"{piece} is no piece of {stored}")
+def _runs_in(held: Held, shards: list[Shard], region: Region) -> Iterator[Run]:
+    """The runs on disk that hold a region of the shards' tensor."""
+    for shard in shards:
+        if part := shard.region.intersect(region):
+            for there, (view,) in fitted(part, [shard]):
+                one = Shard(shard.tensor, there, merged(view))
+                yield from (_run(held, one.cut(box)) for box in one.view.runs())
 
 
-def _boxes_between(piece: Piece, start: int, stop: int, first: int) -> Iterator[tuple[int, Box]]:
-    """What a piece that begins at the `first` element of a stored tensor has of the elements [start, stop) from there on,
-    in boxes whose elements follow each other on disk; each with the number of its first element in the stored tensor."""
-    lying, pitch = piece.lying, piece.pitch
-    if not piece.transposed and pitch == lying.cols:
-        low, high = max(start, 0), min(stop, lying.numel)
-        yield from ((first + element, box) for box, element in lying.split_flat(low, high)) if low < high else ()
-        return
-    for row in range(max(start // pitch, 0), min(-(-stop // pitch), lying.rows)):
-        low, high = max(start - row * pitch, 0), min(stop - row * pitch, lying.cols)
-        if low < high:
-            yield first + row * pitch + low, piece.turned(Box(lying.row + row, 1, lying.col + low, high - low))
-
-
-def _run(held: Held, piece: Piece, box: Box) -> Run:
-    itemsize = ITEMSIZE[piece.tensor.dtype]
-    offset = piece.offset_of(box.row, box.col)
-    key, element, _ = _entry_at(piece.file, offset) or ("", 0, None)
-    return Run(piece.tensor, box, held.found.place, piece.file, key, element, offset, box.numel * itemsize)
+def _run(held: Held, shard: Shard) -> Run:
+    view = shard.view
+    key, element, _ = _entry_at(view.file, view.offset) or ("", 0, None)
+    return Run(shard.tensor, shard.region, held.found.place, view.file, key, element, view.offset,
+               view.numel * view.itemsize)
 
 
 @lru_cache(maxsize=64)
@@ -219,17 +196,25 @@ def _entry_at(file: str, offset: int) -> tuple[str, int, Stored] | None:
     """The key of the tensor in which a byte lies, the number of the element, and the tensor."""
     extents = _extents(file, os.stat(file).st_mtime_ns)
     for low, high, start, key, stored in reversed(extents[:bisect_right(extents, offset, key=lambda extent: extent[0])]):
-        if offset < high:
-            return key, (start + offset - low) // ITEMSIZE[stored.dtype], stored
+        if offset < high and (element := _element_at(stored, offset, start + offset - low)) is not None:
+            return key, element, stored
     return None
+
+
+def _element_at(stored: Stored, offset: int, position: int) -> int | None:
+    """The number of a tensor's element that lies at a byte of the file, which would be byte `position` of a tensor without
+    gaps; None if there is none."""
+    if not stored.strides:
+        return position // ITEMSIZE[stored.dtype]
+    (view, place), = views_of(stored)
+    index = view.index_at(offset)
+    return None if index is None else int(np.ravel_multi_index(index, place.shape))
 
 
 def value_at(file: str, offset: int, dtype: str) -> float | int:
     """The value of one element on disk."""
-    bits = np.empty(1, bits_dtype(dtype))
     with Files() as files:
-        files.read(file, offset, bits)
-    return values(bits, dtype)[0].item()
+        return values(files.bits(row_major((1,), dtype, file, offset)), dtype)[0].item()
 
 
 # ---------------------------------------------------------------------------------------------------- bytes to elements
@@ -247,28 +232,25 @@ def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
         raise RefusedError(f"{path}: has {path.stat().st_size} bytes and no byte {offset}")
     known = sorted({extent.file for held in checkpoint.index.held for extent in held.found.stored.extents})
     name = next((name for name in known if os.path.samefile(name, path)), str(path))
-    pieces = [(held, piece) for held in checkpoint.index.held for piece in held.pieces(0) if piece.file == name]
-    found = [run for held, piece in pieces if (run := _run_at(held, piece, offset))]
+    shards = [(held, shard) for held in checkpoint.index.held for shard in held.shards(0) if shard.view.file == name]
+    found = [run for held, shard in shards if (run := _run_at(held, shard, offset))]
     entry = _entry_at(name, offset)
     if entry is None:
         return Answer(name, offset, found, None, None, structure_at(path, offset))
     key, element, stored = entry
-    return Answer(name, offset, found, key, element, "" if found else _other(name, offset, stored, pieces))
+    return Answer(name, offset, found, key, element, "" if found else _other(offset, stored, [shard for _, shard in shards]))
 
 
-def _run_at(held: Held, piece: Piece, offset: int) -> Run | None:
-    """The element of a piece that lies at a byte; None if there is none."""
-    lying = piece.lying
-    row, col = divmod((offset - piece.offset) // ITEMSIZE[piece.tensor.dtype], piece.pitch)
-    if not (0 <= row < lying.rows and col < lying.cols):
-        return None
-    return _run(held, piece, piece.turned(Box(lying.row + row, 1, lying.col + col, 1)))
+def _run_at(held: Held, shard: Shard, offset: int) -> Run | None:
+    """The element of a shard that lies at a byte; None if there is none."""
+    index = shard.view.index_at(offset)
+    return index and _run(held, shard.cut(Region(index, (1,) * len(index))))
 
 
-def _other(name: str, offset: int, stored: Stored, pieces: list[tuple[Held, Piece]]) -> str:
+def _other(offset: int, stored: Stored, shards: list[Shard]) -> str:
     """A byte of a tensor that no parameter fills: a scalar, another tensor, or padding among parameters."""
-    inside = sorted((piece.offset, piece.tensor.name) for _, piece in pieces
-                    if any(e.offset <= piece.offset < e.offset + e.nbytes for e in stored.extents))
+    inside = sorted((shard.view.offset, shard.tensor.name) for shard in shards
+                    if any(e.offset <= shard.view.offset < e.offset + e.nbytes for e in stored.extents))
     if not inside:
         return "scalar" if stored.numel == 1 else "a tensor that is no part of the training state"
     before = [neighbour for start, neighbour in inside if start <= offset]

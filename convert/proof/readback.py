@@ -11,8 +11,6 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
 from ..checkpoint import Checkpoint, Coordinates
 from ..checks import cast_bits
 from ..errors import RefusedError
@@ -23,8 +21,10 @@ from ..frameworks.megatron.reader import MODEL_FILE, OPTIMIZER_FILE, read_model
 from ..frameworks.megatron.structure import rank_folder
 from ..index import Found
 from ..layout import Place
+from ..region import Region
+from ..shard import views_of
 from ..sidecar import Buffer, Sidecar
-from ..tensors import ITEMSIZE, WEIGHT, Stored
+from ..tensors import WEIGHT, Stored
 from .stream import Files
 
 _ELEMENTS = 1 << 20
@@ -93,13 +93,10 @@ def _by_chunk(model: list[Found]) -> Iterator[tuple[int, list[Found]]]:
 
 def _first_unequal(weight: Stored, copy: Stored, files: Files) -> int | None:
     """The first element of a model's copy that is not the cast of the optimizer's float32 weight."""
-    size = ITEMSIZE[copy.dtype]
+    ((main, _),), ((own, _),) = views_of(weight), views_of(copy)
     for first in range(0, copy.numel, _ELEMENTS):
-        (main,), (own,) = weight.extents, copy.extents
-        count = min(_ELEMENTS, copy.numel - first)
-        bits, there = np.empty(count, np.uint32), np.empty(count, f"u{size}")
-        files.read(main.file, main.offset + 4 * first, bits.view(np.uint8))
-        files.read(own.file, own.offset + size * first, there.view(np.uint8))
+        run = Region((first,), (min(_ELEMENTS, copy.numel - first),))
+        bits, there = files.bits(main.narrow(run)), files.bits(own.narrow(run))
         unequal = (bits if copy.dtype == "float32" else cast_bits(bits, copy.dtype)) != there
         if unequal.any():
             return first + int(unequal.argmax())

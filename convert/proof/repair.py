@@ -15,11 +15,13 @@ import numpy as np
 
 from ..containers import zip_records
 from ..errors import RefusedError
+from ..gather import array_of
 from ..index import Index
 from ..publish import sync
-from ..tensors import Box, Extent
+from ..region import Region
+from ..tensors import Extent
 from .compare import Pair, read_both
-from .stream import BAND_BYTES, Files, View, copies_of, runs
+from .stream import BAND_BYTES, Copy, Files, copies_of
 from .verify import Manifest, Request, Verdict, read_output, read_source, verify, wrong_archives
 
 #: general purpose bit 3: the CRC follows the content
@@ -87,24 +89,22 @@ def _repaired(request: Request, verdict: Verdict) -> Verdict:
 
 def _rewrite(pair: Pair, output: Index, source: Index, checksums: _Checksums) -> None:
     """Write the bands of every copy of a tensor that are not as the source has them."""
-    boxes = output.boxes[pair.a], source.boxes[pair.b]
+    regions = output.shards[pair.a], source.shards[pair.b]
     with Files() as files:
-        for number in range(max(map(copies_of, boxes))):
-            there, right = View(pair.a, boxes[0], number), View(pair.b, boxes[1], number)
+        for number in range(max(map(copies_of, regions))):
+            there, right = Copy(pair.a, regions[0], number), Copy(pair.b, regions[1], number)
             for band, wrong_bits, bits in read_both(pair, there, right, files):
                 if not np.array_equal(wrong_bits, bits):
                     _write_band(there, band, bits, checksums)
 
 
-def _write_band(view: View, band: Box, bits: np.ndarray, checksums: _Checksums) -> None:
-    matrix = bits.reshape(band.rows, band.cols)
-    for piece, part in view.parts(band):
-        rows = matrix[part.row - band.row:part.row - band.row + part.rows,
-                      part.col - band.col:part.col - band.col + part.cols]
-        lying = (rows.T if piece.transposed else rows).reshape(-1)
-        checksums.before_write(piece.file, piece.offset)
-        for offset, start, numel in runs(piece, piece.turned(part)):
-            _write_at(piece.file, offset, lying[start:start + numel])
+def _write_band(copy: Copy, band: Region, bits: np.ndarray, checksums: _Checksums) -> None:
+    content = memoryview(bits).cast("B")
+    for view, there in copy.parts(band):
+        for run in view.runs():
+            part = view.narrow(run)
+            checksums.before_write(part.file, part.offset)
+            _write_at(part.file, part.offset, np.ascontiguousarray(array_of(content, there.narrow(run))))
 
 
 def _write_at(file: str, offset: int, content: np.ndarray) -> None:

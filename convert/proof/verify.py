@@ -15,19 +15,22 @@ import numpy as np
 from .. import families, frameworks
 from ..checkpoint import Checkpoint
 from ..checks import cast_bits, widen_bits
-from ..digest import MASK, box_digest
+from ..digest import MASK, cells_digest
 from ..errors import RefusedError
 from ..frameworks.megatron.shapes import contradictions
 from ..fusion import PADDING
 from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
-from ..tensors import ITEMSIZE, MODEL_WEIGHT, Box, Piece, Stored, Tensor
+from ..region import Region
+from ..shard import Shard
+from ..tensors import ITEMSIZE, MODEL_WEIGHT, Stored, Tensor
+from ..view import row_major
 from . import readback
 from .compare import Difference, Pair, as_embedding, casts_of_weights, differences, is_tied, metadata_differences, pair, told
 from .contents import entries_of
 from .replicas import unequal
-from .stream import Files, copies_of, in_processes, read_piece
+from .stream import Files, copies_of, in_processes, read_views
 
 #: bytes that a worker process is given at a time
 _BATCH_BYTES = 16 << 20
@@ -227,8 +230,8 @@ def _wrong_scalar(name: str, stored: Stored | None, expected: str, path: str, fi
     if stored is None:
         yield Problem(name, f"is missing in {path}")
         return
-    content, (extent,) = np.empty(stored.nbytes, np.uint8), stored.extents
-    files.read(extent.file, extent.offset, content)
+    extent, = stored.extents
+    content = files.bits(row_major((stored.nbytes,), "uint8", extent.file, extent.offset))
     if content.tobytes().hex() != expected:
         yield Problem(name, f"{path} holds the bytes {content.tobytes().hex()} at byte {extent.offset} and not {expected}")
 
@@ -238,12 +241,11 @@ def _wrong_scalar(name: str, stored: Stored | None, expected: str, path: str, fi
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """One copy of one box of the `tensor`-th tensor."""
+    """One copy of one region of the `tensor`-th tensor."""
 
     tensor: int
-    box: Box
     number: int
-    piece: Piece
+    shard: Shard
 
 
 @dataclass(slots=True)
@@ -256,22 +258,22 @@ class Summed:
 
 def digests(index: Index, workers: int = 1, dtypes: dict[Tensor, str] | None = None) -> dict[Tensor, Summed]:
     """The digests of every logical tensor, read from disk; those in `dtypes` as if they still were of that dtype."""
-    dtypes, tensors = dtypes or {}, list(index.boxes)
-    shares = [_Share(number, box, copy, piece) for number, tensor in enumerate(tensors)
-              for box, pieces in index.boxes[tensor].items()
-              for copy, piece in enumerate(sorted(pieces, key=lambda piece: piece.replica))]
-    sums: dict[tuple[int, Box, int], int] = {}
-    result = {tensor: Summed([0] * copies_of(boxes)) for tensor, boxes in index.boxes.items()}
+    dtypes, tensors = dtypes or {}, list(index.shards)
+    shares = [_Share(number, copy, shard) for number, tensor in enumerate(tensors)
+              for shards in index.shards[tensor].values()
+              for copy, shard in enumerate(sorted(shards, key=lambda shard: shard.replica))]
+    sums: dict[tuple[int, Region, int], int] = {}
+    result = {tensor: Summed([0] * copies_of(regions)) for tensor, regions in index.shards.items()}
     for batch in in_processes(lambda batch: _digests_of(batch, dtypes), list(_batches(shares)), workers):
         for share, digest, inexact in batch:
-            key = share.tensor, share.box, share.number
+            key = share.tensor, share.shard.region, share.number
             sums[key] = sums.get(key, 0) + digest
             result[tensors[share.tensor]].inexact += inexact
     for number, tensor in enumerate(tensors):
-        for box, pieces in index.boxes[tensor].items():
+        for region, shards in index.shards[tensor].items():
             totals = result[tensor].digests
             for copy in range(len(totals)):
-                totals[copy] = (totals[copy] + sums[number, box, copy % len(pieces)]) & MASK
+                totals[copy] = (totals[copy] + sums[number, region, copy % len(shards)]) & MASK
     return result
 
 
@@ -279,7 +281,7 @@ def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
     batch, nbytes = [], 0
     for share in shares:
         batch.append(share)
-        nbytes += share.box.numel * ITEMSIZE[share.piece.tensor.dtype]
+        nbytes += share.shard.region.numel * share.shard.view.itemsize
         if nbytes >= _BATCH_BYTES:
             yield batch
             batch, nbytes = [], 0
@@ -289,29 +291,29 @@ def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
 
 def _digests_of(batch: list[_Share], dtypes: dict[Tensor, str]) -> list[tuple[_Share, int, int]]:
     with Files() as files:
-        return [(share, *_piece_digest(share.piece, files, dtypes.get(share.piece.tensor))) for share in batch]
+        return [(share, *_digest_of(share.shard, files, dtypes.get(share.shard.tensor))) for share in batch]
 
 
-def _piece_digest(piece: Piece, files: Files, dtype: str | None) -> tuple[int, int]:
+def _digest_of(shard: Shard, files: Files, dtype: str | None) -> tuple[int, int]:
     total = inexact = 0
-    for band, bits in read_piece(piece, files):
+    for cells, (bits,) in read_views([shard.view], shard.region, files):
         if dtype is not None:
             narrow = cast_bits(bits, dtype)
             inexact += int(np.count_nonzero(widen_bits(narrow, dtype) != bits))
             bits = narrow
-        total += box_digest(bits, band, piece.transposed)
+        total += cells_digest(bits, cells)
     return total, inexact
 
 
 def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], workers: int,
                    verdict: Verdict) -> Iterator[Problem]:
-    there = {(tensor.role, tensor.name): tensor for tensor in output.index.boxes}
+    there = {(tensor.role, tensor.name): tensor for tensor in output.index.shards}
     listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
     declared = {key: entry for key, entry in manifest.casts.items() if key[2] in casts}
     known = {there[key]: declared.get((*other, there[key].dtype), manifest.digests[other])
              for key, other in listed.items() if other in manifest.digests
              and (not is_padding(there[key]) or list(there[key].shape) == manifest.digests[other]["shape"])}
-    extra = {(tensor.role, tensor.name) for tensor in output.index.boxes
+    extra = {(tensor.role, tensor.name) for tensor in output.index.shards
              if tensor not in known and tensor.role != MODEL_WEIGHT and not is_padding(tensor)}
     lacking = {key for key in manifest.digests.keys() - there.keys() if not key[1].endswith(f".{PADDING}")}
     for what, keys in (("is missing", lacking), ("is not of the source", extra)):
@@ -319,7 +321,7 @@ def _wrong_digests(output: Checkpoint, manifest: Manifest, casts: set[str], work
     cast = {tensor: entry["dtype"] for tensor, entry in known.items() if tensor.dtype in casts - {entry["dtype"]}}
     narrow = {tensor: dtype for tensor, dtype in cast.items() if ITEMSIZE[tensor.dtype] > ITEMSIZE[dtype]}
     verdict.rounded |= {tensor for tensor in cast.keys() - narrow.keys() if list(tensor.shape) == known[tensor]["shape"]}
-    chosen = Index([], output.layout, {tensor: output.index.boxes[tensor] for tensor in known
+    chosen = Index([], output.layout, {tensor: output.index.shards[tensor] for tensor in known
                                         if tensor not in verdict.rounded})
     for tensor, found in digests(chosen, workers, narrow).items():
         yield from _wrong_digest(tensor, found, known[tensor], narrow, verdict)

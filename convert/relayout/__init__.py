@@ -1,6 +1,6 @@
 """Re-laying: the same training state in another parallel layout, as a checkpoint that is not written yet.
 
-What comes out has all that a writer asks of a checkpoint, in the layout wanted; its tensors are blocks of the source's
+What comes out has all that a writer asks of a checkpoint, in the layout wanted; its tensors are regions of the source's
 logical tensors, so that planning goes over the source's index. No tensor data is read.
 """
 
@@ -15,9 +15,10 @@ from ..frameworks.megatron import before_core as megatron_before_core
 from ..frameworks.megatron.buckets import Rule, release_of
 from ..frameworks.megatron.facts import Facts
 from ..frameworks.megatron.structure import megatron_naming, nested, rank_folder, structures_of
-from ..fusion import PADDING, VOCAB, abreast, blocks, local_shape
+from ..fusion import PADDING, VOCAB, arranged, local_shape
 from ..index import Found, Held, Index, atom_name
 from ..layout import Place, Wish
+from ..shard import Shard
 from ..tensors import MODEL_WEIGHT, Stored, Tensor, TensorSpec
 from .metas import GroupKind, Target, check_stages, relaid_meta
 from .model import Entry, Model, Parameter, model_of
@@ -42,7 +43,7 @@ class _Relayout:
         self.model: Model = model_of(source, structures, self.naming)
         self.stages: Stages = stages_of(source.num_layers, self.layout, wish.stage_layers, self._recorded_layers(),
                                         self._knows_stages())
-        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.boxes}
+        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
         self.roles = _roles(source)
         self._check()
         self.vocab_rows = self._padded_vocab()
@@ -134,12 +135,12 @@ class _Relayout:
             parameter = entry.content
             if isinstance(parameter, Parameter):
                 shape = chunk.shapes[entry.name]
-                arranged = blocks(parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep))
+                parts = arranged(parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep))
                 for role in self.roles.get(parameter.canonical, ()):
-                    pieces = tuple((self._tensor(role, parameter, one.part, one.shape), one.box) for one in arranged)
-                    found = Found(entry.name, place, role, Stored(pieces[0][0].dtype, shape, ()))
-                    yield Held(found, parameter.canonical, parameter.row, parameter.kind, pieces,
-                               abreast(parameter.kind, sizes))
+                    shards = tuple(Shard(self._tensor(role, parameter, one.name, one.shape), one.region, one.view)
+                                   for one in parts)
+                    found = Found(entry.name, place, role, Stored(shards[0].tensor.dtype, shape, ()))
+                    yield Held(found, parameter.canonical, parameter.row, parameter.kind, shards)
 
     def _tensor(self, role: str, parameter: Parameter, part: str, shape: tuple[int, ...]) -> Tensor:
         """The source's logical tensor of a part; a vocabulary's padding has as many rows as this layout has."""

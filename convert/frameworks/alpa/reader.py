@@ -20,8 +20,10 @@ from ...fusion import PADDING, Sizes
 from ...index import Found, Held, Index, Naming
 from ...layout import AS_RECORDED, Layout, Numbering, Place
 from ...naming import brief
+from ...plan import in_a_row
 from ...publish import MANIFEST, read_manifest
-from ...tensors import WEIGHT, Box, Tensor
+from ...shard import whole_of
+from ...tensors import WEIGHT, Tensor
 from . import serving as alpa
 
 
@@ -84,11 +86,10 @@ def _rows_converted(source: Path) -> dict[str, int]:
 
 def _without_added(positions: Held, rows: dict[str, int]) -> Held:
     """The table of positions, with the rows before those of the source as its padding."""
-    (tensor, box), = positions.blocks
+    tensor = positions.parts[0].tensor
     kept = rows.get(alpa.POSITIONS, tensor.rows)
     added = tensor.rows - kept
     if added <= 0:
         return positions
     padding = Tensor(WEIGHT, f"{tensor.name}.{PADDING}", tensor.dtype, (added, *tensor.shape[1:]))
-    return replace(positions, blocks=((padding, Box(0, added, 0, box.cols)),
-                                      (replace(tensor, shape=(kept, *tensor.shape[1:])), Box(0, kept, 0, box.cols))))
+    return replace(positions, parts=in_a_row(map(whole_of, (padding, replace(tensor, shape=(kept, *tensor.shape[1:]))))))

@@ -23,9 +23,10 @@ from ...families import HEAD, HF_BLOOM, WORD_EMBEDDING, Row, rows_of
 from ...families.opt import BUFFERS
 from ...fusion import PADDING, REPLICATED, VOCAB, Sizes
 from ...naming import brief
-from ...plan import Output, Wanted, WantedFile
+from ...plan import Output, Wanted, WantedFile, gap, in_a_row
+from ...shard import Shard
 from ...states import Parameter, States
-from ...tensors import WEIGHT, Box, Tensor, TensorSpec
+from ...tensors import WEIGHT, TensorSpec
 
 POSITIONS = "embedding.position.weight"
 
@@ -128,9 +129,9 @@ def _files(num_layers: int) -> Iterator[tuple[str, str]]:
 
 
 def _wanted(path: str, states: States, name: str, options: Options, rows_before: int) -> Wanted:
-    blocks = blocks_of(states, WEIGHT, name, rows_before)
-    shape = (sum(box.rows for _, box in blocks), *states.tensor(WEIGHT, name).shape[1:])
-    return Wanted(TensorSpec(path, options.cast, shape), blocks)
+    parts = parts_of(states, WEIGHT, name, rows_before)
+    shape = (sum(part.region.sizes[0] for part in parts), *states.tensor(WEIGHT, name).shape[1:])
+    return Wanted(TensorSpec(path, options.cast, shape), parts)
 
 
 def states_of(source: Checkpoint, vocab_size: int | None) -> States:
@@ -140,14 +141,13 @@ def states_of(source: Checkpoint, vocab_size: int | None) -> States:
     return states if vocab_size or not padding else States(source, states.vocab_rows + padding.rows)
 
 
-def blocks_of(states: States, role: str, name: str, rows_before: int) -> tuple[tuple[Tensor | None, Box], ...]:
+def parts_of(states: States, role: str, name: str, rows_before: int) -> tuple[Shard, ...]:
     """A parameter whole: a vocabulary as long as it shall be, positions behind so many rows of zeros."""
     tensor, kind = states.tensor(WEIGHT, name), VOCAB if name in (WORD_EMBEDDING, HEAD) else REPLICATED
     rows = states.vocab_rows if kind == VOCAB else tensor.rows
     parameter = Parameter(name, name, Row(name, kind, None), kind, (rows, *tensor.shape[1:]))
-    blocks = states.wanted(parameter, role, Sizes()).blocks
-    added = ((None, Box(0, rows_before, 0, tensor.cols)),) if name == POSITIONS and rows_before else ()
-    return (*added, *blocks)
+    parts = states.wanted(parameter, role, Sizes()).parts
+    return in_a_row([gap(rows_before, tensor.cols), *parts]) if name == POSITIONS and rows_before else parts
 
 
 def rows_to_add(architecture: Architecture) -> int:

@@ -27,11 +27,11 @@ from ...containers.pickle_writer import dumps
 from ...containers.pickles import Global, Opaque
 from ...errors import RefusedError
 from ...families import HEAD, WORD_EMBEDDING
-from ...plan import Output, Wanted, WantedFile, bands_of
+from ...plan import Output, Wanted, WantedFile, in_a_row, interleaved
 from ...states import States
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, TensorSpec
 from ..mindspore.scalars import param_groups
-from .serving import BUFFERS, POSITIONS, blocks_of, check_names, checked_opt, described, rows_to_add, states_of
+from .serving import BUFFERS, POSITIONS, check_names, checked_opt, described, parts_of, rows_to_add, states_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +210,12 @@ class _Writer:
         return self.walk(path, nested)
 
     def parameter(self, path: str, role: str, leaf: Leaf, dtype: str) -> str:
-        parts = [blocks_of(self.states, role, name, self.positions_before) for name in leaf.names]
-        rows, rest = sum(box.rows for part in parts for _, box in part), self.states.tensor(role, leaf.names[0]).shape[1:]
+        panels = [parts_of(self.states, role, name, self.positions_before) for name in leaf.names]
+        rows = sum(part.region.sizes[0] for panel in panels for part in panel)
+        rest = self.states.tensor(role, leaf.names[0]).shape[1:]
         spec = TensorSpec(path, dtype, (*rest, rows) if leaf.transposed else (rows, *rest))
-        blocks = tuple(block for part in parts for block in part)
-        bands = bands_of(blocks, len(parts)) if leaf.transposed else ()
-        return self._array(Wanted(spec, blocks, bands=bands, transposed=leaf.transposed))
+        parts = interleaved(panels) if leaf.transposed else in_a_row(part for panel in panels for part in panel)
+        return self._array(Wanted(spec, parts))
 
     def scalar(self, path: str, dtype: str, value: float) -> str:
         data = struct.pack({"int32": "<i", "float32": "<f"}[dtype], value)

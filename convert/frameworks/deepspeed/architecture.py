@@ -32,7 +32,7 @@ def of(source: Checkpoint) -> Architecture:
     Raises RefusedError for a model of which nobody knows what it computes, and for one that computes what neither does.
     """
     args = args_of(next(iter(source.metas.values()), {}))
-    states = States(source) if (WEIGHT, WORD_EMBEDDING) in {(t.role, t.name) for t in source.index.boxes} else None
+    states = States(source) if (WEIGHT, WORD_EMBEDDING) in {(t.role, t.name) for t in source.index.shards} else None
     if states is None or "final_norm.weight" not in states.names():
         raise RefusedError(f"{source.folder}: holds a model that no table of names knows; it can be written as a universal "
                            "checkpoint only")

@@ -20,7 +20,7 @@ from ...containers import torch_zip
 from ...containers.frames import Literal
 from ...errors import RefusedError
 from ...families import WORD_EMBEDDING
-from ...fusion import COLS, GATE_UP, PADDING, REPLICATED, VOCAB, Sizes, blocks, whole_shape
+from ...fusion import COLS, GATE_UP, PADDING, REPLICATED, VOCAB, Part, Sizes, arranged, whole_shape
 from ...index import atom_name, atoms
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
@@ -52,13 +52,13 @@ def output(target: Checkpoint, _options: object = None) -> Output:
 # ------------------------------------------------------------------------------------------------------------ the states
 
 def _states(folder: str, source: Checkpoint, contents: Contents) -> Iterator[WantedFile]:
-    tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.boxes}
+    tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
     names = {parameter.name: [parameter.name] for parameter in contents.parameters}
     for alias, name in contents.aliases.items():
         names[name].append(alias)
     for parameter in contents.parameters:
-        arranged = _arranged(parameter, contents.sizes)
-        there = {role: wanted for role in FILES if (wanted := _wanted(parameter, role, arranged, tensors))}
+        parts = _parts(parameter, contents.sizes)
+        there = {role: wanted for role in FILES if (wanted := _wanted(parameter, role, parts, tensors))}
         if len(there) == 2:
             raise RefusedError(f"{source.folder}: {parameter.name} has only one of {' and '.join(_MOMENTS)}")
         for name in names[parameter.name]:
@@ -69,21 +69,21 @@ def _states(folder: str, source: Checkpoint, contents: Contents) -> Iterator[Wan
             yield _file(f"{folder}/{ZERO}/{parameter.name}/{STEP_FILE}", contents.steps[parameter.name])
 
 
-def _arranged(parameter: Parameter, sizes: Sizes) -> tuple:
+def _parts(parameter: Parameter, sizes: Sizes) -> tuple[Part, ...]:
     """The parts of a whole parameter, without its vocabulary's padding."""
-    return tuple(block for block in blocks(parameter.kind, parameter.shape, 1, 0, sizes) if block.part != PADDING)
+    return tuple(part for part in arranged(parameter.kind, parameter.shape, 1, 0, sizes) if part.name != PADDING)
 
 
-def _wanted(parameter: Parameter, role: str, arranged: tuple, tensors: dict) -> Wanted | None:
+def _wanted(parameter: Parameter, role: str, parts: tuple[Part, ...], tensors: dict) -> Wanted | None:
     """A state of a parameter, None if it has none. What is stepped is float32, the rest as it is."""
-    first = atom_name(parameter.canonical, parameter.kind, arranged[0].part)
+    first = atom_name(parameter.canonical, parameter.kind, parts[0].name)
     if (role, first) not in tensors:
         return None
-    boxes = atoms(role, parameter.canonical, parameter.kind, tensors[role, first].dtype, arranged)
+    shards = atoms(role, parameter.canonical, parameter.kind, tensors[role, first].dtype, parts)
     is_stepped = (EXP_AVG, first) in tensors
-    rows = sum(box.rows for _, box in boxes)
+    rows = sum(shard.region.sizes[0] for shard in shards)
     shape = (rows, *parameter.shape[1:]) if parameter.shape else ()
-    return Wanted(TensorSpec(role, "float32" if is_stepped else tensors[role, first].dtype, shape), boxes)
+    return Wanted(TensorSpec(role, "float32" if is_stepped else tensors[role, first].dtype, shape), shards)
 
 
 def _cut(parameter: Parameter, sizes: Sizes) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _own(source: Checkpoint) -> Contents:
 
 def _sizes(source: Checkpoint) -> Sizes:
     heads = args_of(source.metas[0, 0, 0]).get("num_attention_heads")
-    words = next((tensor.rows for tensor in source.index.boxes if tensor.name == WORD_EMBEDDING), None)
+    words = next((tensor.rows for tensor in source.index.shards if tensor.name == WORD_EMBEDDING), None)
     return Sizes(heads, heads, words)
 
 

@@ -19,32 +19,21 @@ from ...containers.torch_dist import Chunk, Chunked
 from ...errors import RefusedError
 from ...index import Found, Held, Naming
 from ...layout import Place
-from ...tensors import ITEMSIZE, Box, Extent, Piece, Stored, Tensor
+from ...region import Region
+from ...shard import Shard
+from ...tensors import ITEMSIZE, Extent, Stored
 
 _LAYERS = re.compile(r"(?<=layers\.)(?!\d)")
 _EXPERTS = re.compile(r"\.experts\.experts\.(?!\d)")
 #: a tensor flattened for the optimizer's sake has its own shape here, and its chunks are runs of a rank's elements
 _FLATTENED = "nd_reformulated_orig_global_shape"
 
-Blocks = tuple[tuple[Tensor, Box], ...]
 
-
-@dataclass(frozen=True, slots=True)
-class InChunks(Held):
-    """A tensor that no file holds in one piece; its extents are those of its parts, in no order."""
-
-    parts: tuple[Held, ...] = ()
-
-    def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
-        return [piece for part in self.parts for piece in part.pieces(replica, only)]
-
-
-def joined(parts: list[Held], whole: Held) -> InChunks:
-    """The tensor `whole` (that has no extents) from its parts."""
+def joined(parts: list[Held], whole: Held) -> Held:
+    """The tensor `whole` (that has no extents) from its parts; its extents are theirs, in no order."""
     stored = replace(whole.found.stored, dtype=parts[0].found.stored.dtype,
                      extents=tuple(extent for part in parts for extent in part.found.stored.extents))
-    return InChunks(replace(whole.found, stored=stored), whole.canonical, whole.row, whole.kind, whole.blocks,
-                    parts=tuple(parts))
+    return replace(whole, found=replace(whole.found, stored=stored), chunks=tuple(parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +90,15 @@ def parts_of(tensor: Chunked, stack: Stack, role: str, naming: Naming) -> Iterat
             if numbers not in wholes:
                 wholes[numbers] = whole_of(stack, numbers, role, tensor.dtype, naming)
             whole = wholes[numbers]
-            blocks = _blocks(whole, start[stack.axes:], sizes[stack.axes:], tensor.key)
-            blocks = _run(blocks, *run) if run else blocks
-            numel = sum(box.numel for _, box in blocks)
             itemsize = ITEMSIZE[tensor.dtype]
+            shards = _shards(whole, start[stack.axes:], sizes[stack.axes:], tensor.key)
+            if run:
+                first, end = (element * itemsize for element in run)
+                shards = tuple(one.at("", -first) for shard in shards for one in shard.within(first, end))
+            numel = sum(shard.region.numel for shard in shards)
             part = Stored(tensor.dtype, (numel,), (Extent(extent.file, extent.offset + place * inner * itemsize,
                                                           numel * itemsize),))
-            yield numbers, replace(whole, found=replace(whole.found, stored=part), blocks=blocks)
+            yield numbers, replace(whole, found=replace(whole.found, stored=part), parts=shards)
 
 
 def _box(tensor: Chunked, stack: Stack, chunk: Chunk) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, int] | None]:
@@ -123,30 +114,21 @@ def _box(tensor: Chunked, stack: Stack, chunk: Chunk) -> tuple[tuple[int, ...], 
     return start, sizes, (chunk.offsets[-1], chunk.offsets[-1] + chunk.sizes[-1])
 
 
-def _blocks(whole: Held, start: tuple[int, ...], sizes: tuple[int, ...], key: str) -> Blocks:
-    """The blocks of a box of the whole tensor, row by row."""
+def _shards(whole: Held, start: tuple[int, ...], sizes: tuple[int, ...], key: str) -> tuple[Shard, ...]:
+    """What a box of the whole tensor holds of its parts, as it lies in the box, row-major."""
     shape = whole.found.stored.shape
     if not shape:
-        return whole.blocks
+        return whole.parts
     if (start[2:], sizes[2:]) != ((0,) * len(shape[2:]), shape[2:]):
         raise RefusedError(f"{key}: is cut along its third dimension, which cannot be converted")
     deep = math.prod(shape[2:])
     col, cols = (start[1] * deep, sizes[1] * deep) if len(shape) > 1 else (0, 1)
-    result, position = [], 0
-    for tensor, box in whole.blocks:
-        low, high = max(start[0], position), min(start[0] + sizes[0], position + box.rows)
-        if low < high:
-            result.append((tensor, Box(box.row + low - position, high - low, box.col + col, cols)))
-        position += box.rows
-    return tuple(result)
-
-
-def _run(blocks: Blocks, start: int, stop: int) -> Blocks:
-    """The elements [start, stop) of blocks that follow each other."""
-    result, position = [], 0
-    for tensor, box in blocks:
-        low, high = max(start, position), min(stop, position + box.numel)
-        if low < high:
-            result += [(tensor, part) for part, _ in box.split_flat(low - position, high - position)]
-        position += box.numel
+    result, width = [], math.prod(shape[1:])
+    for part in whole.parts:
+        pitch, itemsize = width * part.view.itemsize, part.view.itemsize
+        for run in part.within(start[0] * pitch, (start[0] + sizes[0]) * pitch):
+            box = Region((0,) * len(run.view.shape), run.view.shape).narrow(len(run.view.shape) - 1, col, col + cols)
+            shard = run.cut(box)
+            view = shard.view.restrided(width, (cols * itemsize, itemsize), (start[0], col))
+            result.append(replace(shard, view=view))
     return tuple(result)

@@ -17,7 +17,7 @@ from ... import sidecar as sidecars
 from ...checkpoint import Checkpoint, Coordinates
 from ...containers import torch_zip
 from ...errors import RefusedError
-from ...index import Found, Held, Index, Naming
+from ...index import Found, Held, Index, Naming, in_role
 from ...layout import AS_RECORDED, Layout, Numbering, Place
 from ...naming import brief
 from ...sidecar import Sidecar
@@ -154,9 +154,7 @@ def _with_weights(states: list[Held], model: list[Held], sidecar: Sidecar | None
         raise RefusedError(f"{sidecar.folder}: the map does not say where the optimizer state of these {len(missing)} "
                            f"tensors lies: {brief(missing)}; train with ParamMap's hook, or leave experts out with "
                            "--drop experts, or convert --weights-only")
-    own = [replace(held, found=replace(held.found, role=WEIGHT),
-                   blocks=tuple((replace(tensor, role=WEIGHT), box) for tensor, box in held.blocks))
-           for held in model if held.canonical not in stepped]
+    own = [in_role(held, WEIGHT) for held in model if held.canonical not in stepped]
     return states + own + [held for held in model if held.canonical in stepped]
 
 

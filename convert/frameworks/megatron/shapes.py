@@ -57,7 +57,7 @@ def contradictions(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     shapes = {**_SHAPES, **_LATENT} if said.get("multi_latent_attention") else _SHAPES
     wrong: dict[str, dict[str, None]] = {}
-    for tensor in checkpoint.index.boxes:
+    for tensor in checkpoint.index.shards:
         if what := _wrong(tensor, shapes, said):
             wrong.setdefault(what, {})[tensor.name] = None
     return {brief(names): what for what, names in wrong.items()}

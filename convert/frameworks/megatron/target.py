@@ -21,9 +21,10 @@ from ...errors import RefusedError
 from ...index import Found, Held, Naming
 from ...layout import Place
 from ...naming import brief
-from ...plan import Output, Wanted, WantedFile, bands_of
+from ...plan import Output, Wanted, WantedFile, gap
+from ...shard import Shard
 from ...sidecar import Bucket, Buffer, Sidecar, Slot
-from ...tensors import WEIGHT, Box, Stored, Tensor, TensorSpec
+from ...tensors import ITEMSIZE, WEIGHT, Stored, Tensor, TensorSpec
 from . import before_core as megatron_before_core
 from . import registration
 from .facts import Facts, grad_dtype
@@ -69,7 +70,7 @@ class _Writer:
     _held: dict[tuple[Place, str, str], Held] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.source.index.boxes}
+        self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.source.index.shards}
         self._structures = structures_of(self.source)
         self._naming = megatron_naming(self.source, self._structures)
         self._held = {(held.found.place, held.found.name, held.found.role): held for held in self.source.index.held}
@@ -107,8 +108,7 @@ class _Writer:
     def _chunk(self, rank: Coordinates, number: int, tree: object, wanted: dict[TensorSpec, Wanted]) -> object:
         if isinstance(tree, TensorSpec):
             spec = replace(tree, name=f"{number}.{tree.name}")
-            blocks, abreast = self._blocks(rank, number, tree.name, tree.shape, WEIGHT)
-            wanted[spec] = Wanted(spec, blocks, bands=bands_of(blocks, abreast))
+            wanted[spec] = Wanted(spec, self._parts(rank, number, tree.name, tree.shape, WEIGHT))
             return spec
         if isinstance(tree, dict):
             return {key: self._chunk(rank, number, value, wanted) for key, value in tree.items()}
@@ -140,10 +140,8 @@ class _Writer:
             per_bucket_unpadded.append({dtypes: [bucket.numel_unpadded for bucket in buckets]})
             states = {}
             for role, key in _STATES.items():
-                runs = [list(self._bucket(rank, buffer, bucket, role, coalesced)) for bucket in buckets]
-                if coalesced:
-                    runs = [[part for run in runs for part in run]]
-                flat = [_flat(f"{link}.{gbuf}.{key}.{number}", run) for number, run in enumerate(runs)]
+                flat = [self._flat(f"{link}.{gbuf}.{key}.{number}", rank, buffer, there, role, coalesced)
+                        for number, there in enumerate([buckets] if coalesced else [(bucket,) for bucket in buckets])]
                 wanted.update((one.spec, one) for one in flat)
                 states[key] = flat[0].spec if coalesced else [one.spec for one in flat]
             if coalesced:
@@ -155,16 +153,22 @@ class _Writer:
             return {"buckets_coalesced": True, **saved}
         return {"per_bucket_numel": per_bucket, "per_bucket_numel_unpadded": per_bucket_unpadded, **saved}
 
-    def _bucket(self, rank: Coordinates, buffer: Buffer, bucket: Bucket, role: str, coalesced: bool) -> Iterator:
-        """The boxes of one bucket in order, with how many lie abreast, and gaps (no tensor) where no parameter lies."""
-        position = bucket.start
-        end = bucket.start + bucket.numel_unpadded if coalesced else bucket.end
-        for slot in sorted(buffer.slots, key=lambda slot: slot.start):
-            if bucket.start <= slot.start < bucket.end:
-                yield from _gap(slot.start - position)
-                yield self._blocks(rank, buffer.chunk, slot.name, slot.shape, role, slot)
-                position = slot.end
-        yield from _gap(end - position)
+    def _flat(self, name: str, rank: Coordinates, buffer: Buffer, buckets: tuple[Bucket, ...], role: str,
+              coalesced: bool) -> Wanted:
+        """The buckets one after the other as a flat tensor, with zeros where no parameter lies."""
+        parts, numel, itemsize = [], 0, ITEMSIZE["float32"]
+        for bucket in buckets:
+            position, end = bucket.start, bucket.start + bucket.numel_unpadded if coalesced else bucket.end
+            before = numel - bucket.start
+            for slot in sorted(buffer.slots, key=lambda slot: slot.start):
+                if bucket.start <= slot.start < bucket.end:
+                    parts += _gap(position + before, slot.start - position)
+                    parts += [replace(part, view=part.view.cast("float32").at("", (slot.start + before) * itemsize))
+                              for part in self._parts(rank, buffer.chunk, slot.name, slot.shape, role, slot)]
+                    position = slot.end
+            parts += _gap(position + before, end - position)
+            numel += end - bucket.start
+        return Wanted(TensorSpec(name, "float32", (numel,)), tuple(parts))
 
     def _dtypes(self, buffer: Buffer) -> tuple[Global, Global]:
         """The key of a buffer: parameter and gradient dtype."""
@@ -173,17 +177,17 @@ class _Writer:
 
     # ------------------------------------------------------------------------------------------------------------ names
 
-    def _blocks(self, rank: Coordinates, chunk: int, name: str, shape: tuple[int, ...], role: str,
-                slot: Slot | None = None) -> tuple[tuple[tuple[Tensor, Box], ...], int]:
-        """The blocks of a rank's tensor, and how many of them at a time lie side by side."""
+    def _parts(self, rank: Coordinates, chunk: int, name: str, shape: tuple[int, ...], role: str,
+               slot: Slot | None = None) -> tuple[Shard, ...]:
+        """The parts of a rank's tensor."""
         tp, pp, ep = rank
         place = Place(tp, pp, ep, chunk)
         if own := self._held.get((place, name, role)):
-            return own.blocks, own.abreast
+            return own.parts
         found = Found(name, place, role, Stored("float32", shape, ()),
                       slot.partition if slot else UNRECORDED)
         held = self._naming.hold(found)
-        return tuple((self._known(tensor), box) for tensor, box in held.blocks), held.abreast
+        return tuple(replace(part, tensor=self._known(part.tensor)) for part in held.parts)
 
     def _known(self, wanted: Tensor) -> Tensor:
         """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
@@ -196,18 +200,8 @@ class _Writer:
         return there or wanted
 
 
-def _gap(numel: int) -> Iterator[tuple[tuple[tuple[None, Box]], int]]:
-    if numel:
-        yield ((None, Box(0, 1, 0, numel)),), 1
-
-
-def _flat(name: str, parts: list[tuple[tuple, int]]) -> Wanted:
-    """A flat tensor of blocks, part by part, each with how many of its blocks lie abreast."""
-    blocks = tuple(block for own, _ in parts for block in own)
-    spec = TensorSpec(name, "float32", (sum(box.numel for _, box in blocks),))
-    if all(abreast == 1 for _, abreast in parts):
-        return Wanted(spec, blocks)
-    return Wanted(spec, blocks, bands=tuple(abreast for own, abreast in parts for _ in range(len(own) // abreast)))
+def _gap(start: int, numel: int) -> list[Shard]:
+    return [gap(1, numel).at("", start * ITEMSIZE["float32"])] if numel else []
 
 
 def _is_coalesced(sidecar: Sidecar) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from ... import families
@@ -20,7 +19,7 @@ from ...checkpoint import Checkpoint
 from ...containers import torch_dist, torch_zip
 from ...containers.torch_dist import Contents
 from ...errors import RefusedError
-from ...index import Held, Index, Naming
+from ...index import Held, Index, Naming, in_role
 from ...layout import AS_RECORDED, Layout, Numbering
 from ...naming import brief
 from ...sidecar import Sidecar
@@ -211,14 +210,10 @@ def _index(parts: dict[str, list[Held]], wholes: list[Held], trained: Layout) ->
             by_role.setdefault(role, {}).setdefault(part.canonical, []).append(part)
     model, weights = by_role.pop(MODEL_WEIGHT), by_role.setdefault(WEIGHT, {})
     own = model.keys() - weights.keys()  # no optimizer steps these (frozen, or buffers): the model's copy is the weight
-    weights.update((name, [_in_role(part, WEIGHT) for part in held]) for name, held in model.items() if name in own)
+    weights.update((name, [in_role(part, WEIGHT) for part in held]) for name, held in model.items() if name in own)
     by_role[MODEL_WEIGHT] = {name: held for name, held in model.items() if name not in own}
     index = Index([part for states in by_role.values() for held in states.values() for part in held], trained)
-    index.held = [joined(states[whole.canonical], _in_role(whole, role, states[whole.canonical][0].found.stored.dtype))
+    index.held = [joined(states[whole.canonical], in_role(whole, role, states[whole.canonical][0].found.stored.dtype))
                   for role, states in by_role.items() for whole in wholes if whole.canonical in states]
     return index
 
-
-def _in_role(held: Held, role: str, dtype: str | None = None) -> Held:
-    return replace(held, found=replace(held.found, role=role), blocks=tuple(
-        (replace(tensor, role=role, dtype=dtype or tensor.dtype), box) for tensor, box in held.blocks))

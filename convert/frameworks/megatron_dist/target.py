@@ -18,7 +18,7 @@ from ...containers.frames import Literal, Segment
 from ...containers.torch_dist import Chunk, Chunked, DistcpFile
 from ...errors import RefusedError
 from ...fusion import GROUPED, QKV_DOWN, whole_shape
-from ...index import Found, Held, Naming
+from ...index import Found, Held, Naming, in_role
 from ...layout import Layout, Place
 from ...naming import brief
 from ...plan import Output, Wanted, WantedFile
@@ -84,7 +84,7 @@ def output(source: Checkpoint, options: Options) -> Output:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor of the model: its key with what it is stacked by, and its blocks; `dtype` is the model's own copy's."""
+    """One tensor of the model: its key with what it is stacked by, and its parts; `dtype` is the model's own copy's."""
 
     key: str
     numbers: tuple[int, ...]
@@ -224,8 +224,7 @@ class _Writer:
         shape, source_dtype = tensor.held.found.stored.shape, self.dtypes[role, tensor.held.canonical]
         sizes = (*(1 for _ in tensor.numbers), *shape)
         spec = TensorSpec(f"{key}{list(tensor.numbers)}", dtype, sizes)
-        self._wanted[spec] = Wanted(spec, tuple((replace(atom, role=role, dtype=source_dtype), box)
-                                                for atom, box in tensor.held.blocks))
+        self._wanted[spec] = Wanted(spec, in_role(tensor.held, role, source_dtype).parts)
         chunk = Chunk((*tensor.numbers, *(0 for _ in shape)), sizes, self._file().add(spec))
         self._chunks.setdefault((key, dtype, (*tensor.stack, *shape)), []).append(chunk)
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ... import families
 from ...checkpoint import Checkpoint
 from ...containers import torch_legacy
-from ...containers.torch_legacy import Strided
 from ...errors import RefusedError
 from ...families import HEAD, MERAK, MERAK_CUT
 from ...fusion import VOCAB, Sizes
-from ...index import Found, Held, Index, Naming, is_transposed
+from ...index import Found, Held, Index, Naming, in_role
 from ...layout import AS_RECORDED, Layout, Numbering, Place
 from ...naming import brief
-from ...tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Piece, Stored, Tensor
+from ...tensors import MODEL_WEIGHT, WEIGHT, Stored
 from ..megatron.facts import args_of
 from . import zero
 from .architecture import find_config, said
@@ -35,25 +34,6 @@ __all__ = ["read", "recognizes"]
 _BUFFER = re.compile(r"module\.\d+\.(transformer\.h\.\d+\.attn\.(bias|masked_bias)|_tensor_constant\d+)")
 #: in names of several tensor-parallel ranks
 _CUT_NAMES = (".col_linear.", ".row_linear.")
-
-
-@dataclass(frozen=True, slots=True)
-class Lying(Held):
-    """A tensor whose file holds more than it: each of its rows, or columns, lies apart."""
-
-    @property
-    def transposed(self) -> bool:
-        return is_transposed(self.row, self.found.stored.shape) != self.found.stored.turned
-
-    def pieces(self, replica: int, only: Tensor | None = None) -> list[Piece]:
-        stored, result, first = self.found.stored, [], 0
-        step = (1 if self.transposed else stored.pitch) * ITEMSIZE[stored.dtype]
-        for tensor, box in self.blocks:
-            if only in (None, tensor):
-                result.append(Piece(tensor, box, stored.extents[0].file, stored.extents[0].offset + first * step, replica,
-                                    stored.pitch, self.transposed))
-            first += box.rows
-        return result
 
 
 @dataclass(slots=True)
@@ -118,7 +98,7 @@ def read(source: Path, *, iteration: int | None = None, sidecar_folder: Path | N
     stepped = {one.canonical for one in held if one.found.role == WEIGHT}
     for rank in ranks:
         model = [naming.hold(Found(name, rank.place, WEIGHT, stored)) for name, stored in rank.tensors()]
-        held += [_as_copy(one) if one.canonical in stepped else one for one in model]
+        held += [in_role(one, MODEL_WEIGHT) if one.canonical in stepped else one for one in model]  # the model's own copy
     index = Index(held, layout)
     _check_complete(files.folder, index, dialect, said(config, args))
     return Checkpoint(
@@ -175,12 +155,8 @@ class _Naming:
         row = families.find(found.name, self.naming.dialect)
         if self.whole_words and row.arrangement == VOCAB:
             one = replace(self.naming, layout=replace(self.naming.layout, tp=1))
-            held = replace(one.hold(replace(found, place=replace(found.place, tp=0))), found=found)
-        else:
-            held = self.naming.hold(found)
-        if not isinstance(found.stored, Strided):
-            return held
-        return Lying(**{field.name: getattr(held, field.name) for field in fields(Held)})
+            return replace(one.hold(replace(found, place=replace(found.place, tp=0))), found=found)
+        return self.naming.hold(found)
 
 
 def _check_names(ranks: list[Rank], dialect: str) -> None:
@@ -212,12 +188,6 @@ def _scalars(state: dict) -> dict:
     groups = [{**{key: value for key, value in group.items() if key != "params"}, **({} if step is None else {"step": step})}
               for group in state["param_groups"]]
     return {"optimizer": {"param_groups": groups}}
-
-
-def _as_copy(held: Held) -> Held:
-    """The tensor as the copy that the model computes with, of which the optimizer has the weight."""
-    return replace(held, found=replace(held.found, role=MODEL_WEIGHT),
-                   blocks=tuple((replace(tensor, role=MODEL_WEIGHT), box) for tensor, box in held.blocks))
 
 
 def _check_complete(folder: Path, index: Index, dialect: str, known: dict) -> None:

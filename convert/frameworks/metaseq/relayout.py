@@ -14,10 +14,11 @@ from ... import families
 from ...checkpoint import Checkpoint
 from ...containers.pickles import Opaque
 from ...errors import RefusedError
-from ...fusion import KVQ, blocks, local_shape, whole_shape
+from ...fusion import KVQ, arranged, local_shape, whole_shape
 from ...index import Held, Index, Naming, atom_name
 from ...layout import Place, Wish
 from ...naming import brief
+from ...shard import Shard
 from ...tensors import WEIGHT, Stored
 from . import reader as metaseq
 from .metadata import join
@@ -59,10 +60,11 @@ def _part(source: Checkpoint, naming: Naming, parts: int, part: int) -> Iterator
     known = {(tensor.role, tensor.name): tensor for tensor in source.index.holders}
     for held in _fused(first) if parts > 1 else first:
         shape = _local(source, held, naming, parts)
-        arranged = blocks(held.kind, shape, parts, part, naming.sizes)
-        pieces = tuple((known[held.found.role, atom_name(held.canonical, held.kind, one.part)], one.box) for one in arranged)
-        found = replace(held.found, place=Place(part), stored=Stored(pieces[0][0].dtype, shape, ()))
-        yield Held(found, held.canonical, held.row, held.kind, pieces)
+        there = arranged(held.kind, shape, parts, part, naming.sizes)
+        shards = tuple(Shard(known[held.found.role, atom_name(held.canonical, held.kind, one.name)], one.region, one.view)
+                       for one in there)
+        found = replace(held.found, place=Place(part), stored=Stored(shards[0].tensor.dtype, shape, ()))
+        yield Held(found, held.canonical, held.row, held.kind, shards)
 
 
 def _fused(first: list[Held]) -> Iterator[Held]:

@@ -23,8 +23,9 @@ from ...fusion import KVQ
 from ...index import Held
 from ...layout import Place
 from ...naming import brief
-from ...plan import Output, Wanted, WantedFile
-from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Box, Stored, Tensor, TensorSpec
+from ...plan import Output, Wanted, WantedFile, gap, in_a_row
+from ...shard import Shard
+from ...tensors import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, WEIGHT, Stored, TensorSpec
 from . import reader as metaseq
 from .metadata import join
 from .relayout import FUSED, SPLIT, with_parts
@@ -120,8 +121,8 @@ class _Part:
         wanted: dict[TensorSpec, Wanted] = {}
         model: dict[str, object] = {}
         for name, held in sorted(self.held[WEIGHT].items(), key=lambda item: self._is_buffer(item[0])):
-            for own, blocks, shape in self._tensors(name, held):
-                model[own] = self._want(own, shape, blocks, wanted)
+            for own, parts, shape in self._tensors(name, held):
+                model[own] = self._want(own, shape, parts, wanted)
         model |= {other: model[name] for name, other in self._shared()}
         tree = {"model": model}
         if self.options.form == WHOLE and self.metadata:
@@ -130,14 +131,14 @@ class _Part:
             tree["last_optimizer_state"] = self._optimizer(1, 0, wanted)
         yield self._file(self._path(0), {**tree, "args": None, **self._rest()}, wanted)
 
-    def _tensors(self, name: str, held: Held) -> Iterator[tuple[str, tuple[tuple[Tensor, Box], ...], tuple[int, ...]]]:
-        """What a tensor is in the file: name, blocks and shape; in a singleton k, v and q stand for themselves."""
+    def _tensors(self, name: str, held: Held) -> Iterator[tuple[str, tuple[Shard, ...], tuple[int, ...]]]:
+        """What a tensor is in the file: name, parts and shape; in a singleton k, v and q stand for themselves."""
         shape = held.found.stored.shape
         if self.options.form == SINGLETON and held.kind == KVQ:
-            for own, block in zip(SPLIT, held.blocks, strict=True):
-                yield name.replace(FUSED, own), (block,), (shape[0] // len(SPLIT), *shape[1:])
+            for own, part in zip(SPLIT, held.parts, strict=True):
+                yield name.replace(FUSED, own), in_a_row([part]), (shape[0] // len(SPLIT), *shape[1:])
         else:
-            yield name, held.blocks, shape
+            yield name, held.parts, shape
 
     def _is_buffer(self, name: str) -> bool:
         return bool(self.metadata) and name in self.metadata["buffer_names"]
@@ -167,7 +168,7 @@ class _Part:
         for shard in range(self.shards):
             wanted: dict[TensorSpec, Wanted] = {}
             model = {flat.key: self._slice(flat, WEIGHT, self.shards, shard, wanted) for flat in self.flats}
-            model |= {held.found.name: self._want(held.found.name, held.found.stored.shape, held.blocks, wanted)
+            model |= {held.found.name: self._want(held.found.name, held.found.stored.shape, held.parts, wanted)
                       for held in buffers}
             model |= {other: model[name] for name, other in self._shared() if name in model}
             tree = {"model": model, "shard_metadata": self._metadata_of(self.shards, shard)}
@@ -180,16 +181,16 @@ class _Part:
     def _slice(self, flat: Flat, role: str, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]) -> TensorSpec:
         """The shard's elements of a flat parameter, or of an optimizer state of it; shape [chunk]."""
         chunk, padding = flat.chunk(shards), flat.padding(shards, shard)
-        low, high, position, blocks = shard * chunk, (shard + 1) * chunk - padding, 0, []
-        for name in flat.names:
-            for tensor, box in self.held[role][name].blocks:
-                first, last = max(low, position), min(high, position + box.numel)
-                if first < last:
-                    blocks += [(tensor, part) for part, _ in box.split_flat(first - position, last - position)]
-                position += box.numel
+        low, high, position, parts = shard * chunk, (shard + 1) * chunk - padding, 0, []
+        for held in (self.held[role][name] for name in flat.names):
+            for part in held.parts:
+                itemsize = part.view.itemsize
+                parts += [one.at("", (position - low) * itemsize)
+                          for one in part.within((low - position) * itemsize, (high - position) * itemsize)]
+            position += held.found.stored.numel
         if padding:
-            blocks.append((None, Box(0, 1, 0, padding)))
-        return self._want(flat.key, (chunk,), tuple(blocks), wanted, role, self._dtype(flat, role))
+            parts.append(gap(1, padding).at("", (high - low) * ITEMSIZE["float32"]))
+        return self._want(flat.key, (chunk,), tuple(parts), wanted, role, self._dtype(flat, role))
 
     def _dtype(self, flat: Flat, role: str) -> str:
         dtypes = sorted({self.held[role][name].found.stored.dtype for name in flat.names})
@@ -227,11 +228,11 @@ class _Part:
 
     # ------------------------------------------------------------------------------------------------------- the files
 
-    def _want(self, name: str, shape: tuple[int, ...], blocks: tuple[tuple[Tensor | None, Box], ...],
+    def _want(self, name: str, shape: tuple[int, ...], parts: tuple[Shard, ...],
               wanted: dict[TensorSpec, Wanted], role: str = WEIGHT, dtype: str | None = None) -> TensorSpec:
-        own = dtype or blocks[0][0].dtype
+        own = dtype or parts[0].tensor.dtype
         spec = TensorSpec(name if role == WEIGHT else f"{role}.{name}", (role == WEIGHT and self.options.cast) or own, shape)
-        wanted[spec] = Wanted(spec, blocks)
+        wanted[spec] = Wanted(spec, parts)
         return spec
 
     def _path(self, shard: int) -> str:

@@ -18,7 +18,7 @@ from ...errors import RefusedError
 from ...index import Held
 from ...layout import Place
 from ...naming import brief
-from ...plan import Output, Wanted, WantedFile, bands_of
+from ...plan import Output, Wanted, WantedFile
 from ...tensors import EXP_AVG, EXP_AVG_SQ, WEIGHT, Stored, TensorSpec
 from ..megatron.specification import check_recorded
 from ..megatron.structure import leaves
@@ -117,7 +117,7 @@ class _Namer:
 def _rank_file(source: Checkpoint, rank: Coordinates, options: Options, namer: _Namer, states: _States,
                scalars: Scalars) -> WantedFile:
     tensors = [Wanted(TensorSpec(prefix + namer.name(held), options.cast or held.found.stored.dtype,
-                                 held.found.stored.shape), held.blocks, bands=bands_of(held.blocks, held.abreast))
+                                 held.found.stored.shape), held.parts)
                for held, prefix in _states_at(rank, options, states)]
     tensors += [Wanted(spec) for spec in scalars.specs]
     _check_unique(source.rank_folders[rank], tensors)
