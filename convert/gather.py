@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .digest import bits_dtype
+from .errors import RefusedError
 from .view import View, row_major
 
 #: what is read at a time where elements have to be put in another order
@@ -115,6 +116,20 @@ class Reader:
 
     def _open(self, file: str) -> int:
         return os.open(file, os.O_RDONLY)
+
+
+class Files(Reader):
+    """Reads files that are to be proved."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda file, offset: RefusedError(
+            f"{file}: ends at byte {offset}, inside a tensor; it was cut while being read"))
+
+    def _open(self, file: str) -> int:
+        try:
+            return os.open(file, os.O_RDONLY)
+        except OSError as error:
+            raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
 
 
 def array_of(buffer: memoryview, view: View) -> np.ndarray:

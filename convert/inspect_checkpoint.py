@@ -13,8 +13,8 @@ if __package__ in (None, ""):
 
 from .cli import run
 from .errors import RefusedError
+from .gather import Files
 from .inspection import facts, values
-from .proof.stream import Files
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ if __package__ in (None, ""):
 from .cli import run
 from .errors import RefusedError
 from .frameworks.deepspeed import files, reader
+from .gather import Files
 from .inspection import values
-from .proof.stream import Files
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from .frameworks.alpa import serving as alpa
 from .frameworks.alpa import training as alpa_training
 from .frameworks.deepspeed import target as deepspeed
 from .frameworks.megatron import adopt as megatron_adopt
+from .frameworks.megatron import readback
 from .frameworks.megatron import target as megatron
 from .frameworks.megatron.specification import Options as Specified
 from .frameworks.megatron_dist import target as megatron_dist
@@ -25,7 +26,6 @@ from .frameworks.mindspore import target as mindspore
 from .frameworks.transformers import target as transformers
 from .layout import Wish
 from .plan import Output
-from .proof import readback
 from .relayout import relaid
 
 

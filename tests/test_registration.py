@@ -14,10 +14,9 @@ from convert import frameworks, job
 from convert import sidecar as sidecars
 from convert.cli import main
 from convert.errors import RefusedError
-from convert.frameworks.megatron import registration
+from convert.frameworks.megatron import readback, registration
 from convert.frameworks.megatron.structure import leaves, structures_from_slots
 from convert.layout import Wish
-from convert.proof import readback
 from convert.relayout import relaid
 from convert.request import Request
 from convert.tensors import TensorSpec

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 
 from ..checks import widen_bits
+from ..gather import Files
 from ..proof import contents
-from ..proof.stream import BAND_BYTES, Files
+from ..proof.stream import BAND_BYTES
 from ..region import whole
 from ..shard import views_of
 from ..tensors import Stored

@@ -13,10 +13,11 @@ from ..checks import SHOWN_POSITIONS, cast, widen_bits
 from ..errors import RefusedError
 from ..families import HEAD, WORD_EMBEDDING
 from ..frameworks.megatron.facts import Facts
+from ..gather import Files
 from ..index import Index, is_padding
 from ..region import Cells, Region, cells_of
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Tensor
-from .stream import Copy, Files, bands, copies_of, in_processes, tiles
+from .stream import Copy, bands, copies_of, in_processes, tiles
 
 #: a tensor that differs in so many elements at most has each of them listed, one that does in more the first few
 LISTED = 32

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import RefusedError
+from ..gather import Files
 from ..index import Held, is_transposed
 from ..layout import Place
 from ..region import Region
@@ -25,7 +26,6 @@ from ..tensors import ITEMSIZE, MODEL_WEIGHT, WEIGHT, Stored, Tensor
 from ..view import row_major
 from .compare import values
 from .contents import entries_of, structure_at
-from .stream import Files
 
 _QUERY = re.compile(r"(?P<name>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from ..containers import zip_records
 from ..errors import RefusedError
-from ..gather import array_of
+from ..gather import Files, array_of
 from ..index import Index
 from ..publish import sync
 from ..region import Region
 from ..tensors import Extent
 from .compare import Pair, read_both
-from .stream import BAND_BYTES, Copy, Files, copies_of
+from .stream import BAND_BYTES, Copy, copies_of
 from .verify import Manifest, Request, Verdict, read_output, read_source, verify, wrong_archives
 
 #: general purpose bit 3: the CRC follows the content

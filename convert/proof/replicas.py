@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..gather import Files
 from ..index import Index
 from ..shard import Shard, fitted
 from ..tensors import Tensor
 from .compare import Difference, values
-from .stream import Files, in_processes, read_views
+from .stream import in_processes, read_views
 
 
 def unequal(index: Index, workers: int = 1) -> tuple[list[Tensor], list[Difference]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -13,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import RefusedError, TaskError
-from ..gather import Memory, Reader, array_of
+from ..errors import TaskError
+from ..gather import Files, Memory, array_of
 from ..region import Cells, Region, cells_of, whole
 from ..shard import Shard, fitted
 from ..tensors import Tensor
@@ -25,20 +24,6 @@ BAND_BYTES = 256 << 10
 TILE_BYTES = 4 << 20
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
-class Files(Reader):
-    """Reads files that are to be proved."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda file, offset: RefusedError(
-            f"{file}: ends at byte {offset}, inside a tensor; it was cut while being read"))
-
-    def _open(self, file: str) -> int:
-        try:
-            return os.open(file, os.O_RDONLY)
-        except OSError as error:
-            raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
 
 
 def bands(region: Region, itemsize: int) -> Iterator[Region]:

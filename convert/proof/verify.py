@@ -17,8 +17,10 @@ from ..checkpoint import Checkpoint
 from ..checks import cast_bits, widen_bits
 from ..digest import MASK, cells_digest
 from ..errors import RefusedError
+from ..frameworks.megatron import readback
 from ..frameworks.megatron.shapes import contradictions
 from ..fusion import PADDING
+from ..gather import Files
 from ..index import Index, is_padding
 from ..naming import brief
 from ..publish import MANIFEST
@@ -26,11 +28,10 @@ from ..region import Region
 from ..shard import Shard
 from ..tensors import ITEMSIZE, MODEL_WEIGHT, Stored, Tensor
 from ..view import row_major
-from . import readback
 from .compare import Difference, Pair, as_embedding, casts_of_weights, differences, is_tied, metadata_differences, pair, told
 from .contents import entries_of
 from .replicas import unequal
-from .stream import Files, copies_of, in_processes, read_views
+from .stream import copies_of, in_processes, read_views
 
 #: bytes that a worker process is given at a time
 _BATCH_BYTES = 16 << 20

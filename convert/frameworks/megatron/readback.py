@@ -11,21 +11,21 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, Coordinates
-from ..checks import cast_bits
-from ..errors import RefusedError
-from ..frameworks.megatron import before_core, optimizer, registration
-from ..frameworks.megatron.buckets import Rule
-from ..frameworks.megatron.facts import args_of
-from ..frameworks.megatron.reader import MODEL_FILE, OPTIMIZER_FILE, read_model
-from ..frameworks.megatron.structure import rank_folder
-from ..index import Found
-from ..layout import Place
-from ..region import Region
-from ..shard import views_of
-from ..sidecar import Buffer, Sidecar
-from ..tensors import WEIGHT, Stored
-from .stream import Files
+from ...checkpoint import Checkpoint, Coordinates
+from ...checks import cast_bits
+from ...errors import RefusedError
+from ...gather import Files
+from ...index import Found
+from ...layout import Place
+from ...region import Region
+from ...shard import views_of
+from ...sidecar import Buffer, Sidecar
+from ...tensors import WEIGHT, Stored
+from . import before_core, optimizer, registration
+from .buckets import Rule
+from .facts import args_of
+from .reader import MODEL_FILE, OPTIMIZER_FILE, read_model
+from .structure import rank_folder
 
 _ELEMENTS = 1 << 20
 
