@@ -219,7 +219,7 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
 
 
 def load(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Strictly, but for extra states, which Megatron-LM does without (load_model_state_dict() of its training/checkpointing.py)."""
+    """Strictly, but for extra states, without which Megatron-LM goes on too (its load_model_state_dict())."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
     wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if wrong:
