@@ -101,7 +101,7 @@ def norms(run: Trained, folder: str) -> np.ndarray:
     return first
 
 
-@every_cell()
+@every_cell(lambda cell: cell.chain != "torch_dist")  # which has no buckets
 def test_buckets_are_those_that_megatron_saves_there(lived, cell):
     run = lived(cell)
     assert buckets(run.checkpoint) == buckets(run.resumed.path) != {}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from examples.tiny.model import known
+from examples.tiny.model import load as load_model
 from examples.tiny.unique import leaf_optimizers
 
 
@@ -53,7 +54,7 @@ def load(folder: Path, options: argparse.Namespace, chunks: list[torch.nn.Module
         state["optimizer"] = optimizer_state(optimizer, state, metadata, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in zip(model_states(chunks, metadata), chunks, strict=True):
-        chunk.load_state_dict(loaded[name], strict=True)
+        load_model(chunk, loaded[name])
     if "optimizer" in saved:
         optimizer.load_state_dict(loaded["optimizer"])
     if scheduler is not None and "opt_param_scheduler" in saved:  # wheels up to 0.11 have no scheduler to save

@@ -216,3 +216,11 @@ def unwrap(chunk: torch.nn.Module) -> GPTModel:
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module
     return chunk
+
+
+def load(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """Strictly, but for extra states, without which Megatron-LM goes on too (its load_model_state_dict())."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
+    if wrong:
+        raise RuntimeError(f"of model and checkpoint, one alone has {', '.join(wrong)}")

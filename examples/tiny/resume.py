@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from examples.tiny import distributed
+from examples.tiny import distributed, model
 from examples.tiny.save import rank_folder
 
 
@@ -32,7 +32,7 @@ def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], 
     for index, chunk in enumerate(chunks):
         if len(chunks) > 1 and hasattr(parallel_state, "set_virtual_pipeline_model_parallel_rank"):
             parallel_state.set_virtual_pipeline_model_parallel_rank(index)
-        load_model(chunk, saved["model" if len(chunks) == 1 else f"model{index}"])
+        model.load(chunk, saved["model" if len(chunks) == 1 else f"model{index}"])
     if "optimizer" not in saved:  # weights alone: the optimizer starts anew
         optimizer.reload_model_params()
         return saved["iteration"]
@@ -44,14 +44,6 @@ def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], 
     set_generators(saved["rng_state"][0])
     dist.barrier()
     return saved["iteration"]
-
-
-def load_model(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Strictly, but for extra states, which Megatron-LM does without where a checkpoint has none or others."""
-    missing, unexpected = chunk.load_state_dict(state, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
-    if wrong:
-        raise RuntimeError(f"of model and checkpoint, one alone has {', '.join(wrong)}")
 
 
 def set_generators(states: dict[str, Any]) -> None:
