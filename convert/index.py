@@ -205,8 +205,8 @@ class Shards(Mapping):
 
     def __init__(self, holders: dict[Tensor, list[Held]], layout: Layout) -> None:
         self.holders, self.layout = holders, layout
-        self._expand = lru_cache(maxsize=1024)(self._expanded)
-        self._rows = lru_cache(maxsize=1024)(self._sorted_rows)
+        self._expand = lru_cache(maxsize=64)(self._expanded)
+        self._rows = lru_cache(maxsize=64)(self._sorted_rows)
 
     def __getitem__(self, tensor: Tensor) -> dict[Region, list[Shard]]:
         return self._expand(tensor)
