@@ -42,7 +42,7 @@ $(READY): pyproject.toml constraints.txt | $(RUN)
 
 convert: $(if $(IN),$(LIGHT),$(READY))  ## convert IN=… to OUT=… for TO=…; without IN, the demo
 ifdef IN
-	$(RUN) -m convert convert $(IN) $(or $(OUT),$(error name the folder to make: OUT=…)) --to $(TO) \
+	$(RUN) -m parammap convert $(IN) $(or $(OUT),$(error name the folder to make: OUT=…)) --to $(TO) \
 	  --workers $(WORKERS) $(SIZES) $(FLAGS)
 else
 	$(RUN) -m examples.demo .cache/demo --workers $(WORKERS) $(SIZES)
@@ -76,7 +76,7 @@ patches: $(READY)  ## write patches/ anew from hooks/
 	$(RUN) patches/make_patches.py
 
 lint: $(READY)  ## ruff
-	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 clean:  ## remove what was trained, fetched and converted here, and the environment
 	rm -rf .cache $(VENV)

@@ -1,8 +1,9 @@
-"""The way users convert today, for comparison: load each rank with torch, cut the buffers by the map, save with MindSpore.
+"""The way users convert today, for comparison: load each rank with torch, cut the buffers by the
+map, save with MindSpore.
 
-One process per rank, `--processes` at once. Written for this benchmark after what MindSpeed-Core-MS's convert_pt2ckpt.py
-does (whole files in memory, one mindspore.save_checkpoint per rank); it checks nothing and writes no metadata.
-"""
+One process per rank, `--processes` at once. Written for this benchmark after what
+MindSpeed-Core-MS's convert_pt2ckpt.py does (whole files in memory, one mindspore.save_checkpoint
+per rank); it checks nothing and writes no metadata."""
 
 from __future__ import annotations
 
@@ -29,24 +30,31 @@ def convert(job: tuple[Path, Path, Path]) -> None:
     saved = torch.load(rank / "distrib_optim.pt", map_location="cpu", weights_only=False)
     tensors = []
     for gbuf, buffer in enumerate(layout["optimizers"][0]["buffers"]):
-        states, = saved[gbuf].values()
+        (states,) = saved[gbuf].values()
         before = _elements_before(buffer["buckets"])
         for parameter in buffer["params"]:
             start = parameter["start"] - before[parameter["bucket"]]
             end = parameter["end"] - before[parameter["bucket"]]
             for state, prefix in PREFIX.items():
                 values = states[state][start:end].reshape(parameter["shape"]).numpy()
-                tensors.append({"name": prefix + _global_name(parameter["name"], first_layer),
-                                "data": mindspore.Parameter(values)})
+                tensors.append(
+                    {
+                        "name": prefix + _global_name(parameter["name"], first_layer),
+                        "data": mindspore.Parameter(values),
+                    }
+                )
     for number, group in enumerate(common["optimizer"]["optimizer"]["param_groups"]):
-        tensors.append({"name": f"learning_rate_group_{number}", "data": mindspore.Parameter(group["lr"])})
+        tensors.append(
+            {"name": f"learning_rate_group_{number}", "data": mindspore.Parameter(group["lr"])}
+        )
     target.parent.mkdir(parents=True)
     mindspore.save_checkpoint(tensors, str(target))
     _make_durable(target)
 
 
 def _elements_before(buckets: list[dict]) -> list[int]:
-    """What to take off a position in the padded buffer, by bucket, to find it among the unpadded ones in the file."""
+    """What to take off a position in the padded buffer, by bucket, to find it among the unpadded
+    ones in the file."""
     offsets, padding = [], 0
     for bucket in buckets:
         offsets.append(padding)
@@ -69,17 +77,24 @@ def _make_durable(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("source", type=Path, help="an iteration folder of bench/make_checkpoint.py")
     parser.add_argument("target", type=Path)
     parser.add_argument("--processes", type=int, default=4)
     args = parser.parse_args()
     print(f"imports {time.monotonic() - started:.2f}", flush=True)
     jobs = []
-    for number, rank in enumerate(sorted(args.source.glob("mp_rank_*"), key=lambda path: path.name[::-1])):
+    for number, rank in enumerate(
+        sorted(args.source.glob("mp_rank_*"), key=lambda path: path.name[::-1])
+    ):
         _, tp, pp = rank.name.rsplit("_", 2)
-        jobs.append((rank, args.source / "param_map" / f"layout_tp{tp}_pp{pp}.json",
-                     args.target / f"rank_{number}" / "network.ckpt"))
+        jobs.append(
+            (
+                rank,
+                args.source / "param_map" / f"layout_tp{tp}_pp{pp}.json",
+                args.target / f"rank_{number}" / "network.ckpt",
+            )
+        )
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         pool.map(convert, jobs, chunksize=1)
 

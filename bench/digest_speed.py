@@ -1,4 +1,5 @@
-"""How fast one core digests: GB of checkpoint per second, in memory, for whole tensors and for pieces of columns."""
+"""How fast one core digests: GB of checkpoint per second, in memory, for whole tensors and for
+pieces of columns."""
 
 from __future__ import annotations
 
@@ -11,16 +12,19 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from convert.digest import bits_dtype, cells_digest  # noqa: E402
-from convert.region import Cells  # noqa: E402
-from convert.tensors import ITEMSIZE  # noqa: E402
-from convert.writer import BUFFER_BYTES  # noqa: E402
+from parammap.execute.writer import BUFFER_BYTES  # noqa: E402
+from parammap.tensors.digest import bits_dtype, cells_digest  # noqa: E402
+from parammap.tensors.logical import ITEMSIZE  # noqa: E402
+from parammap.tensors.region import Cells  # noqa: E402
 
 TOTAL_BYTES, REPEATS = 64 << 20, 5
 ROWS_COLS = 4096
 #: what is digested of a tensor of ROWS_COLS columns: from which column on, and how many
-CASES = {"whole rows": (0, ROWS_COLS), "half of the columns": (ROWS_COLS // 2, ROWS_COLS // 2),
-         "64 of the columns": (ROWS_COLS // 2, 64)}
+CASES = {
+    "whole rows": (0, ROWS_COLS),
+    "half of the columns": (ROWS_COLS // 2, ROWS_COLS // 2),
+    "64 of the columns": (ROWS_COLS // 2, 64),
+}
 
 
 def rate(dtype: str, case: str) -> float:

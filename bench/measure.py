@@ -1,5 +1,5 @@
-"""Measures a command: wall time, processor time of the command and of everyone else, peak memory of its process tree; and
-the plan of a conversion, beside what it may take."""
+"""Measures a command: wall time, processor time of the command and of everyone else, peak memory of
+its process tree; and the plan of a conversion, beside what it may take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds on the clock, processor seconds of the command and of other processes meanwhile, bytes (None: unsampled)."""
+    """Seconds on the clock, processor seconds of the command and of other processes meanwhile,
+    bytes (None: unsampled)."""
 
     wall: float
     cpu: float
@@ -30,11 +31,13 @@ class Measured:
 
 
 def run(command: Sequence[str], cwd: Path, sample_memory: bool = False) -> Measured:
-    """Run a command to its end, as users do: Python may keep what it compiles. Raises RuntimeError with its output if it
-    fails."""
+    """Run a command to its end, as users do: Python may keep what it compiles. Raises RuntimeError
+    with its output if it fails."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     busy, own, started = _busy_seconds(), _children_seconds(), time.monotonic()
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     sampler = _Sampler(process.pid) if sample_memory else None
     output, _ = process.communicate()
     wall = time.monotonic() - started
@@ -45,19 +48,42 @@ def run(command: Sequence[str], cwd: Path, sample_memory: bool = False) -> Measu
     return Measured(wall, cpu, max(0.0, _busy_seconds() - busy - cpu), peak, output)
 
 
-def plan(title: str, source: Path, flags: Sequence[str], max_seconds: float, max_bytes: float) -> bool:
-    """Print what the dry run of converting SRC takes (read, plan, proof that each element is written once); whether that
-    is within the targets."""
+def plan(
+    title: str, source: Path, flags: Sequence[str], max_seconds: float, max_bytes: float
+) -> bool:
+    """Print what the dry run of converting SRC takes (read, plan, proof that each element is
+    written once); whether that is within the targets."""
     sizes = [path.stat() for path in source.rglob("*") if path.is_file()]
-    print(f"{title}: {len(sizes)} files of {sum(size.st_size for size in sizes) / 1e12:.2f} TB that take "
-          f"{sum(size.st_blocks for size in sizes) * 512 / 1e6:.0f} MB of disk; {' '.join(flags)}", flush=True)
-    measured = run([sys.executable, "-m", "convert", "convert", str(source), str(source.with_name(f"{source.name}_out")),
-                    "--dry-run", *flags], REPOSITORY, sample_memory=True)
+    print(
+        f"{title}: {len(sizes)} files of {sum(size.st_size for size in sizes) / 1e12:.2f} TB that "
+        f"take "
+        f"{sum(size.st_blocks for size in sizes) * 512 / 1e6:.0f} MB of disk; {' '.join(flags)}",
+        flush=True,
+    )
+    measured = run(
+        [
+            sys.executable,
+            "-m",
+            "parammap",
+            "convert",
+            str(source),
+            str(source.with_name(f"{source.name}_out")),
+            "--dry-run",
+            *flags,
+        ],
+        REPOSITORY,
+        sample_memory=True,
+    )
     print(measured.output.strip().splitlines()[-1])
     within = measured.wall <= max_seconds and measured.peak_bytes <= max_bytes
-    print(f"{title}: {measured.wall:.1f} s (target {max_seconds}), peak memory {measured.peak_bytes / 1e6:.0f} MB "
-          f"(target {max_bytes / 1e6:.0f}), processor time {measured.cpu:.1f} s on {os.cpu_count()} cores, of which others "
-          f"took {measured.others_cpu / measured.wall:.1f}: {'within' if within else 'MISSED'}", flush=True)
+    print(
+        f"{title}: {measured.wall:.1f} s (target {max_seconds}), peak memory "
+        f"{measured.peak_bytes / 1e6:.0f} MB "
+        f"(target {max_bytes / 1e6:.0f}), processor time {measured.cpu:.1f} s on {os.cpu_count()} "
+        f"cores, of which others "
+        f"took {measured.others_cpu / measured.wall:.1f}: {'within' if within else 'MISSED'}",
+        flush=True,
+    )
     return within
 
 
@@ -67,13 +93,17 @@ def _children_seconds() -> float:
 
 
 def _busy_seconds() -> float:
-    """Processor seconds that all processes and the kernel have used since the start of the machine (proc(5), stat)."""
-    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    """Processor seconds that all processes and the kernel have used since the start of the machine
+    (proc(5), stat)."""
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split()[1:11]
+    )
     return (user + nice + system + irq + softirq) / _TICKS
 
 
 class _Sampler(threading.Thread):
-    """Sums the proportional set sizes of a process and its descendants, again and again; keeps the highest sum."""
+    """Sums the proportional set sizes of a process and its descendants, again and again; keeps the
+    highest sum."""
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)

@@ -1,182 +1,85 @@
-"""`combine_ckpt_dp_zero.py`, with the flags that users of MindSpeed-Core-MS's tool of that name know.
+"""`combine_ckpt_dp_zero.py`, with the flags that users of MindSpeed-Core-MS's tool of that name
+know.
 
-Per data parallel group, the newest files of its ranks, which hold parts of flat buckets, become one file that holds
-each parameter's weight and moments under its own name: `rank_N/<name of rank N's file>_dp_merged.<format>` for the
-group's first rank N. The output folder may be that of the checkpoint: files are added to it, all or none, and never
-replaced.
-"""
+Per data parallel group, the newest files of its ranks, which hold parts of flat buckets, become one
+file that holds each parameter's weight and moments under its own name: `rank_N/<name of rank N's
+file>_dp_merged.<format>` for the group's first rank N. The output folder may be that of the
+checkpoint: files are added to it, all or none, and never replaced."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import re
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .commands import positive
-from .errors import RefusedError, TaskError
-from .execute import run_tasks
-from .frameworks.mindspore import sharded
-from .frameworks.mindspore.target import FRAMES
-from .index import Index
-from .layout import Layout
-from .naming import brief
-from .plan import FileTask, Wanted, WantedFile
-from .planner import Planner
-from .progress import Progress
-from .publish import Staging
-from .tensors import Stored, TensorSpec
-
-#: with --no-save-optim, entries without a dot whose names contain one of these are left out too
-_OPTIMIZER_SCALARS = ("learning_rate", "weight_decay", "epoch", "state", "default_generator")
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """One data parallel group: its output file, the other ranks' copies of it as (link, file), what to tell of it."""
-
-    file: WantedFile
-    links: list[tuple[str, str]]
-    lines: list[str]
+from parammap.cli.arguments import positive
+from parammap.cli.main import run
+from parammap.frameworks.mindspore.target import FRAMES
+from parammap.job.combine_shards import combine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return run(lambda: _combine(args))
+    return run(lambda: combine(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--strategy-dir", type=Path, default=Path("./output/opt_shard_info"),
-        help="where rank_N/dist_opt_shard_info_rank_N-0_0.json are (default: %(default)s)")
-    add("--checkpoint-dir", type=Path, default=Path("./output"), help="where rank_N/ are (default: %(default)s)")
-    add("--output-dir", type=Path, default=Path("./output"), help="may be the same folder (default: %(default)s)")
-    add("--src-format", default="ckpt", choices=sorted(FRAMES), help="format to read (default: %(default)s)")
-    add("--dst-format", default="ckpt", choices=sorted(FRAMES), help="format to write (default: %(default)s)")
-    add("--copy-to-all-dp-ranks", action="store_true", help="a file for every rank, as hard links where possible")
-    add("--max-proccess-limit", type=positive, default=8, help="worker processes (default: %(default)s)")
-    add("--rank-section", type=int, nargs=2, metavar=("FIRST", "END"), help="groups whose first rank is there")
+    add(
+        "--strategy-dir",
+        type=Path,
+        default=Path("./output/opt_shard_info"),
+        help="where rank_N/dist_opt_shard_info_rank_N-0_0.json are (default: %(default)s)",
+    )
+    add(
+        "--checkpoint-dir",
+        type=Path,
+        default=Path("./output"),
+        help="where rank_N/ are (default: %(default)s)",
+    )
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("./output"),
+        help="may be the same folder (default: %(default)s)",
+    )
+    add(
+        "--src-format",
+        default="ckpt",
+        choices=sorted(FRAMES),
+        help="format to read (default: %(default)s)",
+    )
+    add(
+        "--dst-format",
+        default="ckpt",
+        choices=sorted(FRAMES),
+        help="format to write (default: %(default)s)",
+    )
+    add(
+        "--copy-to-all-dp-ranks",
+        action="store_true",
+        help="a file for every rank, as hard links where possible",
+    )
+    add(
+        "--max-proccess-limit",
+        type=positive,
+        default=8,
+        help="worker processes (default: %(default)s)",
+    )
+    add(
+        "--rank-section",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "END"),
+        help="groups whose first rank is there",
+    )
     add("--no-save-optim", action="store_true", help="weights only")
     return parser
-
-
-def _combine(args: argparse.Namespace) -> int:
-    groups = [_group(args, rank, path) for rank, path in _strategies(args).items()]
-    tasks = Planner(Index([], Layout())).plan([group.file for group in groups]).tasks
-    links = [link for group in groups for link in group.links]
-    outputs = [task.path for task in tasks] + [link for link, _ in links]
-    _check_free(args.output_dir, outputs)
-    _execute(args, tasks, links, outputs)
-    print("\n".join(line for group in groups for line in group.lines))
-    return 0
-
-
-def _strategies(args: argparse.Namespace) -> dict[int, Path]:
-    first, end = args.rank_section or (0, sys.maxsize)
-    if first >= end:
-        raise RefusedError(f"--rank-section: {first} {end} is empty; END is the first rank that is left out")
-    found = {rank: path for rank, path in sharded.strategy_files(args.strategy_dir).items() if first <= rank < end}
-    if not found:
-        section = f" of ranks {first} to {end - 1}" if args.rank_section else ""
-        raise RefusedError(f"{args.strategy_dir}: holds no rank_N/dist_opt_shard_info_rank_N-0_0.json{section}; name "
-                           "the folder that the training run wrote with --strategy-dir")
-    return found
-
-
-def _group(args: argparse.Namespace, rank: int, path: Path) -> _Group:
-    strategy = sharded.read_strategy(path, rank)
-    prefixes = sharded.PREFIXES[:1] if args.no_save_optim else sharded.PREFIXES
-    combined = sharded.combined(strategy, args.checkpoint_dir, prefixes, (f".{args.src_format}",))
-    others = {name: stored for name, stored in combined.others.items()
-              if not (args.no_save_optim and _is_of_optimizer(name))}
-    tensors = tuple(_wanted(name, stored) for name, stored in (combined.states | others).items())
-    name = f"{combined.files[rank].stem}{sharded.MERGED}.{args.dst_format}"
-    file = WantedFile(f"rank_{rank}/{name}", tuple(FRAMES[args.dst_format]([one.spec for one in tensors])), tensors)
-    own = re.compile(rf"(?<![A-Za-z])rank_{rank}(?!\d)")
-    links = [(f"rank_{other}/{own.sub(f'rank_{other}', name)}", file.path)
-             for other in strategy.ranks if other != rank and args.copy_to_all_dp_ranks]
-    lines = [f"{args.output_dir / file.path}: {len(tensors)} tensors of {len(strategy.ranks)} ranks"]
-    lines += [f"{args.output_dir / link}: the same" for link, _ in links]
-    lines += [f"  left out: {brief(names)}: {why}" for names, why in (
-        (combined.repeated, "the buckets hold them in full precision"), (combined.strings, "text")) if names]
-    return _Group(file, links, lines)
-
-
-def _is_of_optimizer(name: str) -> bool:
-    return name.startswith(sharded.PREFIXES[1:]) or "." not in name and any(k in name for k in _OPTIMIZER_SCALARS)
-
-
-def _wanted(name: str, stored: Stored) -> Wanted:
-    return Wanted(TensorSpec(name, stored.dtype, stored.shape), source=stored)
-
-
-def _check_free(folder: Path, outputs: list[str]) -> None:
-    for path in outputs:
-        if (folder / path).exists():
-            raise RefusedError(f"{folder / path}: exists already and is never replaced; move it away")
-
-
-def _execute(args: argparse.Namespace, tasks: list[FileTask], links: list[tuple[str, str]], outputs: list[str]) -> None:
-    """Write all files into a staging folder inside the output folder, then move them to their places."""
-    staging = Staging(args.output_dir / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
-                      _fingerprint(tasks), overwrite=False)
-    try:
-        done = staging.open()
-    except OSError as error:
-        raise RefusedError(f"{args.output_dir}: cannot be written to ({error.strerror}); "
-                           "choose another folder") from error
-    left = [task for task in tasks if task.path not in done]
-    needed, free = sum(task.nbytes for task in left), shutil.disk_usage(args.output_dir).free
-    if needed > free:
-        staging.discard()
-        raise RefusedError(f"{args.output_dir}: has {free / 1e9:.2f} GB free and the output needs "
-                           f"{needed / 1e9:.2f} GB more; make room or choose another place")
-    progress = Progress(sum(task.streamed for task in tasks), sum(task.streamed for task in tasks if task.path in done))
-    for outcome in run_tasks(left, staging.out, min(args.max_proccess_limit, len(left)) or 1, progress):
-        staging.record(outcome)
-        progress.show()
-    progress.show(last=True)
-    staging.link(links)
-    _move(staging.out, args.output_dir, outputs)
-    staging.discard()
-
-
-def _move(staged: Path, folder: Path, outputs: list[str]) -> None:
-    """Rename every file into place, or none."""
-    _check_free(folder, outputs)
-    moved: list[str] = []
-    try:
-        for path in outputs:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(staged / path, folder / path)
-            moved.append(path)
-    except OSError as error:
-        for path in moved:
-            os.rename(folder / path, staged / path)
-        raise TaskError(f"{folder / outputs[len(moved)]}: {error.strerror}") from error
-
-
-def _fingerprint(tasks: list[FileTask]) -> str:
-    """What makes a run this one: every byte of the plan, and the files read as they are now."""
-    digest = hashlib.sha256()
-    files = set()
-    for task in tasks:
-        digest.update(repr(task).encode())
-        files |= task.files()
-    for name in sorted(files):
-        digest.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`convert_ckpt2pt.py`, with the flags that users of MindSpeed-Core-MS's tool of that name know.
 
-The sizes describe the source: they are checked against what pt_meta records, and dp and cp number the rank folders.
-"""
+The sizes describe the source: they are checked against what pt_meta records, and dp and cp number
+the rank folders."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .commands import positive
-from .job import convert
-from .request import Request
+from parammap.cli.arguments import positive
+from parammap.cli.main import run
+from parammap.job.conversion import convert
+from parammap.job.request import Request
 
 _SIZES = {"dp_size": "dp", "cp_size": "cp", "tp_size": "tp", "pp_size": "pp", "vpp_size": "vpp"}
 
@@ -28,9 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--num-layers", type=positive, required=True, help="layers of the model, with those of --noop")
+    add(
+        "--num-layers",
+        type=positive,
+        required=True,
+        help="layers of the model, with those of --noop",
+    )
     for flag in _SIZES:
         add(f"--{flag.replace('_', '-')}", type=positive, required=True, help="of the source")
     add("--src-model-format", default="ckpt", choices=["ckpt", "safetensors"])
@@ -41,17 +45,31 @@ def _parser() -> argparse.ArgumentParser:
     add("--convert-param-only", action="store_true", help="the weights alone")
     add("--process-limit", type=positive, default=8, help="worker processes (default: %(default)s)")
     add("--multiprocess-off", action="store_true", help="work in this process alone")
-    add("--process_timeout", type=positive, default=3600, help="seconds after which the run is given up")
+    add(
+        "--process_timeout",
+        type=positive,
+        default=3600,
+        help="seconds after which the run is given up",
+    )
     return parser
 
 
 def _convert(args: argparse.Namespace) -> int:
-    report = convert(Request(
-        source=args.ms_path, target=args.megatron_path, to="megatron",
-        source_sizes={size: getattr(args, flag) for flag, size in _SIZES.items()}, source_suffix=f".{args.src_model_format}",
-        noop=frozenset(args.noop), num_layers=args.num_layers - len(set(args.noop)), sidecar=args.param_map_path,
-        weights_only=args.convert_param_only, workers=1 if args.multiprocess_off else args.process_limit,
-        timeout=args.process_timeout))
+    report = convert(
+        Request(
+            source=args.ms_path,
+            target=args.megatron_path,
+            to="megatron",
+            source_sizes={size: getattr(args, flag) for flag, size in _SIZES.items()},
+            source_suffix=f".{args.src_model_format}",
+            noop=frozenset(args.noop),
+            num_layers=args.num_layers - len(set(args.noop)),
+            sidecar=args.param_map_path,
+            weights_only=args.convert_param_only,
+            workers=1 if args.multiprocess_off else args.process_limit,
+            timeout=args.process_timeout,
+        )
+    )
     for source, path in report.converted:
         print(f"convert '{source}' to '{args.megatron_path / path}' successfully.")
     print("\n".join(report.lines))

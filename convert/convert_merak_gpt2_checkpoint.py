@@ -1,8 +1,9 @@
-"""Merak's convert_merak_gpt2_checkpoint: GPT-2 to Merak in other degrees (merak, transformers_to_merak), or to transformers.
+"""Merak's convert_merak_gpt2_checkpoint: GPT-2 to Merak in other degrees (merak,
+transformers_to_merak), or to transformers.
 
---load_path is a folder of Merak, of Megatron or of transformers, or a transformers folder's pytorch_model.bin. Merak files
-go to SAVE_PATH/release, but the one of tp 1 · pp 1 to SAVE_PATH/iter_0000000_all_dp, where Merak looks for it.
-"""
+--load_path is a folder of Merak, of Megatron or of transformers, or a transformers folder's
+pytorch_model.bin. Merak files go to SAVE_PATH/release, but the one of tp 1 · pp 1 to
+SAVE_PATH/iter_0000000_all_dp, where Merak looks for it."""
 
 from __future__ import annotations
 
@@ -13,35 +14,62 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .commands import positive
-from .errors import RefusedError
-from .frameworks.merak.partition import METHODS, UNIFORM, cut_list
-from .frameworks.merak.target import Options
-from .frameworks.transformers import target as transformers
-from .job import convert
-from .planner import FIRST, MEAN, REFUSE
-from .request import Request
+from parammap.cli.arguments import positive
+from parammap.cli.main import run
+from parammap.errors import RefusedError
+from parammap.frameworks.merak.partition import METHODS, UNIFORM, cut_list
+from parammap.frameworks.merak.target import Options
+from parammap.frameworks.transformers import target as transformers
+from parammap.job.conversion import convert
+from parammap.job.request import Request
+from parammap.plan.planner import FIRST, MEAN, REFUSE
 
 TO_TRANSFORMERS, FROM_TRANSFORMERS = "transformers", "transformers_to_merak"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--load_path", type=Path, required=True, help="the checkpoint: its iteration's folder, or one above")
+    add(
+        "--load_path",
+        type=Path,
+        required=True,
+        help="the checkpoint: its iteration's folder, or one above",
+    )
     add("--save_path", type=Path, required=True, help="the folder to make")
-    add("--json_path", type=Path, help="a config.json that says what the checkpoint does not record")
+    add(
+        "--json_path", type=Path, help="a config.json that says what the checkpoint does not record"
+    )
     add("--convert_type", required=True, choices=["merak", TO_TRANSFORMERS, FROM_TRANSFORMERS])
-    add("--merak_tp", type=positive, default=1, metavar="N", help="tensor parallel size of the output (default: 1)")
-    add("--merak_pp", type=positive, default=1, metavar="N", help="pipeline parallel size of the output (default: 1)")
+    add(
+        "--merak_tp",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="tensor parallel size of the output (default: 1)",
+    )
+    add(
+        "--merak_pp",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="pipeline parallel size of the output (default: 1)",
+    )
     add("--partition_method", choices=METHODS, default=UNIFORM, help="(default: %(default)s)")
-    add("--custom_partition", type=cut_list, default=(), metavar="0,N,…",
-        help="the first module of each stage, and their number")
-    add("--replicas", choices=[REFUSE, FIRST, MEAN], default=REFUSE,
-        help="what to take where ranks keep different copies (default: %(default)s)")
+    add(
+        "--custom_partition",
+        type=cut_list,
+        default=(),
+        metavar="0,N,…",
+        help="the first module of each stage, and their number",
+    )
+    add(
+        "--replicas",
+        choices=[REFUSE, FIRST, MEAN],
+        default=REFUSE,
+        help="what to take where ranks keep different copies (default: %(default)s)",
+    )
     add("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an output folder that has content")
     add("--dry-run", action="store_true", help="print what would be written, and write nothing")
@@ -53,14 +81,30 @@ def _convert(args: argparse.Namespace) -> int:
     source = args.load_path.parent if args.load_path.is_file() else args.load_path
     if args.convert_type == FROM_TRANSFORMERS:
         _check_config(source, args.json_path)
-    options = (transformers.Options(format=transformers.BIN) if to_transformers else
-               Options(partition_method=args.partition_method, custom_partition=args.custom_partition,
-                       config=args.json_path))
-    report = convert(Request(
-        source=source, target=args.save_path, to="transformers" if to_transformers else "merak", options=options,
-        sizes={} if to_transformers else {"tp": args.merak_tp, "pp": args.merak_pp}, weights_only=True,
-        metadata_from=args.json_path if to_transformers else None, replicas=args.replicas, workers=args.workers,
-        overwrite=args.overwrite, dry_run=args.dry_run))
+    options = (
+        transformers.Options(format=transformers.BIN)
+        if to_transformers
+        else Options(
+            partition_method=args.partition_method,
+            custom_partition=args.custom_partition,
+            config=args.json_path,
+        )
+    )
+    report = convert(
+        Request(
+            source=source,
+            target=args.save_path,
+            to="transformers" if to_transformers else "merak",
+            options=options,
+            sizes={} if to_transformers else {"tp": args.merak_tp, "pp": args.merak_pp},
+            weights_only=True,
+            metadata_from=args.json_path if to_transformers else None,
+            replicas=args.replicas,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
+        )
+    )
     print("\n".join(report.lines))
     return report.status
 

@@ -1,4 +1,5 @@
-"""metaseq's convert_to_singleton: the parts in LOCATION, with or without shards, to one restored.pt."""
+"""metaseq's convert_to_singleton: the parts in LOCATION, with or without shards, to one
+restored.pt."""
 
 from __future__ import annotations
 
@@ -9,11 +10,10 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .frameworks.metaseq.target import NAMES, SINGLETON, Options
-from .metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
+from parammap.cli.main import run
+from parammap.cli.metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
+from parammap.frameworks.metaseq.target import NAMES, SINGLETON, Options
 
 #: what metaseq calls the architecture of what it restores
 _ARCH = "transformer_lm_megatron"
@@ -22,23 +22,37 @@ _PATTERNS = ("reshard*.pt", "*-model_part-*.pt", "*-shard*.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("location", type=Path, help="the folder with the parts: reshard*.pt, or else raw ones")
     add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
-    add_switch(add, "--drop-metaseq-req", False, "leave out the data loader's state, which needs metaseq to load")
+    add_switch(
+        add,
+        "--drop-metaseq-req",
+        False,
+        "leave out the data loader's state, which needs metaseq to load",
+    )
     add_common(add)
     return run(lambda: _convert(parser.parse_args(argv)))
 
 
 def _convert(args: argparse.Namespace) -> int:
-    options = Options(SINGLETON, cast=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req)
-    return write(args, _files(args.location), args.location / NAMES[SINGLETON], options, parts=1,
-                 weights_only=True)
+    options = Options(
+        SINGLETON, cast=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req
+    )
+    return write(
+        args,
+        _files(args.location),
+        args.location / NAMES[SINGLETON],
+        options,
+        parts=1,
+        weights_only=True,
+    )
 
 
 def _files(location: Path) -> Files:
-    """The parts in a folder. Raises RefusedError if there are none, or those of several checkpoints."""
+    """The parts in a folder. Raises RefusedError if there are none, or those of several
+    checkpoints."""
     pattern = next((pattern for pattern in _PATTERNS if any(location.glob(pattern))), _PATTERNS[0])
     return files_of(f"{location}/{pattern}")
 

@@ -1,4 +1,5 @@
-"""Say what a checkpoint holds: its files, its layout, and each tensor's name, shape, dtype and sum of values."""
+"""Say what a checkpoint holds: its files, its layout, and each tensor's name, shape, dtype and sum
+of values."""
 
 from __future__ import annotations
 
@@ -9,25 +10,29 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .errors import RefusedError
-from .gather import Files
-from .inspection import facts, values
+from parammap.cli.main import run
+from parammap.errors import RefusedError
+from parammap.execute.gather import Files
+from parammap.inspection import facts, values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint's folder, or one of its files")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="a checkpoint's folder, or one of its files"
+    )
     return run(lambda: _inspect(parser.parse_args(argv).checkpoint))
 
 
 def _inspect(checkpoint: Path) -> int:
     if checkpoint.is_dir():
         known = facts.read(checkpoint).best
-        print(f"{known.folder}: {known.framework}, iteration {known.iteration}, {known.trained or known.layout}, "
-              f"{known.num_layers} layers")
+        print(
+            f"{known.folder}: {known.framework}, iteration {known.iteration}, "
+            f"{known.trained or known.layout}, "
+            f"{known.num_layers} layers"
+        )
         files = sorted(path for path in known.folder.rglob("*") if path.is_file())
     elif checkpoint.is_file():
         files = [checkpoint]

@@ -1,4 +1,5 @@
-"""Say what a DeepSpeed checkpoint holds: layout, files, and each layer's tensors by name, shape, dtype and sum of values."""
+"""Say what a DeepSpeed checkpoint holds: layout, files, and each layer's tensors by name, shape,
+dtype and sum of values."""
 
 from __future__ import annotations
 
@@ -9,18 +10,19 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .errors import RefusedError
-from .frameworks.deepspeed import files, reader
-from .gather import Files
-from .inspection import values
+from parammap.cli.main import run
+from parammap.errors import RefusedError
+from parammap.execute.gather import Files
+from parammap.frameworks.deepspeed import files, reader
+from parammap.inspection import values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("named", nargs="?", type=Path, metavar="FOLDER", help="a save folder, or that of one step")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "named", nargs="?", type=Path, metavar="FOLDER", help="a save folder, or that of one step"
+    )
     parser.add_argument("--folder", type=Path, help="the same")
     return run(lambda: _inspect(parser.parse_args(argv)))
 
@@ -31,8 +33,11 @@ def _inspect(args: argparse.Namespace) -> int:
         raise RefusedError("FOLDER: name one checkpoint")
     checkpoint, there = reader.read(folder), files.find(folder)
     layout = checkpoint.layout
-    print(f"{checkpoint.folder}: iteration {checkpoint.iteration}, {checkpoint.num_layers} layers, tp {layout.tp}, "
-          f"pp {layout.pp} (layers per stage {checkpoint.stage_layers()}), dp {layout.dp}")
+    print(
+        f"{checkpoint.folder}: iteration {checkpoint.iteration}, {checkpoint.num_layers} layers, "
+        f"tp {layout.tp}, "
+        f"pp {layout.pp} (layers per stage {checkpoint.stage_layers()}), dp {layout.dp}"
+    )
     for kind, paths in (("layer", there.layers), ("mp rank", there.models), ("zero", there.shards)):
         print(f"{len(paths)} {kind} files")
         for _, path in sorted(paths.items()):

@@ -1,4 +1,5 @@
-"""metaseq's reshard_fsdp: the shards of a part (or of all) to another number of shards, or to whole tensors."""
+"""metaseq's reshard_fsdp: the shards of a part (or of all) to another number of shards, or to whole
+tensors."""
 
 from __future__ import annotations
 
@@ -9,41 +10,76 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    __package__ = "convert"
 
-from .cli import run
-from .commands import positive
-from .errors import RefusedError
-from .frameworks.metaseq.target import FLAT, WHOLE, Options
-from .metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
+from parammap.cli.arguments import positive
+from parammap.cli.main import run
+from parammap.cli.metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
+from parammap.errors import RefusedError
+from parammap.frameworks.metaseq.target import FLAT, WHOLE, Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input", required=True, help="a glob of shards, as in 'raw/checkpoint_last-model_part-0-shard*.pt'")
-    add("--output", required=True, help="their paths, {i} standing for the shard and {part} for the part")
+    add(
+        "--input",
+        required=True,
+        help="a glob of shards, as in 'raw/checkpoint_last-model_part-0-shard*.pt'",
+    )
+    add(
+        "--output",
+        required=True,
+        help="their paths, {i} standing for the shard and {part} for the part",
+    )
     add("--num-output-shards", type=positive, default=1, metavar="N", help="(default: %(default)s)")
-    add_switch(add, "--unflatten-weights", None, "whole tensors under their own names, for one shard (default: then True)")
+    add_switch(
+        add,
+        "--unflatten-weights",
+        None,
+        "whole tensors under their own names, for one shard (default: then True)",
+    )
     add_switch(add, "--skip-optimizer-state", False, "the weights alone")
-    add("--output-dtype", choices=DTYPES, help="dtype of the weights, not of optimizer states (default: as they are)")
-    add_switch(add, "--drop-metaseq-req", False, "leave out the data loader's state, which needs metaseq to load")
+    add(
+        "--output-dtype",
+        choices=DTYPES,
+        help="dtype of the weights, not of optimizer states (default: as they are)",
+    )
+    add_switch(
+        add,
+        "--drop-metaseq-req",
+        False,
+        "leave out the data loader's state, which needs metaseq to load",
+    )
     add_common(add)
     return run(lambda: _reshard(parser.parse_args(argv)))
 
 
 def _reshard(args: argparse.Namespace) -> int:
-    whole = args.num_output_shards == 1 if args.unflatten_weights is None else args.unflatten_weights
+    whole = (
+        args.num_output_shards == 1 if args.unflatten_weights is None else args.unflatten_weights
+    )
     if whole and args.num_output_shards > 1:
-        raise RefusedError("--unflatten-weights: whole tensors are not cut into shards; leave it out, or take one shard")
+        raise RefusedError(
+            "--unflatten-weights: whole tensors are not cut into shards; leave it out, or take one "
+            "shard"
+        )
     files = files_of(args.input)
     name = args.output.replace("{i}", "{shard}")
     only = files.parts if len(files.parts) == 1 else frozenset()
     for part in only:
         name = name.replace(f"model_part-{part}", "model_part-{part}")
-    options = Options(WHOLE if whole else FLAT, cast=DTYPES.get(args.output_dtype), plain=args.drop_metaseq_req)
-    return write(args, files, Path(name), options, only=only, shards=args.num_output_shards,
-                 weights_only=args.skip_optimizer_state)
+    options = Options(
+        WHOLE if whole else FLAT, cast=DTYPES.get(args.output_dtype), plain=args.drop_metaseq_req
+    )
+    return write(
+        args,
+        files,
+        Path(name),
+        options,
+        only=only,
+        shards=args.num_output_shards,
+        weights_only=args.skip_optimizer_state,
+    )
 
 
 if __name__ == "__main__":

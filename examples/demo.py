@@ -1,10 +1,11 @@
-"""The whole way once: train a tiny Megatron model, convert it, prove that MindSpore loads the same state.
+"""The whole way once: train a tiny Megatron model, convert it, prove that MindSpore loads the same
+state.
 
   python examples/demo.py OUT [flags of `parammap convert`]
 
-OUT/megatron is the checkpoint (kept if it is there already), OUT/megatron/truth the live state, OUT/mindspore the
-result. Exit status 0 only if every array that mindspore.load_checkpoint loads equals the live state, bit for bit.
-"""
+OUT/megatron is the checkpoint (kept if it is there already), OUT/megatron/truth the live state,
+OUT/mindspore the result. Exit status 0 only if every array that mindspore.load_checkpoint loads
+equals the live state, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,24 +26,42 @@ RUN: dict[str, Any] = {"core": "0.16.1", "tp": 2, "pp": 2, "dp": 2, "heads": 8, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     add_layout(parser)
     args, flags = parser.parse_known_args()
     out, layout = args.out.resolve(), layout_flags(args)
 
     began = time.perf_counter()
-    print("1. training with megatron-core {core}, tp{tp} pp{pp} dp{dp}, on the CPU".format(**RUN), flush=True)
+    print(
+        "1. training with megatron-core {core}, tp{tp} pp{pp} dp{dp}, on the CPU".format(**RUN),
+        flush=True,
+    )
     run = train_into(out / "megatron", RUN)
     print(f"   {run.path} ({time.perf_counter() - began:.1f} s)", flush=True)
 
     print(f"2. converting to MindSpore {' '.join(layout)}", flush=True)
     converted = out / "mindspore"
-    status = python("convert", "convert", run.path, converted, "--to", "mindspore", "--overwrite", *layout, *flags)
+    status = python(
+        "parammap",
+        "convert",
+        run.path,
+        converted,
+        "--to",
+        "mindspore",
+        "--overwrite",
+        *layout,
+        *flags,
+    )
     if status:
         return status
 
-    print("3. loading every rank with mindspore.load_checkpoint, and comparing with the live state", flush=True)
+    print(
+        "3. loading every rank with mindspore.load_checkpoint, and comparing with the live state",
+        flush=True,
+    )
     status = python("examples.mindspore_proof", run.path, converted, *layout)
     print(f"   all of it in {time.perf_counter() - began:.1f} s")
     return status
@@ -50,7 +69,9 @@ def main() -> int:
 
 def python(module: str, *arguments: Any) -> int:
     """Run a module in a process of its own, where this repository is; returns its exit status."""
-    return subprocess.run([sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)], cwd=ROOT).returncode
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)], cwd=ROOT
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Installs a release of megatron-core from the package index into .cache/megatron-core-X, once.
 
-Each release stands in a folder of its own and beside, not in, the environment, so that several can be tested.
-"""
+Each release stands in a folder of its own and beside, not in, the environment, so that several can
+be tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 
 def fetch_core(release: str) -> Path:
-    """The folder of megatron-core `release`, e.g. 0.16.1; installed by pip where it is not there yet.
+    """The folder of megatron-core `release`, e.g. 0.16.1; installed by pip where it is not there
+    yet.
 
     0.17 and later ask for Python 3.12, and have wheels for 3.11 all the same.
 
@@ -30,10 +31,27 @@ def fetch_core(release: str) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f"megatron-core-{release}.", dir=CACHE))
     try:
         pip = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-             "--ignore-requires-python", "--target", partial, f"megatron-core=={release}"], capture_output=True, text=True)
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--ignore-requires-python",
+                "--target",
+                partial,
+                f"megatron-core=={release}",
+            ],
+            capture_output=True,
+            text=True,
+        )
         if pip.returncode:
-            raise SystemExit(f"megatron-core {release} cannot be installed: {pip.stderr.strip().splitlines()[-1:]}")
+            raise SystemExit(
+                f"megatron-core {release} cannot be installed: "
+                f"{pip.stderr.strip().splitlines()[-1:]}"
+            )
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

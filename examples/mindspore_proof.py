@@ -1,12 +1,13 @@
-"""Loads a converted checkpoint with the real mindspore.load_checkpoint and compares it with the live training state.
+"""Loads a converted checkpoint with the real mindspore.load_checkpoint and compares it with the
+live training state.
 
   python -m examples.mindspore_proof SAVE_ROOT CONVERTED [--tp 8 --pp 4 …]
 
-SAVE_ROOT is a run of examples/train_tiny.py; the sizes are those that it was converted to, where they are not its own.
-Exit status 1 if anything differs. Nothing of the converter is used: which rank holds what, and under which name, is
-written down here once more, from MindSpeed-Core-MS r0.1.0, and so is the live state in another layout (tiny/whole.py). To
-be run in a process of its own: MindSpore refuses to be imported after protobuf.
-"""
+SAVE_ROOT is a run of examples/train_tiny.py; the sizes are those that it was converted to, where
+they are not its own. Exit status 1 if anything differs. Nothing of the converter is used: which
+rank holds what, and under which name, is written down here once more, from MindSpeed-Core-MS
+r0.1.0, and so is the live state in another layout (tiny/whole.py). To be run in a process of its
+own: MindSpore refuses to be imported after protobuf."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from examples.tiny.options import VOCAB_DIVISOR
 from examples.tiny.trained import Trained, Truth
 from examples.tiny.whole import Sizes, cut_for
 
-#: megatron-core's module path after `decoder.layers.N.` and the model's path after `language_model.encoder.layers.N.`
+#: megatron-core's module path after `decoder.layers.N.` and the model's path after
+#: `language_model.encoder.layers.N.`
 LAYER_MODULES = {
     "input_layernorm": "input_norm",
     "self_attention.linear_qkv": "attention.qkv_proj",
@@ -51,8 +53,14 @@ GROUP_NAMES = {"lr": "learning_rate"}
 LR_STYLES = ("constant", "WSD", "linear", "cosine", "inverse-square-root")
 WD_STYLES = ("constant", "linear", "cosine")
 SCHEDULE = {
-    "max_lr": np.float64, "min_lr": np.float64, "start_wd": np.float64, "end_wd": np.float64,
-    "lr_warmup_steps": np.int64, "num_steps": np.int64, "lr_decay_steps": np.int64, "wd_incr_steps": np.int64,
+    "max_lr": np.float64,
+    "min_lr": np.float64,
+    "start_wd": np.float64,
+    "end_wd": np.float64,
+    "lr_warmup_steps": np.int64,
+    "num_steps": np.int64,
+    "lr_decay_steps": np.int64,
+    "wd_incr_steps": np.int64,
 }
 
 
@@ -69,15 +77,19 @@ class Proof:
 
 
 def mindspore_name(name: str, layers: list[int], layer_norm: bool) -> str:
-    """The name in MindSpeed-Core-MS of a megatron-core parameter; `layers` are the chunk's global layer numbers."""
+    """The name in MindSpeed-Core-MS of a megatron-core parameter; `layers` are the chunk's global
+    layer numbers."""
     module, leaf = name.rsplit(".", 1)
     layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", module)
     if layer is None:
         target = MODULES[module]
     else:
         expert = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", layer[2])
-        inner = (f"mlp.experts.local_experts.{expert[1]}.{EXPERT_MODULES[expert[2]]}" if expert
-                 else LAYER_MODULES[layer[2]])
+        inner = (
+            f"mlp.experts.local_experts.{expert[1]}.{EXPERT_MODULES[expert[2]]}"
+            if expert
+            else LAYER_MODULES[layer[2]]
+        )
         target = f"language_model.encoder.layers.{layers[int(layer[1])]}.{inner}"
     if layer_norm and target.endswith("_norm"):
         leaf = LAYER_NORM_LEAVES[leaf]
@@ -85,7 +97,8 @@ def mindspore_name(name: str, layers: list[int], layer_norm: bool) -> str:
 
 
 def expected_tensors(truth: Truth) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor that the rank's file must hold: fp32 main weight under the bare name, and both moments."""
+    """Every tensor that the rank's file must hold: fp32 main weight under the bare name, and both
+    moments."""
     layer_norm = truth.meta["args"]["normalization"] == "LayerNorm"
     for chunk, name in truth.names():
         target = mindspore_name(name, truth.meta["layers"][chunk], layer_norm)
@@ -109,13 +122,15 @@ def expected_scalars(truth: Truth) -> dict[str, np.ndarray]:
 
 
 def lowest_rank(truth: Truth) -> int:
-    """The global rank whose folder holds (tp, pp, ep): order tp-cp-ep-dp-pp, data-parallel rank 0."""
+    """The global rank whose folder holds (tp, pp, ep): order tp-cp-ep-dp-pp, data-parallel rank
+    0."""
     args, (tp, pp, ep) = truth.meta["args"], truth.place
     return (pp * args["data_parallel_size"] + ep) * args["tensor_model_parallel_size"] + tp
 
 
 def prove(run: Trained, converted: Path) -> Proof:
-    """Compare every rank's file with the truth of that rank, bit for bit, by MindSpore's own loader."""
+    """Compare every rank's file with the truth of that rank, bit for bit, by MindSpore's own
+    loader."""
     import mindspore
 
     proof = Proof()
@@ -123,7 +138,11 @@ def prove(run: Trained, converted: Path) -> Proof:
     found = {folder.name for folder in converted.glob("rank_*")}
     proof.faults += [f"{converted / name}: unexpected" for name in sorted(found - set(truths))]
     for name, truth in truths.items():
-        files = [file for file in (converted / name).glob("*") if file.suffix in (".ckpt", ".safetensors")]
+        files = [
+            file
+            for file in (converted / name).glob("*")
+            if file.suffix in (".ckpt", ".safetensors")
+        ]
         if len(files) != 1:
             proof.faults.append(f"{converted / name}: {len(files)} checkpoint files instead of one")
             continue
@@ -161,11 +180,15 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> str | None:
     if (actual.dtype, actual.shape) != (expected.dtype, expected.shape):
         return f"{actual.dtype} {actual.shape} instead of {expected.dtype} {expected.shape}"
     bits = f"u{actual.itemsize}"
-    unequal = np.flatnonzero(np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits))
+    unequal = np.flatnonzero(
+        np.ascontiguousarray(actual).view(bits) != np.ascontiguousarray(expected).view(bits)
+    )
     if unequal.size:
         first = unequal[0]
-        return (f"{unequal.size:,} of {actual.size:,} elements differ, the first at {first}: "
-                f"{actual.flat[first]} instead of {expected.flat[first]}")
+        return (
+            f"{unequal.size:,} of {actual.size:,} elements differ, the first at {first}: "
+            f"{actual.flat[first]} instead of {expected.flat[first]}"
+        )
     return None
 
 
@@ -181,26 +204,44 @@ def layout_flags(args: argparse.Namespace) -> list[str]:
     """The same, as they were given."""
     given = {name: getattr(args, name) for name in (*Sizes._fields, "make_vocab_size_divisible_by")}
     given["stage_layers"] = given["stage_layers"] and ",".join(map(str, given["stage_layers"]))
-    return [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [
+        word
+        for name, value in given.items()
+        if value
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def sizes_of(run: Trained, args: argparse.Namespace) -> Sizes:
     """The run's own, but for those that were given."""
     truth = run.truths()[0]
     own = truth.meta["args"]
-    counts = {(chunk, other.place[1]): len(layers) for other in run.truths()
-              for chunk, layers in enumerate(other.meta["layers"])}
-    sizes = {"tp": own["tensor_model_parallel_size"], "pp": own["pipeline_model_parallel_size"],
-             "vpp": len(truth.meta["layers"]), "ep": own["expert_model_parallel_size"], "dp": own["data_parallel_size"],
-             "cp": own["context_parallel_size"]}
+    counts = {
+        (chunk, other.place[1]): len(layers)
+        for other in run.truths()
+        for chunk, layers in enumerate(other.meta["layers"])
+    }
+    sizes = {
+        "tp": own["tensor_model_parallel_size"],
+        "pp": own["pipeline_model_parallel_size"],
+        "vpp": len(truth.meta["layers"]),
+        "ep": own["expert_model_parallel_size"],
+        "dp": own["data_parallel_size"],
+        "cp": own["context_parallel_size"],
+    }
     given = {name: value for name in Sizes._fields if (value := getattr(args, name))}
-    if given.get("pp", sizes["pp"]) == sizes["pp"] and given.get("vpp", sizes["vpp"]) == sizes["vpp"]:
+    if (
+        given.get("pp", sizes["pp"]) == sizes["pp"]
+        and given.get("vpp", sizes["vpp"]) == sizes["vpp"]
+    ):
         sizes["stage_layers"] = tuple(counts[chunk] for chunk in sorted(counts))
     return Sizes(**sizes | given)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("save_root", type=Path)
     parser.add_argument("converted", type=Path)
     add_layout(parser)
@@ -209,20 +250,33 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         run = trained
         if layout_flags(args):
-            run = cut_for(trained, sizes_of(trained, args), Path(scratch),
-                          args.make_vocab_size_divisible_by or VOCAB_DIVISOR)
+            run = cut_for(
+                trained,
+                sizes_of(trained, args),
+                Path(scratch),
+                args.make_vocab_size_divisible_by or VOCAB_DIVISOR,
+            )
         return tell(prove(run, args.converted), len(run.truths()))
 
 
 def tell(proof: Proof, ranks: int) -> int:
     """Print what was proved; returns the exit status."""
-    if proof.faults or not (proof.files == ranks and proof.tensors and proof.elements and proof.scalars):
+    if proof.faults or not (
+        proof.files == ranks and proof.tensors and proof.elements and proof.scalars
+    ):
         print("\n".join(proof.faults[:20]))
         print(f"NOT proved: {len(proof.faults)} faults in {proof.files} of {ranks} rank files")
         return 1
-    print(f"proved: mindspore.load_checkpoint loaded {proof.files} rank files; {proof.tensors:,} tensors with "
-          f"{proof.elements:,} elements (weights and both Adam moments) equal the live training state, bit for bit")
-    print(f"        {proof.scalars} scalars equal too; not compared: {', '.join(sorted(proof.not_compared)) or 'none'}")
+    print(
+        f"proved: mindspore.load_checkpoint loaded {proof.files} rank files; {proof.tensors:,} "
+        f"tensors with "
+        f"{proof.elements:,} elements (weights and both Adam moments) equal the live training "
+        f"state, bit for bit"
+    )
+    print(
+        f"        {proof.scalars} scalars equal too; not compared: "
+        f"{', '.join(sorted(proof.not_compared)) or 'none'}"
+    )
     return 0
 
 

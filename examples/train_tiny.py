@@ -1,9 +1,10 @@
-"""Trains a tiny GPT with the real megatron-core on a CPU, and saves it with sidecars and with the live state beside it.
+"""Trains a tiny GPT with the real megatron-core on a CPU, and saves it with sidecars and with the
+live state beside it.
 
   python examples/train_tiny.py --core 0.16.1 --out DIR --tp 2 --pp 2
 
-writes DIR/iter_*/ as Megatron-LM does, DIR/latest_checkpointed_iteration.txt, and DIR/truth/ (see tiny/live_state.py).
-"""
+writes DIR/iter_*/ as Megatron-LM does, DIR/latest_checkpointed_iteration.txt, and DIR/truth/ (see
+tiny/live_state.py)."""
 
 from __future__ import annotations
 
@@ -40,9 +41,15 @@ def main() -> None:
 
     from examples.tiny.train import run_rank
 
-    with tempfile.TemporaryDirectory() as scratch:  # forked, so that torch and megatron are imported once
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # forked, so that torch and megatron are imported once
         torch.multiprocessing.start_processes(
-            run_rank, (options, Path(scratch) / "store"), choices.world_size(options), start_method="fork")
+            run_rank,
+            (options, Path(scratch) / "store"),
+            choices.world_size(options),
+            start_method="fork",
+        )
 
 
 def needs_transformer_engine(core: Path) -> bool:

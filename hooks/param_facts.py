@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from .sidecar_files import NoSidecar, to_plain
+from parammap.hooks.sidecar_files import NoSidecar, to_plain
 
 CONFIG_OR_ARGS = """
     num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels normalization

@@ -13,8 +13,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 
-from .param_facts import core_version, model_facts, parallel_sizes, rank_coordinates
-from .sidecar_files import NoSidecar, dtype_name, harmless, sync_in_background, to_json, write_files
+from parammap.hooks.param_facts import core_version, model_facts, parallel_sizes, rank_coordinates
+from parammap.hooks.sidecar_files import (
+    NoSidecar,
+    dtype_name,
+    harmless,
+    sync_in_background,
+    to_json,
+    write_files,
+)
 
 SCHEMA, SCHEMA_VERSION = "parammap.layout", 1
 #: option of DistributedDataParallelConfig -> what a release without that option does

@@ -17,8 +17,8 @@ from typing import Any, Dict, Sequence, Set, Tuple
 
 import torch
 
-from .param_layout import RankLayout, describe_rank, layout_file, layout_folder, place
-from .sidecar_files import (
+from parammap.hooks.param_layout import RankLayout, describe_rank, layout_file, layout_folder, place
+from parammap.hooks.sidecar_files import (
     harmless,
     sync_in_background,
     to_json,

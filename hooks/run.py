@@ -1,7 +1,7 @@
 """Run a Megatron-LM training script with the save-time hook, without patching Megatron-LM.
 
-torchrun [torchrun's options] -m hooks.run pretrain_gpt.py [its arguments], with this repository on PYTHONPATH.
-"""
+torchrun [torchrun's options] -m parammap.hooks.run pretrain_gpt.py [its arguments], where parammap
+is installed, or this repository on PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 
-from . import install
+from parammap.hooks import install
 
 
 def main() -> None:

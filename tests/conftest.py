@@ -13,7 +13,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.tiny.trained import Trained, train_cached
-from tests.lab.variants import VARIANTS, is_quick, runs
+from tests.support.variants import VARIANTS
 
 settings.register_profile("house", deadline=None)  # other jobs share the machine
 settings.load_profile("house")
@@ -21,7 +21,8 @@ settings.load_profile("house")
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[..., Trained]:
-    """trained(core="0.16.1", **options of examples/train_tiny.py): that run, in a folder to be read only."""
+    """trained(core="0.16.1", **options of examples/train_tiny.py): that run, in a folder to be read
+    only."""
 
     def run(core: str = "0.16.1", **options: Any) -> Trained:
         return train_cached({"core": core, **options})
@@ -31,19 +32,25 @@ def trained() -> Callable[..., Trained]:
 
 @pytest.fixture(scope="session")
 def trained_variant(trained: Callable[..., Trained]) -> Callable[[str, str], Trained]:
-    """trained_variant(core, variant): the run of that name in tests/lab/variants.py."""
+    """trained_variant(core, variant): the run of that name in tests/support/variants.py."""
     return lambda core, variant: trained(core, **VARIANTS[variant])
 
 
-def every_run(*variants: str) -> pytest.MarkDecorator:
-    """Parametrize (core, variant) over those variants, or over all; what is beyond the quick suite is marked full."""
-    return pytest.mark.parametrize(("core", "variant"), [
-        pytest.param(core, variant, id=f"{core}-{variant}", marks=[] if is_quick(core, variant) else [pytest.mark.full])
-        for core, variant in runs() if not variants or variant in variants])
+#: fixtures that train
+_TRAINING = {"trained", "trained_variant"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `live` what trains: all of tests/live, and whatever asks for a run."""
+    for item in items:
+        if "tests/live/" in item.nodeid or _TRAINING & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.live)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Name every skipped test with its reason: -rs groups them by line."""
     skipped = terminalreporter.stats.get("skipped", [])
     for report in skipped:
-        terminalreporter.write_line(f"skipped: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+        terminalreporter.write_line(
+            f"skipped: {report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}"
+        )

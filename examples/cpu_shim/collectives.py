@@ -32,22 +32,35 @@ def _handle(async_op: bool) -> Done | None:
     return Done() if async_op else None
 
 
-def reduce_scatter(output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None,
-                   async_op: bool = False, **kwargs: Any) -> Done | None:
-    """gloo has none: all-reduce a copy in fp32 and take this rank's part; Megatron lets output alias input."""
+def reduce_scatter(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Group = None,
+    async_op: bool = False,
+    **kwargs: Any,
+) -> Done | None:
+    """gloo has none: all-reduce a copy in fp32 and take this rank's part; Megatron lets output
+    alias input."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     total = input.detach().clone().view(-1).float()
     if size > 1:
         _all_reduce(total, group=group)
     if op == dist.ReduceOp.AVG:
         total /= size
-    output.data.view(-1).copy_(total[rank * output.numel():(rank + 1) * output.numel()])
+    output.data.view(-1).copy_(total[rank * output.numel() : (rank + 1) * output.numel()])
     return _handle(async_op)
 
 
-def all_gather_into_tensor(output: torch.Tensor, input: torch.Tensor, group: Group = None,
-                           async_op: bool = False, **kwargs: Any) -> Done | None:
-    """Through gloo's all_gather of a list; the input is copied because it may lie inside the output."""
+def all_gather_into_tensor(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    group: Group = None,
+    async_op: bool = False,
+    **kwargs: Any,
+) -> Done | None:
+    """Through gloo's all_gather of a list; the input is copied because it may lie inside the
+    output."""
     part = input.detach().clone().contiguous().view(-1)
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, part, group=group)
@@ -55,19 +68,28 @@ def all_gather_into_tensor(output: torch.Tensor, input: torch.Tensor, group: Gro
     return _handle(async_op)
 
 
-def all_to_all_single(output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int] | None = None,
-                      input_split_sizes: list[int] | None = None, group: Group = None,
-                      async_op: bool = False) -> Done | None:
+def all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+    group: Group = None,
+    async_op: bool = False,
+) -> Done | None:
     """gloo has none for every dtype: gather what everyone sends, take what is sent here."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     splits = [int(n) for n in input_split_sizes or [input.shape[0] // size] * size]
     sent: list[Any] = [None] * size
-    dist.all_gather_object(sent, [part.clone() for part in torch.split(input.detach(), splits)], group=group)
+    dist.all_gather_object(
+        sent, [part.clone() for part in torch.split(input.detach(), splits)], group=group
+    )
     output.data.copy_(torch.cat([parts[rank] for parts in sent]).view_as(output))
     return _handle(async_op)
 
 
-def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False) -> Any:
+def all_reduce(
+    tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+) -> Any:
     """gloo has no AVG: sum, then divide."""
     if op != dist.ReduceOp.AVG:
         return _all_reduce(tensor, op=op, group=group, async_op=async_op)
@@ -77,7 +99,8 @@ def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Group =
 
 
 def isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """gloo reads the tensor later, but Megatron frees an activation once it is sent: send a copy."""
+    """gloo reads the tensor later, but Megatron frees an activation once it is sent: send a
+    copy."""
     return _isend(tensor.detach().clone(), *args, **kwargs)
 
 
@@ -88,8 +111,13 @@ def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) ->
     _init_process_group("gloo", *args, **kwargs)
 
 
-def new_group(ranks: list[int] | None = None, timeout: Any = None, backend: str | None = None, pg_options: Any = None,
-              **kwargs: Any) -> Any:
+def new_group(
+    ranks: list[int] | None = None,
+    timeout: Any = None,
+    backend: str | None = None,
+    pg_options: Any = None,
+    **kwargs: Any,
+) -> Any:
     """gloo, whatever backend was asked for; its options and device are NCCL's."""
     kwargs.pop("device_id", None)
     return _new_group(ranks, timeout, "gloo", **kwargs)
@@ -124,11 +152,17 @@ REPLACEMENTS = {
 
 
 def install() -> None:
-    """Patch torch.distributed in place, and the module it re-exports from, which Megatron also reads."""
+    """Patch torch.distributed in place, and the module it re-exports from, which Megatron also
+    reads."""
     for name, replacement in REPLACEMENTS.items():
         setattr(dist, name, replacement)
         setattr(c10d, name, replacement)
-    if not hasattr(dist, "ProcessGroupNCCL"):  # a CPU build of torch; Megatron builds its options before it calls
-        options = type("Options", (), {"__init__": lambda self, **kwargs: setattr(
-            self, "config", types.SimpleNamespace())})
+    if not hasattr(
+        dist, "ProcessGroupNCCL"
+    ):  # a CPU build of torch; Megatron builds its options before it calls
+        options = type(
+            "Options",
+            (),
+            {"__init__": lambda self, **kwargs: setattr(self, "config", types.SimpleNamespace())},
+        )
         dist.ProcessGroupNCCL = types.SimpleNamespace(Options=options)

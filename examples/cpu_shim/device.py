@@ -1,4 +1,5 @@
-"""Tensors and calls that name a GPU land on the CPU: factories, .cuda(), .to(), and the torch.cuda namespace."""
+"""Tensors and calls that name a GPU land on the CPU: factories, .cuda(), .to(), and the torch.cuda
+namespace."""
 
 from __future__ import annotations
 
@@ -14,15 +15,39 @@ import torch
 CPU = torch.device("cpu")
 
 FACTORIES = (
-    "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint", "eye", "linspace",
-    "randperm", "empty_strided", "tril", "triu",
-    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "eye",
+    "linspace",
+    "randperm",
+    "empty_strided",
+    "tril",
+    "triu",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
 )
 
 TENSOR_TYPES = {
-    "FloatTensor": torch.float32, "HalfTensor": torch.float16, "BFloat16Tensor": torch.bfloat16,
-    "DoubleTensor": torch.float64, "LongTensor": torch.int64, "IntTensor": torch.int32,
-    "ByteTensor": torch.uint8, "BoolTensor": torch.bool,
+    "FloatTensor": torch.float32,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "DoubleTensor": torch.float64,
+    "LongTensor": torch.int64,
+    "IntTensor": torch.int32,
+    "ByteTensor": torch.uint8,
+    "BoolTensor": torch.bool,
 }
 
 
@@ -68,7 +93,8 @@ class Event:
 
 
 class Generators:
-    """torch.cuda.default_generators: the GPU's generator is the CPU's, so Megatron's seeds per tp rank take effect."""
+    """torch.cuda.default_generators: the GPU's generator is the CPU's, so Megatron's seeds per tp
+    rank take effect."""
 
     def __getitem__(self, index: int) -> torch.Generator:
         return torch.default_generator
@@ -144,7 +170,9 @@ def _install_tensor() -> None:
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return tensor_type(self, *args, **kwargs)
-        return tensor_type(self).replace("torch.", "torch.cuda.", 1)  # distrib_optimizer.py compares with this spelling
+        return tensor_type(self).replace(
+            "torch.", "torch.cuda.", 1
+        )  # distrib_optimizer.py compares with this spelling
 
     torch.Tensor.to, torch.Tensor.type = to, type_
     torch.Tensor.cuda = torch.Tensor.pin_memory = torch.nn.Module.cuda = _itself
@@ -152,7 +180,8 @@ def _install_tensor() -> None:
 
 def _install_cuda(available: bool) -> None:
     properties = types.SimpleNamespace(
-        major=8, minor=0, total_memory=1 << 34, multi_processor_count=8, name="cpu")
+        major=8, minor=0, total_memory=1 << 34, multi_processor_count=8, name="cpu"
+    )
     replacements: dict[str, Any] = {
         "is_available": _returns(available),
         "is_initialized": _returns(False),
@@ -173,18 +202,38 @@ def _install_cuda(available: bool) -> None:
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
-        "manual_seed_all": _returns(None),  # torch.manual_seed, which calls it, has just seeded the same generator
+        "manual_seed_all": _returns(
+            None
+        ),  # torch.manual_seed, which calls it, has just seeded the same generator
         "default_generators": Generators(),
-        "_lazy_call": lambda call, **kwargs: call(),  # Megatron sets the state of the generator in such a call
+        "_lazy_call": lambda call, **kwargs: (
+            call()
+        ),  # Megatron sets the state of the generator in such a call
     }
-    for name in ("set_device", "set_stream", "synchronize", "empty_cache", "reset_peak_memory_stats", "_lazy_init"):
+    for name in (
+        "set_device",
+        "set_stream",
+        "synchronize",
+        "empty_cache",
+        "reset_peak_memory_stats",
+        "_lazy_init",
+    ):
         replacements[name] = _returns(None)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
         replacements[name] = _returns(0)
-    replacements |= {name: _tensor_type("torch.cuda." + name, dtype) for name, dtype in TENSOR_TYPES.items()}
+    replacements |= {
+        name: _tensor_type("torch.cuda." + name, dtype) for name, dtype in TENSOR_TYPES.items()
+    }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
     for name in ("get_rng_state", "set_rng_state"):
         setattr(torch.cuda.random, name, replacements[name])
     if hasattr(torch._C, "_cuda_setRNGState"):
-        del torch._C._cuda_setRNGState  # its presence makes Megatron set the state behind torch.cuda's back
+        del (
+            torch._C._cuda_setRNGState
+        )  # its presence makes Megatron set the state behind torch.cuda's back

@@ -1,9 +1,10 @@
-"""A stand-in for Transformer Engine 2.x, so that Megatron trains with `transformer_impl` transformer_engine on a CPU.
+"""A stand-in for Transformer Engine 2.x, so that Megatron trains with `transformer_impl`
+transformer_engine on a CPU.
 
-Modules, parameter names and shapes, their order of registration, their attributes of tensor parallelism and the extra
-states are those of transformer_engine.pytorch (TransformerEngine, release 2.6); the arithmetic is torch's. Call
-`install()` after cpu_shim.install() and before megatron is imported.
-"""
+Modules, parameter names and shapes, their order of registration, their attributes of tensor
+parallelism and the extra states are those of transformer_engine.pytorch (TransformerEngine, release
+2.6); the arithmetic is torch's. Call `install()` after cpu_shim.install() and before megatron is
+imported."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from examples.cpu_shim import stubs
 
 VERSION = "2.6.0"
 
-#: what get_extra_state() gives, by the name of the case: without fp8, of release 2.x ("empty") and 1.x ("none"); the
-#: state of fp8's scaling, of 1.x up to 1.13 ("bytesio") and later ("fp8")
+#: what get_extra_state() gives, by the name of the case: without fp8, of release 2.x ("empty") and
+#: 1.x ("none"); the state of fp8's scaling, of 1.x up to 1.13 ("bytesio") and later ("fp8")
 EXTRA_STATES: dict[str, Callable[[], Any]] = {
     "empty": lambda: torch.empty(0, dtype=torch.uint8),
     "none": lambda: None,
@@ -33,8 +34,13 @@ EXTRA_STATES: dict[str, Callable[[], Any]] = {
 
 
 def _scaling() -> dict[str, Any]:
-    return {"scale_fwd": torch.ones(3), "scale_bwd": torch.ones(2), "amax_history_fwd": torch.zeros(16, 3),
-            "amax_history_bwd": torch.zeros(16, 2), "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1}}
+    return {
+        "scale_fwd": torch.ones(3),
+        "scale_bwd": torch.ones(2),
+        "amax_history_fwd": torch.zeros(16, 3),
+        "amax_history_bwd": torch.zeros(16, 2),
+        "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1},
+    }
 
 
 def _torch_saved(state: dict[str, Any]) -> io.BytesIO:
@@ -73,8 +79,13 @@ class Base(WithExtraState, torch.nn.Module):
 class Norm(WithExtraState):
     """`hidden_size` is the older name of `normalized_shape`."""
 
-    def __init__(self, normalized_shape: int | None = None, eps: float = 1e-5, hidden_size: int | None = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
+        hidden_size: int | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(hidden_size or normalized_shape, eps, **options)
 
 
@@ -93,30 +104,50 @@ def parallel(param: torch.nn.Parameter, dim: int) -> torch.nn.Parameter:
 
 
 class Gemms(Base):
-    """What Linear and GroupedLinear have in common: weight{suffix} [out, in] and bias{suffix} [out] for each suffix."""
+    """What Linear and GroupedLinear have in common: weight{suffix} [out, in] and bias{suffix} [out]
+    for each suffix."""
 
-    def __init__(self, suffixes: list[str], in_features: int, out_features: int, *, bias: bool, return_bias: bool,
-                 parallel_mode: str | None, tp_size: int, sequence_parallel: bool, init_method: Any,
-                 params_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        suffixes: list[str],
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        return_bias: bool,
+        parallel_mode: str | None,
+        tp_size: int,
+        sequence_parallel: bool,
+        init_method: Any,
+        params_dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
         self.sequence_parallel = sequence_parallel and tp_size > 1
-        self.use_bias, self.return_bias, self.apply_bias = bias, return_bias, bias and not return_bias
+        self.use_bias, self.return_bias, self.apply_bias = (
+            bias,
+            return_bias,
+            bias and not return_bias,
+        )
         self.in_features = in_features // (tp_size if parallel_mode == "row" else 1)
         self.out_features = out_features // (tp_size if parallel_mode == "column" else 1)
         for suffix in suffixes:
             weight = torch.empty(self.out_features, self.in_features, dtype=params_dtype)
             if init_method is not None:
                 init_method(weight)
-            self.register_parameter(f"weight{suffix}",
-                                    parallel(torch.nn.Parameter(weight), 1 if parallel_mode == "row" else 0))
+            self.register_parameter(
+                f"weight{suffix}",
+                parallel(torch.nn.Parameter(weight), 1 if parallel_mode == "row" else 0),
+            )
             self._add_bias(f"bias{suffix}", params_dtype)
 
     def _add_bias(self, name: str, dtype: torch.dtype | None) -> None:
         if not self.use_bias:
             setattr(self, name, torch.empty(0, dtype=dtype))
             return
-        self.register_parameter(name, torch.nn.Parameter(torch.zeros(self.out_features, dtype=dtype)))
+        self.register_parameter(
+            name, torch.nn.Parameter(torch.zeros(self.out_features, dtype=dtype))
+        )
         if self.parallel_mode == "row":
             getattr(self, name).sequence_parallel = self.sequence_parallel
         elif self.parallel_mode == "column":
@@ -126,14 +157,35 @@ class Gemms(Base):
 class Linear(Gemms):
     """weight, bias"""
 
-    def __init__(self, in_features: int, out_features: int, sequence_parallel: bool = False, tp_size: int = 1,
-                 init_method: Any = None, bias: bool = True, return_bias: bool = False,
-                 params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, **options: Any) -> None:
-        super().__init__([""], in_features, out_features, bias=bias, return_bias=return_bias, parallel_mode=parallel_mode,
-                         tp_size=tp_size, sequence_parallel=sequence_parallel, init_method=init_method,
-                         params_dtype=params_dtype)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        tp_size: int = 1,
+        init_method: Any = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            [""],
+            in_features,
+            out_features,
+            bias=bias,
+            return_bias=return_bias,
+            parallel_mode=parallel_mode,
+            tp_size=tp_size,
+            sequence_parallel=sequence_parallel,
+            init_method=init_method,
+            params_dtype=params_dtype,
+        )
 
-    def forward(self, inputs: torch.Tensor, is_first_microbatch: bool | None = None, **options: Any) -> Any:
+    def forward(
+        self, inputs: torch.Tensor, is_first_microbatch: bool | None = None, **options: Any
+    ) -> Any:
         output = self._reduced(F.linear(self._gathered(inputs), self.weight))
         if self.apply_bias:
             output = output + self.bias
@@ -161,10 +213,23 @@ class Linear(Gemms):
 class LayerNormLinear(Linear):
     """layer_norm_weight, layer_norm_bias (not of RMSNorm), weight, bias"""
 
-    def __init__(self, in_features: int, out_features: int, eps: float = 1e-5, normalization: str = "LayerNorm",
-                 sequence_parallel: bool = False, params_dtype: torch.dtype | None = None, **options: Any) -> None:
-        super().__init__(in_features, out_features, sequence_parallel=sequence_parallel, params_dtype=params_dtype,
-                         **options)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        eps: float = 1e-5,
+        normalization: str = "LayerNorm",
+        sequence_parallel: bool = False,
+        params_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            sequence_parallel=sequence_parallel,
+            params_dtype=params_dtype,
+            **options,
+        )
         self.eps = eps
         norm = {"layer_norm_weight": torch.ones(in_features, dtype=params_dtype)}
         if normalization == "LayerNorm":
@@ -174,61 +239,116 @@ class LayerNormLinear(Linear):
             param.sequence_parallel = sequence_parallel
         self._parameters = params | self._parameters  # the norm's come first
 
-    def forward(self, inputs: torch.Tensor, is_first_microbatch: bool | None = None, **options: Any) -> Any:
+    def forward(
+        self, inputs: torch.Tensor, is_first_microbatch: bool | None = None, **options: Any
+    ) -> Any:
         weight, bias = self.layer_norm_weight, getattr(self, "layer_norm_bias", None)
         if bias is None:
             normed = F.rms_norm(inputs.float(), weight.shape, weight.float(), self.eps)
         else:
-            normed = F.layer_norm(inputs.float(), weight.shape, weight.float(), bias.float(), self.eps)
+            normed = F.layer_norm(
+                inputs.float(), weight.shape, weight.float(), bias.float(), self.eps
+            )
         return super().forward(normed.to(inputs.dtype))
 
 
 class GroupedLinear(Gemms):
     """weight0, bias0, weight1, …: a matrix of its own for each expert of the rank"""
 
-    def __init__(self, num_gemms: int, in_features: int, out_features: int, sequence_parallel: bool = False,
-                 tp_size: int = 1, init_method: Any = None, bias: bool = True, return_bias: bool = False,
-                 params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, **options: Any) -> None:
-        super().__init__([str(number) for number in range(num_gemms)], in_features, out_features, bias=bias,
-                         return_bias=return_bias, parallel_mode=parallel_mode, tp_size=tp_size,
-                         sequence_parallel=sequence_parallel, init_method=init_method, params_dtype=params_dtype)
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        tp_size: int = 1,
+        init_method: Any = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            [str(number) for number in range(num_gemms)],
+            in_features,
+            out_features,
+            bias=bias,
+            return_bias=return_bias,
+            parallel_mode=parallel_mode,
+            tp_size=tp_size,
+            sequence_parallel=sequence_parallel,
+            init_method=init_method,
+            params_dtype=params_dtype,
+        )
         self.num_gemms = num_gemms
 
-    def forward(self, inputs: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Any:
+    def forward(
+        self, inputs: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None
+    ) -> Any:
         parts = torch.split(inputs, [int(rows) for rows in m_splits])
         biases = [getattr(self, f"bias{number}") for number in range(self.num_gemms)]
-        output = torch.cat([F.linear(part, getattr(self, f"weight{number}"), biases[number] if self.apply_bias else None)
-                            for number, part in enumerate(parts)])
+        output = torch.cat(
+            [
+                F.linear(
+                    part,
+                    getattr(self, f"weight{number}"),
+                    biases[number] if self.apply_bias else None,
+                )
+                for number, part in enumerate(parts)
+            ]
+        )
         return (output, biases) if self.return_bias else output
 
 
 class DotProductAttention(Base):
-    """Causal attention; with context parallelism every rank holds two of 2·cp chunks of the sequence, one from each end."""
+    """Causal attention; with context parallelism every rank holds two of 2·cp chunks of the
+    sequence, one from each end."""
 
-    def __init__(self, num_attention_heads: int, kv_channels: Any, softmax_scale: float | None = None, cp_group: Any = None,
-                 **options: Any) -> None:
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: Any,
+        softmax_scale: float | None = None,
+        cp_group: Any = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.softmax_scale, self.cp_group = softmax_scale, cp_group
 
     def set_context_parallel_group(self, group: Any, *options: Any) -> None:
         self.cp_group = group
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any,
-                **more: Any) -> torch.Tensor:
-        """[sequence, batch, heads, channels] each; returns [sequence, batch, heads · channels of a value]."""
-        size, rank = (dist.get_world_size(self.cp_group), dist.get_rank(self.cp_group)) if self.cp_group else (1, 0)
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *options: Any,
+        **more: Any,
+    ) -> torch.Tensor:
+        """[sequence, batch, heads, channels] each; returns [sequence, batch, heads · channels of a
+        value]."""
+        size, rank = (
+            (dist.get_world_size(self.cp_group), dist.get_rank(self.cp_group))
+            if self.cp_group
+            else (1, 0)
+        )
         if size > 1:
             key, value = Gathered.apply(key, self.cp_group), Gathered.apply(value, self.cp_group)
         positions = [chunk_positions(len(query), place, size) for place in range(size)]
         mask = positions[rank][:, None] >= torch.cat(positions)[None]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        key, value = (
+            part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value)
+        )
         output = F.scaled_dot_product_attention(query, key, value, mask, scale=self.softmax_scale)
         return output.permute(2, 0, 1, 3).flatten(2)
 
 
 def chunk_positions(length: int, rank: int, size: int) -> torch.Tensor:
-    """The positions in the whole sequence of the `length` tokens that a rank of context parallelism holds."""
+    """The positions in the whole sequence of the `length` tokens that a rank of context parallelism
+    holds."""
     if size == 1:
         return torch.arange(length)
     half = torch.arange(length // 2)
@@ -236,12 +356,16 @@ def chunk_positions(length: int, rank: int, size: int) -> torch.Tensor:
 
 
 class Gathered(torch.autograd.Function):
-    """All ranks' parts, one after the other along dimension 0; the gradient of each is the sum over the ranks."""
+    """All ranks' parts, one after the other along dimension 0; the gradient of each is the sum over
+    the ranks."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
         ctx.group = group
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+        parts = [
+            torch.empty_like(part, memory_format=torch.contiguous_format)
+            for _ in range(dist.get_world_size(group))
+        ]
         dist.all_gather(parts, part.contiguous(), group=group)
         return torch.cat(parts)
 
@@ -254,7 +378,8 @@ class Gathered(torch.autograd.Function):
 
 
 class CudaRNGStatesTracker:
-    """Named states; Megatron derives its own tracker from it, and uses that only where it is asked to."""
+    """Named states; Megatron derives its own tracker from it, and uses that only where it is asked
+    to."""
 
     def __init__(self) -> None:
         self.states_: dict[str, Any] = {}
@@ -279,31 +404,73 @@ class FP8GlobalStateManager:
     get_fp8_recipe = reset = staticmethod(lambda: None)
 
 
-def general_gemm(a: torch.Tensor, b: torch.Tensor, workspace: Any = None, out_dtype: torch.dtype | None = None,
-                 layout: str = "TN", **options: Any) -> list[torch.Tensor]:
-    """b · a, each transposed as its letter in `layout` says, accumulated in fp32; the MoE router calls it."""
-    left, right = (tensor.float().t() if letter == "T" else tensor.float()
-                   for letter, tensor in zip(layout, (a, b), strict=True))
+def general_gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    workspace: Any = None,
+    out_dtype: torch.dtype | None = None,
+    layout: str = "TN",
+    **options: Any,
+) -> list[torch.Tensor]:
+    """b · a, each transposed as its letter in `layout` says, accumulated in fp32; the MoE router
+    calls it."""
+    left, right = (
+        tensor.float().t() if letter == "T" else tensor.float()
+        for letter, tensor in zip(layout, (a, b), strict=True)
+    )
     return [(right @ left).to(out_dtype or b.dtype)]
 
 
 def install(extra_state: str = "empty") -> None:
-    """Put the stand-in where `import transformer_engine` finds it. `extra_state`: a name in EXTRA_STATES."""
+    """Put the stand-in where `import transformer_engine` finds it. `extra_state`: a name in
+    EXTRA_STATES."""
     WithExtraState.extra_state = staticmethod(EXTRA_STATES[extra_state])
     add = stubs.add_module
     add("transformer_engine", stubs.AnyModule, __version__=VERSION)
     add("transformer_engine.common")
-    add("transformer_engine.common.recipe", stubs.AnyModule, DelayedScaling=type("DelayedScaling", (), {}))
-    add("transformer_engine.pytorch", LayerNorm=LayerNorm, RMSNorm=RMSNorm, Linear=Linear, LayerNormLinear=LayerNormLinear,
-        GroupedLinear=GroupedLinear, DotProductAttention=DotProductAttention, fp8_autocast=contextlib.nullcontext)
-    add("transformer_engine.pytorch.fp8", FP8GlobalStateManager=FP8GlobalStateManager,
-        fp8_autocast=contextlib.nullcontext, fp8_model_init=contextlib.nullcontext)
-    add("transformer_engine.pytorch.tensor", QuantizedTensor=type("QuantizedTensor", (torch.Tensor,), {}))
-    add("transformer_engine.pytorch.float8_tensor", Float8Tensor=type("Float8Tensor", (torch.Tensor,), {}))
-    add("transformer_engine.pytorch.distributed", stubs.AnyModule, CudaRNGStatesTracker=CudaRNGStatesTracker)
+    add(
+        "transformer_engine.common.recipe",
+        stubs.AnyModule,
+        DelayedScaling=type("DelayedScaling", (), {}),
+    )
+    add(
+        "transformer_engine.pytorch",
+        LayerNorm=LayerNorm,
+        RMSNorm=RMSNorm,
+        Linear=Linear,
+        LayerNormLinear=LayerNormLinear,
+        GroupedLinear=GroupedLinear,
+        DotProductAttention=DotProductAttention,
+        fp8_autocast=contextlib.nullcontext,
+    )
+    add(
+        "transformer_engine.pytorch.fp8",
+        FP8GlobalStateManager=FP8GlobalStateManager,
+        fp8_autocast=contextlib.nullcontext,
+        fp8_model_init=contextlib.nullcontext,
+    )
+    add(
+        "transformer_engine.pytorch.tensor",
+        QuantizedTensor=type("QuantizedTensor", (torch.Tensor,), {}),
+    )
+    add(
+        "transformer_engine.pytorch.float8_tensor",
+        Float8Tensor=type("Float8Tensor", (torch.Tensor,), {}),
+    )
+    add(
+        "transformer_engine.pytorch.distributed",
+        stubs.AnyModule,
+        CudaRNGStatesTracker=CudaRNGStatesTracker,
+    )
     add("transformer_engine.pytorch.ops", stubs.AnyModule)
     add("transformer_engine.pytorch.module")
-    add("transformer_engine.pytorch.module.base", TransformerEngineBaseModule=Base, get_workspace=lambda: None)
+    add(
+        "transformer_engine.pytorch.module.base",
+        TransformerEngineBaseModule=Base,
+        get_workspace=lambda: None,
+    )
     add("transformer_engine.pytorch.cpp_extensions", general_gemm=general_gemm)
     version = importlib.metadata.version
-    importlib.metadata.version = lambda name: VERSION if name.replace("_", "-") == "transformer-engine" else version(name)
+    importlib.metadata.version = lambda name: (
+        VERSION if name.replace("_", "-") == "transformer-engine" else version(name)
+    )

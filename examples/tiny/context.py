@@ -15,7 +15,8 @@ def part(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def whole(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[batch, sequence] put together from all ranks' parts, by the positions of each. Collective over their group."""
+    """[batch, sequence] put together from all ranks' parts, by the positions of each. Collective
+    over their group."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return values

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-#: of each micro-batch: the mean loss "lm", the "tokens", the loss of each label, "each"; empty but on the last stage
+#: of each micro-batch: the mean loss "lm", the "tokens", the loss of each label, "each"; empty but
+#: on the last stage
 Losses = list[dict[str, torch.Tensor]]
 
 
@@ -29,12 +30,18 @@ class Step(NamedTuple):
 
 def write(folder: Path, steps: list[Step], evaluated: Losses) -> None:
     """Write the file of this dp rank, if this rank is the one of it that computed losses."""
-    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    first = (
+        parallel_state.get_tensor_model_parallel_rank()
+        == parallel_state.get_context_parallel_rank()
+        == 0
+    )
     if not evaluated or not first:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"losses_dp{parallel_state.get_data_parallel_rank():03}.npz",
-             steps=np.array([[float(loss["lm"]) for loss in step.losses] for step in steps], np.float32),
-             norms=np.array([step.norm for step in steps], np.float32),
-             tokens=np.stack([loss["tokens"].numpy() for loss in evaluated]),
-             evaluated=np.stack([loss["each"].float().numpy() for loss in evaluated]))
+    np.savez(
+        folder / f"losses_dp{parallel_state.get_data_parallel_rank():03}.npz",
+        steps=np.array([[float(loss["lm"]) for loss in step.losses] for step in steps], np.float32),
+        norms=np.array([step.norm for step in steps], np.float32),
+        tokens=np.stack([loss["tokens"].numpy() for loss in evaluated]),
+        evaluated=np.stack([loss["each"].float().numpy() for loss in evaluated]),
+    )

@@ -1,8 +1,9 @@
-"""Loads a checkpoint the way Megatron-LM's megatron/training/checkpointing.py does (torch format, core_r0.6.0 on).
+"""Loads a checkpoint the way Megatron-LM's megatron/training/checkpointing.py does (torch format,
+core_r0.6.0 on).
 
-The wheels of megatron-core hold no training code, so the order of its steps is followed here: model, optimizer without
-its tensors, distrib_optim.pt by the optimizer itself, scheduler, random generators.
-"""
+The wheels of megatron-core hold no training code, so the order of its steps is followed here:
+model, optimizer without its tensors, distrib_optim.pt by the optimizer itself, scheduler, random
+generators."""
 
 from __future__ import annotations
 
@@ -19,11 +20,14 @@ from examples.tiny import distributed, model
 from examples.tiny.save import rank_folder
 
 
-def load_checkpoint(options: argparse.Namespace, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> int:
-    """Load this rank's part of the latest checkpoint in `options.resume`; returns its iteration. Collective.
+def load_checkpoint(
+    options: argparse.Namespace, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any
+) -> int:
+    """Load this rank's part of the latest checkpoint in `options.resume`; returns its iteration.
+    Collective.
 
-    Raises what torch and megatron-core raise where anything is missing or does not fit; nothing is left as it was.
-    """
+    Raises what torch and megatron-core raise where anything is missing or does not fit; nothing is
+    left as it was."""
     tracked = (options.resume / "latest_checkpointed_iteration.txt").read_text().strip()
     folder = rank_folder(options, options.resume, tracked)
     if (folder.parent / ".metadata").is_file():  # format torch_dist

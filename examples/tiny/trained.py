@@ -1,4 +1,5 @@
-"""A training run as a folder that is made once: found again by its options and by the sources that made it.
+"""A training run as a folder that is made once: found again by its options and by the sources that
+made it.
 
 Needs neither torch nor megatron, so that tests and the demo can read the truth without them.
 """
@@ -33,7 +34,8 @@ LONGEST_NAME = 200
 
 @dataclass(frozen=True)
 class Truth:
-    """The live state of one rank of tp, pp and ep, as tiny/live_state.py wrote it; arrays in the rank's own shapes."""
+    """The live state of one rank of tp, pp and ep, as tiny/live_state.py wrote it; arrays in the
+    rank's own shapes."""
 
     file: Path
 
@@ -43,7 +45,8 @@ class Truth:
 
     @cached_property
     def meta(self) -> dict[str, Any]:
-        """release (`core`), args, place, layers (global numbers by chunk), params, param_groups, scheduler, buffers."""
+        """release (`core`), args, place, layers (global numbers by chunk), params, param_groups,
+        scheduler, buffers."""
         return json.loads(str(self._npz["meta"]))
 
     @property
@@ -78,7 +81,8 @@ class Trained:
         return self.path / f"iter_{self.iteration:07}"
 
     def truths(self) -> list[Truth]:
-        """One per model file, in the order of tp, pp, ep. Raises FileNotFoundError where there is none."""
+        """One per model file, in the order of tp, pp, ep. Raises FileNotFoundError where there is
+        none."""
         files = sorted((self.path / "truth").glob("tp*.npz"))
         if not files:
             raise FileNotFoundError(f"{self.path / 'truth'}: no live state was written there")
@@ -103,24 +107,39 @@ def train_cached(options: dict[str, Any]) -> Trained:
 
 
 def train_into(folder: Path, options: dict[str, Any]) -> Trained:
-    """The run in a folder of the caller's choice: kept if it is this run and whole, made anew if it is another one.
+    """The run in a folder of the caller's choice: kept if it is this run and whole, made anew if it
+    is another one.
 
-    Raises SystemExit where the folder holds something else, RuntimeError with the end of the log where training fails,
-    subprocess.TimeoutExpired where it hangs.
-    """
+    Raises SystemExit where the folder holds something else, RuntimeError with the end of the log
+    where training fails, subprocess.TimeoutExpired where it hangs."""
     key = run_key(options)
     if is_intact(folder, key):
         return Trained(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / STAMP).exists():
-        raise SystemExit(f"{folder} holds something else than a training run; choose another folder")
+        raise SystemExit(
+            f"{folder} holds something else than a training run; choose another folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        command = [sys.executable, "-W", "ignore", str(ROOT / "examples/train_tiny.py"), "--out", str(partial)]
-        log = subprocess.run(command + command_line(options), stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(ROOT / "examples/train_tiny.py"),
+            "--out",
+            str(partial),
+        ]
+        log = subprocess.run(
+            command + command_line(options), stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S
+        )
         if log.returncode:
-            raise RuntimeError(f"{' '.join(command_line(options))}: training failed\n{log.stderr[-3000:]}")
-        (partial / STAMP).write_text(json.dumps({"key": key, "options": options, "files": _digests(partial)}, indent=1))
+            raise RuntimeError(
+                f"{' '.join(command_line(options))}: training failed\n{log.stderr[-3000:]}"
+            )
+        (partial / STAMP).write_text(
+            json.dumps({"key": key, "options": options, "files": _digests(partial)}, indent=1)
+        )
         if not is_intact(folder, key):  # another process may have made the same run meanwhile
             shutil.rmtree(folder, ignore_errors=True)
             publish(partial, folder)
@@ -140,7 +159,10 @@ def run_key(options: dict[str, Any]) -> str:
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / STAMP)
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def is_intact(folder: Path, key: str) -> bool:

@@ -1,12 +1,13 @@
-"""Every golden × every target × a few layouts: what each conversion writes, so that a change can prove to change nothing.
+"""Every golden × every target × a few layouts: what each conversion writes, so that a change can
+prove to change nothing.
 
     python -m tests.support.output_matrix record FILE [--only WORD]     what today's program writes, to a .json.xz
     python -m tests.support.output_matrix compare FILE [--only WORD]    status 1 and a list where it differs from that
 
-A case is `source > target flags`. Its entry holds the exit status, the message of a refusal, the first 16 hexadecimal digits
-of each output file's sha256, and those of the manifest without what changes from run to run. The conversions run in this
-process; nothing but `command` below knows the program.
-"""
+A case is `source > target flags`. Its entry holds the exit status, the message of a refusal, the
+first 16 hexadecimal digits of each output file's sha256, and those of the manifest without what
+changes from run to run. The conversions run in this process; nothing but `command` below knows the
+program."""
 
 from __future__ import annotations
 
@@ -26,18 +27,32 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.lab.prototype_map import translated
+from tests.support.prototype_map import translated
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests/data"
 MANIFEST = "parammap_manifest.json"
 #: fields of a manifest that say when, where and by which program it was written
-VOLATILE = ("parammap", "version", "program", "seconds", "source", "whole", "fingerprint", "fingerprints")
+VOLATILE = (
+    "parammap",
+    "version",
+    "program",
+    "seconds",
+    "source",
+    "whole",
+    "fingerprint",
+    "fingerprints",
+)
 #: folders that are sources as they lie there, and archives of such
 FOLDERS = ("megatron/*", "merak/*", "metaseq/mp*", "metaseq/mp*/up/*", "transformers/*", "yuan/*")
 ARCHIVES = ("deepspeed/*.tar.xz", "alpa/*/alpa_np.zip")
 #: targets whose outputs are sources in turn, and of which goldens they are made
-SECOND = {"mindspore": "megatron/*", "megatron-dist": "megatron/*", "deepspeed": "megatron/*", "transformers": "merak/*"}
+SECOND = {
+    "mindspore": "megatron/*",
+    "megatron-dist": "megatron/*",
+    "deepspeed": "megatron/*",
+    "transformers": "merak/*",
+}
 #: flags without which nothing of a source would be converted
 NEEDED = {"deepspeed/": ["--replicas", "first"]}
 UNSAID, CONFIG = ["--activation", "gelu_new"], ["--config", "tests/data/merak/hf/config.json"]
@@ -45,15 +60,45 @@ ONE, TWO = ["--tp", "1", "--pp", "1"], ["--tp", "2", "--pp", "1", "--dp", "2"]
 STAGES = ["--tp", "1", "--pp", "2", "--vpp", "2"]
 #: target: the flags of each of its cases
 TARGETS: dict[str, tuple[list[str], ...]] = {
-    "mindspore": ([], ONE, TWO, STAGES, ["--format", "safetensors"], ["--names", "megatron"], ["--weights-only", *ONE],
-                  ["--drop", "experts"]),
-    "megatron": ([], ONE, TWO, STAGES, ["--dp", "4"], ["--ep", "1", *ONE], ["--weights-only"], ["--weights-only", *TWO],
-                 ["--drop", "experts"]),
+    "mindspore": (
+        [],
+        ONE,
+        TWO,
+        STAGES,
+        ["--format", "safetensors"],
+        ["--names", "megatron"],
+        ["--weights-only", *ONE],
+        ["--drop", "experts"],
+    ),
+    "megatron": (
+        [],
+        ONE,
+        TWO,
+        STAGES,
+        ["--dp", "4"],
+        ["--ep", "1", *ONE],
+        ["--weights-only"],
+        ["--weights-only", *TWO],
+        ["--drop", "experts"],
+    ),
     "megatron-dist": ([], ONE, ["--weights-only"]),
-    "metaseq": ([], ["--tp", "1", "--dp", "3"], ["--tp", "4", "--dp", "1"], ["--form", "singleton"], ["--weights-only"]),
+    "metaseq": (
+        [],
+        ["--tp", "1", "--dp", "3"],
+        ["--tp", "4", "--dp", "1"],
+        ["--form", "singleton"],
+        ["--weights-only"],
+    ),
     "alpa": ([], ["--dtype", "float32"], UNSAID),
     "alpa-training": ([], ["--optimizer", "adamw"], UNSAID),
-    "merak": ([], ONE, ["--tp", "2", "--pp", "2"], UNSAID, CONFIG, ["--serialization", "legacy", *ONE]),
+    "merak": (
+        [],
+        ONE,
+        ["--tp", "2", "--pp", "2"],
+        UNSAID,
+        CONFIG,
+        ["--serialization", "legacy", *ONE],
+    ),
     "deepspeed": ([],),
     "transformers": ([], ["--format", "bin"], UNSAID, CONFIG, ["--dtype", "float32"]),
 }
@@ -63,7 +108,7 @@ Entry = dict[str, object]
 
 def command(arguments: list[str]) -> int:
     """The command line's exit status, in this process."""
-    from convert.cli import main
+    from parammap.cli.main import main
 
     return main(arguments)
 
@@ -72,13 +117,20 @@ def record(only: str = "") -> dict[str, Entry]:
     """The entries of all cases whose name has `only` in it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        return {case: _entry(source, to, flags, folder) for case, source, to, flags in _cases(folder) if only in case}
+        return {
+            case: _entry(source, to, flags, folder)
+            for case, source, to, flags in _cases(folder)
+            if only in case
+        }
 
 
 def compare(before: dict[str, Entry], after: dict[str, Entry]) -> list[str]:
     """A line for each case that only one of them has, or that differs."""
-    return [f"{case}: {_difference(before.get(case), after.get(case))}" for case in sorted({*before, *after})
-            if before.get(case) != after.get(case)]
+    return [
+        f"{case}: {_difference(before.get(case), after.get(case))}"
+        for case in sorted({*before, *after})
+        if before.get(case) != after.get(case)
+    ]
 
 
 def _difference(before: Entry | None, after: Entry | None) -> str:
@@ -87,7 +139,9 @@ def _difference(before: Entry | None, after: Entry | None) -> str:
     if before["status"] != after["status"] or "files" not in before:
         return f"{before['status']} {before.get('error', '')} → {after['status']} {after.get('error', '')}"
     files = [{**one["files"], MANIFEST: one["manifest"]} for one in (before, after)]
-    names = sorted(name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name))
+    names = sorted(
+        name for name in {*files[0], *files[1]} if files[0].get(name) != files[1].get(name)
+    )
     return f"{len(names)} of {len(files[0])} files differ: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
 
 
@@ -101,7 +155,8 @@ def _cases(scratch: Path) -> Iterator[tuple[str, Path, str, list[str]]]:
 
 
 def _sources(scratch: Path) -> Iterator[tuple[str, Path]]:
-    """(name, folder) of each source; what is unpacked, translated or converted for it lies in `scratch`."""
+    """(name, folder) of each source; what is unpacked, translated or converted for it lies in
+    `scratch`."""
     for pattern in FOLDERS:
         for folder in sorted(DATA.glob(pattern)):
             if folder.is_dir() and folder.name not in ("param_map", "up"):
@@ -111,14 +166,20 @@ def _sources(scratch: Path) -> Iterator[tuple[str, Path]]:
             name = str(archive.relative_to(DATA)).split(".")[0]
             yield name, _unpacked(archive, scratch / "sources" / name)
     for folder in sorted(DATA.glob("megatron/*")):
-        if any(folder.glob("iter_*/*/param_map.json")):  # what the hook's prototype wrote, said as the hook says it
+        if any(
+            folder.glob("iter_*/*/param_map.json")
+        ):  # what the hook's prototype wrote, said as the hook says it
             name = f"translated {folder.relative_to(DATA)}"
             yield name, translated(folder, scratch / "sources" / name.replace(" ", "_"))
     for to, pattern in SECOND.items():
         for folder in sorted(DATA.glob(pattern)):
             name = f"{to} of {folder.relative_to(DATA)}"
             made = scratch / "sources" / name.replace(" ", "_")
-            if folder.is_dir() and _quiet(["convert", str(folder), str(made), "--to", to, "--workers", "1"])[0] == 0:
+            if (
+                folder.is_dir()
+                and _quiet(["convert", str(folder), str(made), "--to", to, "--workers", "1"])[0]
+                == 0
+            ):
                 yield name, made
 
 
@@ -129,7 +190,9 @@ def _unpacked(archive: Path, folder: Path) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
     inner = list(folder.iterdir())
-    return inner[0] if len(inner) == 1 and inner[0].is_dir() and archive.suffix == ".zip" else folder
+    return (
+        inner[0] if len(inner) == 1 and inner[0].is_dir() and archive.suffix == ".zip" else folder
+    )
 
 
 def _entry(source: Path, to: str, flags: list[str], scratch: Path) -> Entry:
@@ -137,9 +200,15 @@ def _entry(source: Path, to: str, flags: list[str], scratch: Path) -> Entry:
     shutil.rmtree(out, ignore_errors=True)
     status, error = _quiet(["convert", str(source), str(out), "--to", to, "--workers", "1", *flags])
     if not out.exists():
-        return {"status": status, "error": error.replace(str(scratch), "SCRATCH").replace(str(ROOT), "ROOT")}
-    files = {str(path.relative_to(out)): _short(path.read_bytes()) for path in sorted(out.rglob("*"))
-             if path.is_file() and path.name != MANIFEST}
+        return {
+            "status": status,
+            "error": error.replace(str(scratch), "SCRATCH").replace(str(ROOT), "ROOT"),
+        }
+    files = {
+        str(path.relative_to(out)): _short(path.read_bytes())
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
     return {"status": status, "files": files, "manifest": _manifest(out, scratch)}
 
 
@@ -152,13 +221,17 @@ def _quiet(arguments: list[str]) -> tuple[int | str, str]:
         except SystemExit as error:  # argparse
             return f"exit {error.code}", said.getvalue().strip().splitlines()[-1]
         except Exception as error:
-            return f"raised {type(error).__name__}", traceback.format_exception_only(error)[-1].strip()
+            return f"raised {type(error).__name__}", traceback.format_exception_only(error)[
+                -1
+            ].strip()
 
 
 def _manifest(out: Path, scratch: Path) -> str:
     manifest = json.loads((out / MANIFEST).read_text())
     kept = {name: value for name, value in manifest.items() if name not in VOLATILE}
-    text = json.dumps(kept, sort_keys=True).replace(str(scratch), "SCRATCH").replace(str(ROOT), "ROOT")
+    text = (
+        json.dumps(kept, sort_keys=True).replace(str(scratch), "SCRATCH").replace(str(ROOT), "ROOT")
+    )
     return _short(text.encode())
 
 
@@ -167,17 +240,21 @@ def _short(content: bytes) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=Path, help="a .json.xz file")
-    parser.add_argument("--only", default="", metavar="WORD", help="the cases whose name has this in it")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="the cases whose name has this in it"
+    )
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     entries = record(args.only)
     done = sum("files" in entry for entry in entries.values())
     print(f"{len(entries)} cases, {done} of them conversions, {len(entries) - done} refused")
     if args.what == "record":
-        args.file.write_bytes(lzma.compress(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()))
+        args.file.write_bytes(
+            lzma.compress(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
+        )
         return 0
     before = json.loads(lzma.decompress(args.file.read_bytes()))
     lines = compare({case: entry for case, entry in before.items() if args.only in case}, entries)

@@ -1,3 +1,0 @@
-"""ParamMap's converter: read → plan → execute → verify."""
-
-__version__ = "0.1.0"

@@ -1,7 +1,0 @@
-"""`python -m convert …` is the command `parammap …`."""
-
-import sys
-
-from .cli import main
-
-sys.exit(main())

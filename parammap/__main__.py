@@ -1,0 +1,7 @@
+"""`python -m parammap` is the command `parammap`."""
+
+import sys
+
+from parammap.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every reader yields and every writer takes."""

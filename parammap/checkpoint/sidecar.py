@@ -1,0 +1,361 @@
+"""The sidecar: what the hook wrote beside a checkpoint, read and checked.
+
+Two generations are read. A *layout* file (`layout_tp00_pp000[_ep000].json`, schema in
+schemas/layout.schema.json) holds everything. A bare *map*
+(`param_map_buffer{b}_dp{d}tp{t}pp{p}vpp{v}[ep{e}].json`, written by MindSpeed-Core-MS's own patch)
+holds `{"module." + name: [dtype, shape, start, end, bucket]}` of one buffer and nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from parammap.checkpoint.cuts import Partition
+from parammap.errors import RefusedError
+
+SCHEMA, VERSION = "parammap.layout", 1
+_LAYOUT_FILE = re.compile(r"layout_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.json$")
+_MAP_FILE = re.compile(r"param_map_buffer(\d+)_dp(\d+)tp(\d+)pp(\d+)vpp(\d+)(?:ep(\d+))?\.json$")
+
+Coordinates = tuple[int, int, int]
+
+#: a legacy model's name for its last stage's copy of the word embedding, and its key in the
+#: checkpoint
+_HEAD_NAME, _HEAD_KEY = "word_embeddings.weight", "word_embeddings_for_head.weight"
+#: what a layout file says of a parameter with yes or no
+_FLAGS = ("tied", "expert", "sequence_parallel")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one parameter lies in a buffer: elements [start, end) of the padded buffer, inside
+    bucket `bucket`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    end: int
+    bucket: int
+    partition_dim: int | None = None
+    partition_stride: int = 1
+    tensor_parallel: bool | None = None
+    tied: bool = False
+    expert: bool = False
+    sequence_parallel: bool = False
+
+    @property
+    def partition(self) -> Partition:
+        return Partition(
+            self.partition_dim, self.partition_stride, self.tensor_parallel, self.expert
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Elements [start, end) of the padded buffer, of which the first `numel_unpadded` are used."""
+
+    start: int
+    end: int
+    numel_unpadded: int
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One flat buffer of a distributed optimizer; `buckets` is None where the sidecar does not
+    record them."""
+
+    chunk: int
+    param_dtype: str | None
+    grad_dtype: str | None
+    buckets: tuple[Bucket, ...] | None
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSidecar:
+    """What is known of one (tp, pp, ep): the buffers of each optimizer in the chain; None: held by
+    another rank."""
+
+    optimizers: tuple[tuple[Buffer, ...] | None, ...]
+    layout: dict | None = None
+
+
+@dataclass(slots=True)
+class Sidecar:
+    """All ranks' sidecars of one save. `complete` is False for bare maps, which name dense buffers
+    only."""
+
+    folder: Path
+    ranks: dict[Coordinates, RankSidecar]
+    complete: bool
+    iteration: int | None = None
+    files: list[Path] = field(default_factory=list)
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """The name and content of each of its files: as they were read, or as the hook would write
+        them."""
+        if self.files:
+            yield from ((path.name, path.read_bytes()) for path in self.files)
+            return
+        for rank, known in self.ranks.items():
+            if known.layout:
+                yield (
+                    f"layout{_suffix(rank, known.layout)}.json",
+                    json.dumps(_layout_content(known)).encode(),
+                )
+                yield from _map_contents(
+                    rank, known, self.ranks[rank[0], rank[1], 0].optimizers[0] or ()
+                )
+
+    def buffers(self, rank: Coordinates) -> Iterator[Buffer]:
+        """The buffers of the parameters of a rank's model that are stepped, without other ranks'
+        parameters. Dense ones of which only the first expert rank's optimizer holds the state are
+        every expert rank's."""
+        for coordinates in dict.fromkeys(((rank[0], rank[1], 0), rank)):
+            for buffers in self.ranks[coordinates].optimizers if coordinates in self.ranks else ():
+                for buffer in buffers or ():
+                    yield replace(
+                        buffer,
+                        slots=tuple(s for s in buffer.slots if coordinates == rank or not s.expert),
+                    )
+
+    def slots(self, rank: Coordinates) -> Iterator[tuple[int, Slot]]:
+        """The chunk and the slot of each parameter of a rank's model that is stepped."""
+        for buffer in self.buffers(rank):
+            yield from ((buffer.chunk, slot) for slot in buffer.slots)
+
+    def any_layout(self) -> dict | None:
+        return next((rank.layout for rank in self.ranks.values() if rank.layout), None)
+
+
+def read(folder: Path) -> Sidecar | None:
+    """The sidecar in `folder`: its layout files if it has any, else its bare maps; None if it has
+    neither."""
+    if not folder.is_dir():
+        return None
+    names = sorted(path.name for path in folder.iterdir())
+    layouts = [name for name in names if _LAYOUT_FILE.match(name)]
+    maps = [name for name in names if _MAP_FILE.match(name)]
+    if not layouts and not maps:
+        return None
+    sidecar = _read_layouts(folder, layouts) if layouts else _read_maps(folder, maps)
+    sidecar.files = [folder / name for name in layouts + maps]
+    return sidecar
+
+
+def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
+    ranks, iterations = {}, set()
+    for name in names:
+        tp, pp, ep = (int(number or 0) for number in _LAYOUT_FILE.match(name).groups())
+        data = _load(folder / name)
+        if (
+            not isinstance(data, dict)
+            or data.get("schema") != SCHEMA
+            or data.get("version") != VERSION
+        ):
+            raise RefusedError(
+                f"{folder / name}: not a {SCHEMA} file of version {VERSION}; "
+                "use the ParamMap release that matches the hook that wrote it"
+            )
+        try:
+            marked = _has_marks(data["optimizers"])
+            buffers = tuple(_layout_optimizer(entry, marked) for entry in data["optimizers"])
+            ranks[tp, pp, ep] = RankSidecar(
+                buffers, {**data, "optimizers": _without_buffers(data["optimizers"])}
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RefusedError(
+                f"{folder / name}: damaged layout file ({error!r}); take the save's own"
+            ) from error
+        iterations.add(data.get("iteration"))
+    if len(iterations) > 1:
+        raise RefusedError(
+            f"{folder}: layout files of several iterations {sorted(iterations)}; "
+            "use the folder that lies inside the iteration's own folder"
+        )
+    return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
+
+
+def _without_buffers(optimizers: list[dict | None]) -> list[dict | None]:
+    return [
+        entry and {key: value for key, value in entry.items() if key != "buffers"}
+        for entry in optimizers
+    ]
+
+
+def _has_marks(optimizers: list[dict | None]) -> bool:
+    """Whether tensor_parallel was recorded. ParamMap up to 0.1 wrote false for every parameter
+    where it did not know: in a real model some are cut."""
+    return any(
+        p.get("tensor_parallel")
+        for entry in optimizers
+        if entry
+        for b in entry["buffers"]
+        for p in b["params"]
+    )
+
+
+def _layout_optimizer(entry: dict | None, marked: bool) -> tuple[Buffer, ...] | None:
+    if entry is None:
+        return None
+    return tuple(
+        Buffer(
+            buffer["chunk"],
+            buffer["param_dtype"],
+            buffer["grad_dtype"],
+            tuple(Bucket(b["start"], b["end"], b["numel_unpadded"]) for b in buffer["buckets"]),
+            tuple(
+                _checked(
+                    Slot(
+                        p["name"],
+                        tuple(p["shape"]),
+                        p["dtype"],
+                        p["start"],
+                        p["end"],
+                        p["bucket"],
+                        p.get("partition_dim"),
+                        p.get("partition_stride", 1),
+                        bool(p.get("tensor_parallel")) if marked else None,
+                        *(bool(p.get(flag)) for flag in _FLAGS),
+                    )
+                )
+                for p in buffer["params"]
+            ),
+        )
+        for buffer in entry["buffers"]
+    )
+
+
+def _suffix(rank: Coordinates, layout: dict) -> str:
+    tp, pp, ep = rank
+    return f"_tp{tp:02}_pp{pp:03}" + (f"_ep{ep:03}" if layout["parallel"]["ep"] > 1 else "")
+
+
+def _layout_content(known: RankSidecar) -> dict:
+    """A layout file's content."""
+    optimizers = [
+        None if buffers is None else {**entry, "buffers": list(map(_buffer_content, buffers))}
+        for entry, buffers in zip(known.layout["optimizers"], known.optimizers, strict=True)
+    ]
+    return {**known.layout, "optimizers": optimizers}
+
+
+def _buffer_content(buffer: Buffer) -> dict:
+    return {
+        "chunk": buffer.chunk,
+        "param_dtype": buffer.param_dtype,
+        "grad_dtype": buffer.grad_dtype,
+        "numel": buffer.buckets[-1].end,
+        "buckets": [asdict(bucket) for bucket in buffer.buckets],
+        "params": [
+            {**asdict(slot), "shape": list(slot.shape)}
+            for slot in sorted(buffer.slots, key=lambda slot: slot.start)
+        ],
+    }
+
+
+def _map_contents(
+    rank: Coordinates, known: RankSidecar, dense: tuple[Buffer, ...]
+) -> Iterator[tuple[str, bytes]]:
+    """The maps of MindSpeed-Core-MS (r0.1.0, param_map.patch): a chunk's `dense` buffers count
+    first, then its experts'."""
+    tp, pp, ep = rank
+    after = f"ep{ep}" if known.layout["parallel"]["ep"] > 1 else ""
+    counted: Counter[int] = Counter()
+    for buffers in known.optimizers:
+        for buffer in dense if buffers is None else buffers:
+            number = counted[buffer.chunk]
+            counted[buffer.chunk] += 1
+            if buffers is not None:
+                yield (
+                    f"param_map_buffer{number}_dp0tp{tp}pp{pp}vpp{buffer.chunk}{after}.json",
+                    json.dumps(
+                        {
+                            _map_name(slot.name): [
+                                f"torch.{slot.dtype}",
+                                list(slot.shape),
+                                slot.start,
+                                slot.end,
+                                slot.bucket,
+                            ]
+                            for slot in sorted(buffer.slots, key=lambda slot: slot.start)
+                        }
+                    ).encode(),
+                )
+
+
+def _read_maps(folder: Path, names: list[str]) -> Sidecar:
+    """Bare maps. Every data-parallel rank wrote a copy: the copies must agree, and count once."""
+    found: dict[tuple, tuple[Slot, ...]] = {}
+    for name in names:
+        buffer, _, tp, pp, vpp, ep = (int(number or 0) for number in _MAP_FILE.match(name).groups())
+        key = (tp, pp, ep), vpp, buffer
+        slots = _map_slots(folder / name)
+        if found.setdefault(key, slots) != slots:
+            raise RefusedError(
+                f"{folder / name}: disagrees with the map that another data-parallel rank wrote; "
+                "these files are of different runs"
+            )
+    ranks: dict[Coordinates, list[Buffer]] = {}
+    for (rank, vpp, _), slots in sorted(found.items()):
+        ranks.setdefault(rank, []).append(Buffer(vpp, None, None, None, slots))
+    return Sidecar(
+        folder,
+        {rank: RankSidecar((tuple(buffers),)) for rank, buffers in ranks.items()},
+        complete=False,
+    )
+
+
+def _map_slots(path: Path) -> tuple[Slot, ...]:
+    data = _load(path)
+    try:
+        return tuple(
+            _checked(
+                Slot(
+                    _checkpoint_name(name),
+                    tuple(shape),
+                    dtype.removeprefix("torch."),
+                    start,
+                    end,
+                    bucket,
+                )
+            )
+            for name, (dtype, shape, start, end, bucket) in data.items()
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RefusedError(
+            f"{path}: not a parameter map ({error}); take the one written with this checkpoint"
+        ) from error
+
+
+def _checkpoint_name(name: str) -> str:
+    """A parameter's key in model_optim_rng.pt from its name in a map (legacy models rename the tied
+    head's copy)."""
+    name = name.removeprefix("module.")
+    return _HEAD_KEY if name == _HEAD_NAME else name
+
+
+def _map_name(key: str) -> str:
+    return f"module.{_HEAD_NAME if key == _HEAD_KEY else key}"
+
+
+def _checked(slot: Slot) -> Slot:
+    if slot.end - slot.start != math.prod(slot.shape) or slot.start < 0:
+        raise ValueError(
+            f"{slot.name} of shape {list(slot.shape)} cannot fill elements {slot.start} to "
+            f"{slot.end}"
+        )
+    return slot
+
+
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: cannot be read as JSON ({error})") from error

@@ -1,0 +1,1 @@
+"""The command line `parammap`, a module for each command."""

@@ -1,0 +1,130 @@
+"""`parammap convert SRC DST --to FRAMEWORK`: write a checkpoint for another framework."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from parammap.cli import target_options
+from parammap.cli.arguments import positive
+from parammap.frameworks.targets import TARGETS
+from parammap.job.conversion import convert
+from parammap.job.request import Request
+from parammap.plan.planner import FIRST, MEAN, REFUSE
+
+SIZES = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "vpp": "virtual pipeline",
+    "ep": "expert",
+    "etp": "expert tensor",
+    "cp": "context",
+    "dp": "data",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", type=Path, metavar="SRC", help="a save folder, or one of its iteration folders")
+    add("target", type=Path, metavar="DST", help="the folder to make")
+    add("--to", required=True, choices=sorted(TARGETS), help="the framework to write for")
+    add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
+    add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
+    add(
+        "--metadata-from",
+        type=Path,
+        metavar="DIR",
+        help="shards whose metadata describes metaseq files that lost it",
+    )
+    add(
+        "--weights-only",
+        action="store_true",
+        help="take the weights of model_optim_rng.pt, no optimizer state",
+    )
+    add("--drop", action="append", choices=["experts"], default=[], help="leave these tensors out")
+    add(
+        "--accept-stale",
+        action="store_true",
+        help="status 0 although the model's own copy is older than the optimizer's",
+    )
+    add(
+        "--accept-permuted",
+        action="store_true",
+        help="convert although optimizer slices are permuted",
+    )
+    add("--overwrite", action="store_true", help="replace an output folder that has content")
+    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    add(
+        "--workers",
+        type=positive,
+        default=min(2, os.cpu_count() or 1),
+        metavar="N",
+        help="processes (default: %(default)s)",
+    )
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="run on this Ray cluster instead: auto, HOST:PORT or ray://HOST:PORT",
+    )
+    target_options.add_arguments(parser.add_argument_group("what to write"))
+    sizes = parser.add_argument_group("layout of the output (default: the source's)")
+    for name, what in SIZES.items():
+        sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
+    sizes.add_argument(
+        "--stage-layers",
+        type=_layers,
+        default=(),
+        metavar="N,N,…",
+        help="layers of each pipeline stage, or of each chunk in the order in which data passes "
+        "them",
+    )
+    sizes.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=positive,
+        metavar="N",
+        help="pad the vocabulary's rows to a multiple of this times tp",
+    )
+    sizes.add_argument(
+        "--replicas",
+        choices=[REFUSE, FIRST, MEAN],
+        default=REFUSE,
+        help="what to take in another layout where ranks keep different copies (default: "
+        "%(default)s)",
+    )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers N,N,…") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
+    report = convert(
+        Request(
+            source=args.source,
+            target=args.target,
+            to=args.to,
+            sizes=sizes,
+            stage_layers=args.stage_layers,
+            vocab_divisible_by=args.make_vocab_size_divisible_by,
+            replicas=args.replicas,
+            options=target_options.of(args),
+            iteration=args.iteration,
+            sidecar=args.sidecar,
+            metadata_from=args.metadata_from,
+            weights_only=args.weights_only,
+            drop=frozenset(args.drop),
+            accept_stale=args.accept_stale,
+            accept_permuted=args.accept_permuted,
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
+            workers=args.workers,
+            ray=args.ray,
+        )
+    )
+    print("\n".join(report.lines))
+    return report.status

@@ -1,0 +1,123 @@
+"""`parammap verify OUT [--against SRC] [--replicas]`: read a checkpoint again and prove it, or say
+what is wrong; repair."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from parammap.cli import reading
+from parammap.errors import RefusedError
+from parammap.proof.compare import Difference
+from parammap.proof.repair import repair
+from parammap.proof.verify import Request, Verdict, verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "output",
+        type=Path,
+        metavar="OUT",
+        help="what a conversion wrote; with --replicas or --against, any checkpoint",
+    )
+    add(
+        "--against",
+        type=Path,
+        metavar="SRC",
+        help="the source: compare element by element, say where and by how much",
+    )
+    add(
+        "--cast",
+        choices=["float32", "bfloat16", "float16"],
+        help="weights of OUT were cast to this dtype",
+    )
+    add(
+        "--replicas",
+        action="store_true",
+        help="list the tensors of which ranks keep copies that are not equal, and where",
+    )
+    add("--repair", action="store_true", help="write the wrong tensors' bytes anew from SRC")
+    add("--into", type=Path, metavar="COPY", help="repair a copy of OUT, to be made here")
+    add("--in-place", action="store_true", help="repair OUT itself")
+    reading.add_arguments(parser, "SRC, or of OUT without one,")
+    reading.add_metadata(add, "OUT", prefix="output-")
+    reading.add_common(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.repair and (not args.against or bool(args.into) == args.in_place):
+        raise RefusedError("--repair: needs --against SRC, and either --into COPY or --in-place")
+    if not args.repair and (args.into or args.in_place):
+        raise RefusedError("--into and --in-place say where to --repair; give that as well")
+    request = Request(
+        output=args.output,
+        against=args.against,
+        iteration=args.iteration,
+        sidecar=args.sidecar,
+        metadata_from=args.metadata_from,
+        output_metadata_from=args.output_metadata_from,
+        weights_only=args.weights_only,
+        drop=frozenset(args.drop),
+        cast=args.cast,
+        replicas=args.replicas,
+        workers=args.workers,
+    )
+    verdict, output = verify(request), args.output
+    if args.repair and verdict.problems:
+        if not args.json:
+            _show(verdict, args, output)
+        verdict, output = repair(request, verdict, args.into), args.into or output
+    _show(verdict, args, output)
+    return 1 if verdict.problems else 0
+
+
+def _show(verdict: Verdict, args: argparse.Namespace, output: Path) -> None:
+    if args.json:
+        replicas = (
+            {"replicas": [_entry(found) for found in verdict.unequal]} if args.replicas else {}
+        )
+        print(
+            json.dumps(
+                {
+                    "output": str(output),
+                    "problems": [asdict(problem) for problem in verdict.problems],
+                    **replicas,
+                    "notes": verdict.notes,
+                    "tensors_compared": len(verdict.compared),
+                },
+                indent=1,
+            )
+        )
+        return
+    for line in (*verdict.problems, *verdict.notes):
+        print(line)
+    print(
+        f"{output}: {len(verdict.problems) or 'no'} problems; {len(verdict.compared)} tensors "
+        f"compared"
+    )
+
+
+def _entry(found: Difference) -> dict:
+    """`a` and `b` are two ranks' copies of one tensor."""
+    return {
+        "name": found.a.name,
+        "role": found.a.role,
+        "elements": found.elements,
+        "largest_difference": found.largest,
+        "first": [
+            {
+                "row": at.row,
+                "column": at.column,
+                "a": at.a,
+                "b": at.b,
+                "file_a": at.place_a[0],
+                "offset_a": at.place_a[1],
+                "file_b": at.place_b[0],
+                "offset_b": at.place_b[1],
+            }
+            for at in found.positions
+        ],
+    }

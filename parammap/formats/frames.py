@@ -1,0 +1,161 @@
+"""What an output file consists of, decided before it is written.
+
+A container turns tensors into *segments* in file order: bytes that are known already, holes that
+the executor fills by streaming, and checksums over bytes that have been written by then. Every
+segment has a known length, so the size of the file and the place of every tensor in it are known at
+plan time, and one sequential pass writes it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+from typing import Literal as OneOf
+
+from parammap.tensors.logical import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes known at plan time."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Bytes [start, start + nbytes) of the row-major content of a tensor; `tensor` counts the
+    tensors framed."""
+
+    tensor: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Crc:
+    """CRC-32 (zlib) of the file's bytes [start, end), all of which lie before it, as an unsigned
+    integer."""
+
+    start: int
+    end: int
+    nbytes: int
+    byteorder: OneOf["little", "big"]
+
+
+Segment = Literal | Hole | Crc
+
+
+def place(segments: Iterable[Segment]) -> Iterator[tuple[int, Segment]]:
+    """Each segment with its byte offset in the file."""
+    position = 0
+    for segment in segments:
+        yield position, segment
+        position += segment.nbytes
+
+
+def total_nbytes(segments: Iterable[Segment]) -> int:
+    """The size of the file, in bytes."""
+    return sum(segment.nbytes for segment in segments)
+
+
+class FrameBuilder:
+    """Collects segments in file order; runs of literal bytes become one segment."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._segments: list[Segment] = []
+        self._run = bytearray()
+
+    def literal(self, data: bytes) -> None:
+        self._run += data
+        self.position += len(data)
+
+    def crc(self, start: int, end: int, nbytes: int, byteorder: OneOf["little", "big"]) -> None:
+        self._append(Crc(start, end, nbytes, byteorder))
+
+    def content(self, index: int, spec: TensorSpec, start: int, nbytes: int) -> None:
+        """Bytes [start, start + nbytes) of tensor `index`: its own `data` where it has some, else a
+        hole.
+
+        Raises ValueError if that data is not as long as the tensor.
+        """
+        if spec.data is not None:
+            if len(spec.data) != spec.nbytes:
+                raise ValueError(
+                    f"{spec.name}: data has {len(spec.data)} bytes, the tensor {spec.nbytes}"
+                )
+            self.literal(spec.data[start : start + nbytes])
+        elif nbytes:
+            self._append(Hole(index, start, nbytes))
+
+    def segments(self) -> list[Segment]:
+        self._flush()
+        return self._segments
+
+    def _append(self, segment: Segment) -> None:
+        self._flush()
+        self._segments.append(segment)
+        self.position += segment.nbytes
+
+    def _flush(self) -> None:
+        if self._run:
+            self._segments.append(Literal(bytes(self._run)))
+            self._run.clear()
+
+
+class Checksums:
+    """The CRC-32s that a frame asks for, fed with the file's bytes in file order."""
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        spans = {(segment.start, segment.end) for segment in segments if isinstance(segment, Crc)}
+        self._waiting = sorted(spans, reverse=True)
+        self._open: list[tuple[int, int]] = []
+        self._values = dict.fromkeys(spans, 0)
+
+    def update(self, position: int, data: bytes | memoryview) -> None:
+        """Take in `data`, which begins at byte `position` of the file."""
+        data = memoryview(data)
+        end = position + len(data)
+        while self._waiting and self._waiting[-1][0] < end:
+            self._open.append(self._waiting.pop())
+        for span in self._open:
+            covered = data[max(span[0] - position, 0) : max(span[1] - position, 0)]
+            self._values[span] = zlib.crc32(covered, self._values[span])
+        self._open = [span for span in self._open if span[1] > end]
+
+    def encode(self, crc: Crc) -> bytes:
+        """The bytes of segment `crc`, once everything before it has been taken in."""
+        return self._values[crc.start, crc.end].to_bytes(crc.nbytes, crc.byteorder)
+
+
+def write(
+    segments: Sequence[Segment], fill: Callable[[Hole], Iterable[bytes]], out: BinaryIO
+) -> None:
+    """Write a file from its start; `fill` yields the bytes of a hole, in order and in chunks of any
+    size.
+
+    Raises ValueError if `fill` yields another number of bytes than the hole has.
+    """
+    checksums = Checksums(segments)
+    for position, segment in place(segments):
+        done = position
+        for chunk in _chunks(segment, fill, checksums):
+            checksums.update(done, chunk)
+            out.write(chunk)
+            done += len(chunk)
+        if done - position != segment.nbytes:
+            raise ValueError(f"{segment} was filled with {done - position} bytes")
+
+
+def _chunks(
+    segment: Segment, fill: Callable[[Hole], Iterable[bytes]], checksums: Checksums
+) -> Iterable[bytes]:
+    if isinstance(segment, Hole):
+        return fill(segment)
+    return [segment.data if isinstance(segment, Literal) else checksums.encode(segment)]

@@ -1,0 +1,85 @@
+"""Numpy's .npy files: a header of text, then one array.
+
+Source: numpy/lib/format.py of numpy 1.26 and 2.2, whose own functions make and parse the header
+here, so that a file is byte for byte what `numpy.save` of that numpy writes for the same array."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tokenize
+
+import numpy as np
+from numpy.lib import format as npy_format
+
+from parammap.errors import RefusedError
+from parammap.formats.frames import FrameBuilder, Segment
+from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
+
+#: what can be read: version 3.0 differs in the names of fields only, which no plain array has
+_HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+
+
+def frame(spec: TensorSpec) -> list[Segment]:
+    """The segments of a file that holds the one tensor, row-major and little-endian.
+
+    Raises RefusedError for bfloat16, which numpy does not have.
+    """
+    if spec.dtype == "bfloat16":
+        raise RefusedError(f"{spec.name}: numpy has no bfloat16; choose another dtype with --dtype")
+    header = io.BytesIO()
+    npy_format.write_array_header_1_0(
+        header, {"descr": numpy_dtype(spec.dtype).str, "fortran_order": False, "shape": spec.shape}
+    )
+    builder = FrameBuilder()
+    builder.literal(header.getvalue())
+    builder.content(0, spec, 0, spec.nbytes)
+    return builder.segments()
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """The little-endian numpy dtype of a dtype that numpy has."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def read(path: str | os.PathLike) -> Stored:
+    """Where the array's bytes lie; reads the header only.
+
+    Raises RefusedError if the file is missing, cut, no .npy file, or holds an array that is not
+    row-major, little-endian and of plain numbers."""
+    file = os.fspath(path)
+    try:
+        with open(file, "rb") as stream:
+            shape, fortran, dtype = _header(stream)
+            offset, size = stream.tell(), os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+        raise RefusedError(
+            f"{file}: is no .npy file ({error}); save the array with numpy.save"
+        ) from error
+    if (
+        dtype.name not in ITEMSIZE
+        or dtype != numpy_dtype(dtype.name)
+        or (fortran and min(shape, default=0) > 1)
+    ):
+        raise RefusedError(
+            f"{file}: holds a {'column-major ' * fortran}array of {dtype.str}; save it row-major, "
+            "little-endian, of plain numbers"
+        )
+    stored = Stored(dtype.name, shape, (Extent(file, offset, math.prod(shape) * dtype.itemsize),))
+    if size != offset + stored.nbytes:
+        raise RefusedError(
+            f"{file}: has {size} bytes and its header says {offset + stored.nbytes}; copy it again "
+            f"from "
+            "its source"
+        )
+    return stored
+
+
+def _header(stream: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = npy_format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version}")
+    return _HEADERS[version](stream)

@@ -1,0 +1,347 @@
+"""The restricted unpickler: what a pickle says, without importing or running anything that it
+names.
+
+A global that the pickle names becomes a `Global` (two strings), and a call becomes an `Opaque`
+record of the call. Only the few calls listed in `_VALUES` (and those a container adds) yield real
+values. Globals of third parties stay inert whatever they are; globals of the standard library are
+refused unless listed, as no checkpoint has a reason to name them. An `Opaque` is written back by
+`pickle_writer` as it came, if all that it names is allowed there (see `allowed`)."""
+
+from __future__ import annotations
+
+import _compat_pickle
+import io
+import os
+import pickle
+import struct
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from parammap.errors import RefusedError
+
+MAX_PICKLE_NBYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class, function or constant by its name; torch dtypes come as Global("torch", "float32").
+    `file` is the one whose pickle names it."""
+
+    module: str
+    name: str
+    file: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Opaque:
+    """The record of an object: `target(*args, **kwargs)`, then its state and items.
+
+    `new` tells `target.__new__(target, *args)` from a call. `state` is what pickle's BUILD would
+    have set: a dict for an argparse.Namespace. `items` and `pairs` hold what a list-like or
+    dict-like object would have been filled with."""
+
+    target: Any
+    args: tuple
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    new: bool = False
+    state: Any = None
+    items: list = field(default_factory=list)
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The object's attributes, where its state is of the kind that plain classes have; else
+        empty."""
+        parts = (
+            self.state if isinstance(self.state, tuple) and len(self.state) == 2 else (self.state,)
+        )
+        return {
+            name: value for part in parts if isinstance(part, dict) for name, value in part.items()
+        }
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def extend(self, items: list) -> None:
+        self.items.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.pairs.append((key, value))
+
+
+class Size(tuple):
+    """A torch.Size."""
+
+
+#: standard library globals that stay inert; None stands for every name of the module
+_INERT: dict[str, frozenset[str] | None] = {
+    "argparse": frozenset({"Namespace"}),
+    "builtins": frozenset(
+        {
+            "Ellipsis",
+            "bool",
+            "bytearray",
+            "bytes",
+            "complex",
+            "dict",
+            "float",
+            "frozenset",
+            "getattr",
+            "int",
+            "list",
+            "object",
+            "range",
+            "set",
+            "slice",
+            "str",
+            "tuple",
+            "type",
+        }
+    ),
+    "_codecs": frozenset({"encode"}),
+    "collections": frozenset({"Counter", "OrderedDict", "defaultdict", "deque"}),
+    "copyreg": frozenset({"_reconstructor"}),
+    "datetime": None,
+    "decimal": frozenset({"Decimal"}),
+    "enum": None,
+    "fractions": frozenset({"Fraction"}),
+    "functools": frozenset({"partial"}),
+    "io": frozenset({"BytesIO", "StringIO"}),
+    "_io": frozenset({"BytesIO", "StringIO"}),
+    "pathlib": None,
+    "re": frozenset({"_compile"}),
+    "signal": frozenset({"SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "Signals"}),
+    "types": frozenset({"SimpleNamespace"}),
+    "uuid": frozenset({"UUID"}),
+}
+
+
+class _Refusal(Exception):
+    """What is wrong with the pickle, without the file's name."""
+
+
+def _ordered_dict(*args: list) -> OrderedDict:
+    return OrderedDict(*args)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    if encoding.replace("-", "").replace("_", "").lower() != "latin1":
+        raise _Refusal(f"calls _codecs.encode with encoding {encoding!r}")
+    return text.encode("latin-1")
+
+
+def _bytearray(content: bytes | str = b"", encoding: str = "latin-1") -> bytearray:
+    return bytearray(
+        _encoded(content, encoding) if isinstance(content, str) else memoryview(content)
+    )
+
+
+def _of_list(kind: type) -> Callable[..., Any]:
+    def build(items: list | tuple = ()) -> Any:
+        if not isinstance(items, (list, tuple)):
+            raise _Refusal(f"fills a {kind.__name__} from a {type(items).__name__}")
+        return kind(items)
+
+    return build
+
+
+def _numbers(kind: type) -> Callable[..., Any]:
+    def build(*args: float | None) -> Any:
+        if not all(arg is None or isinstance(arg, (int, float)) for arg in args):
+            raise _Refusal(f"makes a {kind.__name__} of something that is no number")
+        return kind(*args)
+
+    return build
+
+
+def _member(owner: Any, name: str) -> Opaque:
+    """How some Python releases pickle enum members and nested classes; a standard library class has
+    neither here."""
+    if (
+        not isinstance(owner, (Global, Opaque))
+        or not isinstance(name, str)
+        or name.startswith("_")
+        or isinstance(owner, Global)
+        and owner.module.partition(".")[0] in sys.stdlib_module_names
+    ):
+        raise _Refusal("calls builtins.getattr on something that is no third-party class")
+    return Opaque(GETATTR, (owner, name))
+
+
+GETATTR = Global("builtins", "getattr")
+
+#: the calls that yield a value
+_VALUES: dict[Global, Callable[..., Any]] = {
+    GETATTR: _member,
+    Global("_codecs", "encode"): _encoded,
+    Global("builtins", "bytearray"): _bytearray,
+    Global("builtins", "bytes"): _of_list(bytes),
+    Global("builtins", "complex"): _numbers(complex),
+    Global("builtins", "frozenset"): _of_list(frozenset),
+    Global("builtins", "range"): _numbers(range),
+    Global("builtins", "set"): _of_list(set),
+    Global("builtins", "slice"): _numbers(slice),
+    Global("collections", "OrderedDict"): _ordered_dict,
+    Global("torch", "Size"): _of_list(Size),
+}
+
+
+def loads(
+    data: bytes,
+    file: str,
+    calls: Mapping[Global, Callable[..., Any]] | None = None,
+    persistent_load: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The object that a pickle of any protocol holds; `file` is named in errors.
+
+    `calls` adds globals whose call yields a value, `persistent_load` resolves persistent ids.
+    Raises RefusedError if the pickle is damaged, too large, or names a standard library global that
+    is not listed."""
+    if len(data) > MAX_PICKLE_NBYTES:
+        raise RefusedError(
+            f"{file}: its pickle has {len(data)} bytes, more than {MAX_PICKLE_NBYTES}; tensors "
+            f"belong"
+            " outside the pickle: save it with torch.save"
+        )
+    try:
+        return _Unpickler(data, file, calls or {}, persistent_load).load()
+    except _Refusal as refusal:
+        raise RefusedError(
+            f"{file}: its pickle {refusal}; do not load this file if you do not trust it"
+        ) from refusal
+    except _DAMAGED as error:
+        raise RefusedError(
+            f"{file}: its pickle is damaged ({type(error).__name__}: {error}); copy the file again"
+            " from its source"
+        ) from error
+
+
+def read(path: str | os.PathLike) -> Any:
+    """The object in a file that is one bare pickle. Raises RefusedError as `loads` does, or if the
+    file is missing."""
+    file = os.fspath(path)
+    try:
+        with open(file, "rb") as stream:
+            return loads(stream.read(MAX_PICKLE_NBYTES + 1), file)
+    except OSError as error:
+        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+
+
+#: what a stream of arbitrary bytes can make an unpickler raise
+_DAMAGED = (
+    pickle.UnpicklingError,
+    EOFError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+)
+
+
+class _Unpickler(pickle._Unpickler):
+    """The standard library's own pure-Python unpickler, with every operation that names or calls
+    replaced.
+
+    pickle.Unpickler (in C) would call whatever `find_class` returns and set state on it; here
+    neither ever happens."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(
+        self,
+        data: bytes,
+        file: str,
+        calls: Mapping[Global, Callable[..., Any]],
+        persistent_load: Callable[[Any], Any] | None,
+    ) -> None:
+        super().__init__(io.BytesIO(data))
+        self._file = file
+        self._values = {**_VALUES, **calls}
+        if persistent_load:
+            self.persistent_load = persistent_load
+        self._globals: dict[tuple[str, str], Global] = {}
+
+    def find_class(self, module: str, name: str) -> Global:
+        known = self._globals.get((module, name))
+        if known is None:
+            target = _checked(renamed(module, name))
+            if self.proto >= 3:
+                target = _checked(Global(module, name))
+            known = self._globals[module, name] = replace(target, file=self._file)
+        return known
+
+    def get_extension(self, code: int) -> None:
+        raise _Refusal(f"uses extension code {code}")
+
+    def _instantiate(self, klass: Any, args: list) -> None:
+        self.append(self._call(klass, tuple(args), {}, new=False))
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args, {}, new=False)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args, {}, new=True)
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+
+    def load_newobj_ex(self) -> None:
+        kwargs = self.stack.pop()
+        args = self.stack.pop()
+        self.stack[-1] = self._call(self.stack[-1], args, kwargs, new=True)
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Opaque) and target.state is None:
+            target.state = state
+        elif isinstance(target, OrderedDict) and isinstance(state, dict):
+            vars(target).update(state)
+        else:
+            raise _Refusal(f"sets the state of a {type(target).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def _call(self, target: Any, args: tuple, kwargs: dict, new: bool) -> Any:
+        if not isinstance(target, (Global, Opaque)) or not isinstance(args, tuple):
+            raise _Refusal(f"calls a {type(target).__name__}")
+        value = self._values.get(target) if isinstance(target, Global) and not kwargs else None
+        return value(*args) if value else Opaque(target, args, kwargs, new)
+
+
+def renamed(module: str, name: str) -> Global:
+    """Python 2's names, which pickles up to protocol 2 use (`__builtin__ xrange`), as Python 3 has
+    them."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return Global(*_compat_pickle.NAME_MAPPING[module, name])
+    return Global(_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+
+
+def _checked(target: Global) -> Global:
+    top = target.module.partition(".")[0]
+    allowed = _INERT.get(top, frozenset())
+    listed = allowed is None or target.module == top and target.name in allowed
+    through_module = not sys.stdlib_module_names.isdisjoint(target.name.split(".")[:-1])
+    if through_module or top in sys.stdlib_module_names and not listed:
+        raise _Refusal(f"names {target}, which no checkpoint needs")
+    return target

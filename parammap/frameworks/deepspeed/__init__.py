@@ -1,0 +1,2 @@
+"""DeepSpeed: Megatron-DeepSpeed's pipelines of GPT and BLOOM, plain models under ZeRO, and
+universal checkpoints."""

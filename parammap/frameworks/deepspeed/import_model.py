@@ -1,0 +1,187 @@
+"""What a checkpoint of another framework is to Megatron-DeepSpeed: a pipeline's GPT or BLOOM, its
+optimizer, its arguments.
+
+A resumed run takes from the mp_rank file the counters, the scheduler and the arguments' sample
+counts, from the optimizer's state all that a group of parameters has but its parameters.
+BigScience's optimizer has three groups, of which the last is not decayed, others have two
+(megatron/optimizer/__init__.py); so each group here is the same, and none says how to decay.
+
+Sources: deepspeed 0.19.8 (runtime/base_optimizer.py, load_hp_checkpoint_state_from_checkpoint_dir;
+engine.py, _common_checkpoint_state), bigscience-workshop/Megatron-DeepSpeed 8387ae1
+(megatron/checkpointing.py, learning_rates.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture, architecture_for
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.errors import RefusedError
+from parammap.families import DEEPSPEED, HEAD, WORD_EMBEDDING
+from parammap.formats.pickles import Global, Opaque
+from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name
+from parammap.frameworks.deepspeed.universal import SCHEDULER, Contents, Parameter
+from parammap.frameworks.megatron.facts import args_of
+from parammap.frameworks.megatron.param_groups import param_groups, steps_taken
+from parammap.name_list import shorten_names
+from parammap.plan.source_tensors import SourceTensors
+from parammap.tensors.arrangement import Sizes
+from parammap.tensors.logical import EXP_AVG, MAIN_PARAM
+
+#: the release whose form this is
+_VERSION = "0.19.8"
+_GROUPS = 3
+#: what a group says of Adam, beside how its weights decay
+_GROUP_KEYS = ("lr", "betas", "eps", "bias_correction", "step")
+#: the numbers of the first layer's function, and how many stand between the last one's and the
+#: final norm's
+_EMBEDDING, _FIRST_LAYER, _TO_NORM = 1, 3, 2
+
+
+def contents(source: Checkpoint) -> Contents:
+    """What the universal checkpoint is made of. Raises RefusedError for a model that
+    Megatron-DeepSpeed does not have, and for parameters that no optimizer steps."""
+    model = architecture_for(source, (GPT2, BLOOM), "Megatron-DeepSpeed")
+    states = SourceTensors(source)
+    _check(source, model, states)
+    functions = {
+        _EMBEDDING: EMBEDDING,
+        **{_FIRST_LAYER + i: f"layers.{i}" for i in range(source.num_layers)},
+        _FIRST_LAYER + source.num_layers - 1 + _TO_NORM: NORM,
+    }
+    parameters = [
+        Parameter(optimizer_name(one.name, functions), one.canonical, one.kind, one.shape)
+        for one in states.parameters(DEEPSPEED)
+    ]
+    groups = _groups(source)
+    steps = {one.name: groups[0]["step"] for one in parameters} if "step" in groups[0] else {}
+    state = {"param_groups": groups, "ds_version": _VERSION}
+    return Contents(
+        parameters,
+        Sizes(model.heads, model.groups, states.vocab_rows),
+        steps,
+        state,
+        {"mp_rank_00_model_states.pt": _model(source, model, states)},
+        {},
+    )
+
+
+def _check(source: Checkpoint, model: Architecture, states: SourceTensors) -> None:
+    reasons = {
+        f"its head, {HEAD}, is not the word embedding": model.tied is False
+        or HEAD in states.names(),
+        "its linear maps have no biases": model.bias is False,
+        f"its {model.heads} heads share {model.groups} of keys and values": model.groups
+        != model.heads,
+    }
+    for reason in (reason for reason, applies in reasons.items() if applies):
+        raise RefusedError(f"{source.folder}: cannot be Megatron-DeepSpeed's: {reason}")
+    if still := sorted(name for name in states.names() if (EXP_AVG, name) not in states.tensors):
+        raise RefusedError(
+            f"{source.folder}: {len(still)} parameters have no optimizer's states, and DeepSpeed "
+            f"does not "
+            f"resume without: {shorten_names(still)}"
+        )
+
+
+def _groups(source: Checkpoint) -> list[dict]:
+    """The optimizer's groups, all as the source's first is; the steps are those that all have
+    taken."""
+    groups = [
+        group
+        for meta in source.rank_metadata.values()
+        for group in param_groups(meta.get("optimizer"))
+    ]
+    if not groups or "lr" not in groups[0]:
+        raise RefusedError(
+            f"{source.folder}: keeps no param_groups of its optimizer, without whose steps Adam "
+            f"cannot go on"
+        )
+    own = {
+        **{key: groups[0][key] for key in _GROUP_KEYS if key in groups[0]},
+        "step": steps_taken(source, groups),
+    }
+    return [{**own, "params": []} for _ in range(_GROUPS)]
+
+
+def _model(source: Checkpoint, model: Architecture, states: SourceTensors) -> dict[str, Any]:
+    meta = next(iter(source.rank_metadata.values()), {})
+    args = args_of(meta)
+    samples, length = args.get("consumed_train_samples"), args.get("seq_length")
+    tokens = {"tokens": samples * length} if samples is not None and length else {}
+    rows = states.tensor(MAIN_PARAM, WORD_EMBEDDING).rows
+    return {
+        "module": None,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": _scheduler(meta, tokens),
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": 0,
+        "global_steps": source.iteration,
+        "global_samples": samples or 0,
+        "dp_world_size": source.layout.dp,
+        "mp_world_size": 1,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
+        "ds_config": {},
+        "ds_version": _VERSION,
+        "args": _args(args, model),
+        "checkpoint_version": 3.0,
+        "iteration": source.iteration,
+        **tokens,
+        "checkpoint_info": {"padded_vocab_size": rows, "original_vocab_size": rows},
+    }
+
+
+def _scheduler(meta: dict, tokens: dict) -> dict | None:
+    """The state of AnnealingLR, which counts samples as Megatron-LM's scheduler does."""
+    state = meta.get("opt_param_scheduler")
+    if not state:
+        return None
+    return {
+        **{own: state[name] for name, own in SCHEDULER.items() if name in state},
+        **({"num_tokens": tokens["tokens"]} if tokens else {}),
+    }
+
+
+def _args(args: dict, model: Architecture) -> Opaque:
+    """The arguments by which the model is known again, how its weights decay, the samples that were
+    consumed; plain values only."""
+    activation = (
+        {}
+        if model.activation is None
+        else {"openai_gelu": model.activation == "gelu_new", "bias_gelu_fusion": False}
+    )
+    known = {
+        "num_layers": model.layers,
+        "hidden_size": model.hidden,
+        "ffn_hidden_size": model.ffn,
+        "num_attention_heads": model.heads,
+        "kv_channels": model.head_size,
+        "max_position_embeddings": model.positions,
+        "padded_vocab_size": model.vocab,
+        "layernorm_epsilon": model.eps,
+        "seq_length": args.get("seq_length"),
+        **{name: args.get(name) for name in ("bf16", "fp16", "weight_decay")},
+        "consumed_train_samples": args.get("consumed_train_samples", 0),
+        "consumed_valid_samples": args.get("consumed_valid_samples", 0),
+    }
+    told = {name: value for name, value in known.items() if value is not None}
+    return Opaque(
+        Global("argparse", "Namespace"),
+        (),
+        new=True,
+        state={
+            **told,
+            **activation,
+            "glu_activation": None,
+            "embed_layernorm": model.family == BLOOM,
+            "position_embedding_type": "alibi" if model.family == BLOOM else "absolute",
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+        },
+    )

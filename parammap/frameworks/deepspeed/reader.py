@@ -1,0 +1,428 @@
+"""Reading DeepSpeed checkpoints: Megatron-DeepSpeed's pipelines (GPT, BLOOM), models without one,
+universal checkpoints.
+
+What an optimizer steps is its fp32 partitions; the layer files, or the module in the mp_rank files,
+are copies of them in the dtype that the model computes in, and the weights themselves of what no
+optimizer steps. See files, zero and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from parammap import families
+from parammap.checkpoint import owners
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.cuts import UNRECORDED, Partition
+from parammap.checkpoint.index import Index, NameResolver, TensorEntry
+from parammap.errors import RefusedError
+from parammap.families import DEEPSPEED, LEGACY
+from parammap.formats import torch_zip
+from parammap.frameworks.deepspeed import universal, zero
+from parammap.frameworks.deepspeed.files import Files, find, recognizes
+from parammap.frameworks.deepspeed.layers import HEAD, WORDS, Functions, stages_of
+from parammap.frameworks.megatron.facts import args_of, is_gated
+from parammap.frameworks.megatron.optimizer import dropped as is_dropped
+from parammap.name_list import shorten_names
+from parammap.tensors.arrangement import Sizes
+from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, Stored
+
+__all__ = ["read", "recognizes"]
+
+#: a name of nobody's table is whole rows if there is one rank
+_WHOLE = Partition(dim=0)
+
+
+@dataclass(slots=True)
+class Rank:
+    """A rank of the model: its mp_rank file and what that holds, its model's tensors by our names
+    (of a pipeline's, those of its stage) with all their copies, and its optimizer's states, the
+    tensors by our names and the steps by its own."""
+
+    path: Path
+    place: Place
+    content: dict
+    functions: Functions | None = None
+    model: dict[str, list[Stored]] = field(default_factory=dict)
+    states: zero.States = field(default_factory=zero.States)
+
+    def named(self, tensors: dict[str, Stored]) -> Iterator[tuple[str, Stored]]:
+        """An optimizer's tensors by our names, without the copies that nothing keeps in step."""
+        for name, stored in tensors.items():
+            own = (
+                self.functions.of_optimizer(self.path, name, self.place.pp)
+                if self.functions
+                else name
+            )
+            if own is not None:
+                yield own, stored
+
+    def take(self, states: zero.States) -> None:
+        """The optimizer's states, by its own names."""
+        self.states = replace(
+            states, tensors={role: dict(self.named(own)) for role, own in states.tensors.items()}
+        )
+
+    def shapes(self) -> list[dict]:
+        """The shapes of the parameters that are stepped, by group."""
+        return _shapes(self.content)
+
+    def meta(self) -> dict:
+        """What the rank keeps beside the model; its optimizer's groups and its scheduler as others
+        have them, and `zero`, all of it."""
+        rest = {
+            key: value for key, value in self.content.items() if key not in ("module", "optimizer")
+        }
+        if schedule := self._schedule():
+            rest["opt_param_scheduler"] = schedule
+        if self.functions:
+            rest["functions"] = self.functions.prefixes
+        if not self.states.tensors:
+            return rest
+        return {
+            **rest,
+            "optimizer": {"optimizer": {"param_groups": list(self._groups())}},
+            "zero": self.states.rest,
+            "steps": self.states.steps,
+        }
+
+    def _schedule(self) -> dict:
+        """What Megatron-LM's scheduler would say; nothing of one that decays by tokens, or is of
+        another kind."""
+        state = self.content.get("lr_scheduler")
+        if not isinstance(state, dict) or args_of(self.content).get("lr_decay_tokens"):
+            return {}
+        return {name: state[own] for name, own in universal.SCHEDULER.items() if own in state}
+
+    def _groups(self) -> Iterator[dict]:
+        """The optimizer's groups, with the steps that the first parameter of each has taken, where
+        that is known."""
+        groups = self.states.rest["param_groups"]
+        for group, names in zip_longest(groups, self.shapes()[: len(groups)]):
+            step = self.states.steps.get(next(iter(names or ()), None))
+            yield group if step is None else {"step": int(zero.value_of(step)), **group}
+
+
+def read(
+    source: Path,
+    *,
+    iteration: int | None = None,
+    sidecar_folder: Path | None = None,
+    weights_only: bool = False,
+    drop: frozenset[str] = frozenset(),
+    numbering: Numbering = AS_RECORDED,
+) -> Checkpoint:
+    """Read a checkpoint's headers and metadata. SRC is a save root or the folder of one step.
+
+    `metas` holds per rank the mp_rank file without the model, and of its optimizer `zero` (see
+    zero.States.rest), `steps` by parameter, and `optimizer` with its groups and
+    `opt_param_scheduler` as Megatron-LM has them. Raises RefusedError for anything missing,
+    damaged, contradictory, or of ZeRO stage 3."""
+    if sidecar_folder is not None:
+        raise RefusedError(
+            f"{sidecar_folder}: DeepSpeed's checkpoints say themselves what lies where and have no "
+            f"sidecar; "
+            "leave --sidecar out"
+        )
+    files = find(source, iteration)
+    contents = {m: _content(path) for m, path in sorted(files.models.items())}
+    if files.is_universal:
+        ranks, layout, naming = _universal(files, contents, weights_only)
+    else:
+        ranks, layout, naming = _ranks(files, contents, weights_only)
+    found = [one for rank in ranks for one in _found(rank, naming)]
+    kept = [one for one in found if not is_dropped(one.name, drop)]
+    index = Index([naming.hold(one) for one in kept], layout)
+    index.check_complete()
+    first = ranks[0].content
+    left = _left_out(ranks, naming)
+    notes = [
+        f"{len(left)} copies that later stages keep and nothing keeps in step are left out "
+        f"({shorten_names(left)})"
+    ]
+    return Checkpoint(
+        "deepspeed",
+        files.folder,
+        int(first.get("iteration") or first.get("global_steps") or 0),
+        layout,
+        index,
+        len(index.roles()) > 1,
+        index.num_layers(),
+        rank_folders={(rank.place.tp, rank.place.pp, 0): files.folder for rank in ranks},
+        rank_metadata={(rank.place.tp, rank.place.pp, 0): rank.meta() for rank in ranks},
+        notes=notes if left else [],
+        dropped=sorted({*left, *(one.name for one in found)} - {one.name for one in kept}),
+    )
+
+
+def _shapes(content: dict) -> list[dict]:
+    """The shapes of the parameters that an mp_rank file's rank steps, by group."""
+    shapes = content.get("param_shapes") or []
+    return list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
+
+
+def _content(path: Path) -> dict:
+    content = torch_zip.read(path)
+    if not isinstance(content, dict) or "module" not in content:
+        raise RefusedError(f"{path}: holds no model states of DeepSpeed")
+    return content
+
+
+def _universal(
+    files: Files, contents: dict[int, dict], weights_only: bool
+) -> tuple[list[Rank], Layout, NameResolver]:
+    first = contents[min(contents)]
+    tensors, functions = universal.read(files.folder, args_of(first).get("num_layers"))
+    universal.check_complete(
+        files.folder,
+        tensors,
+        {name for content in contents.values() for group in _shapes(content) for name in group},
+    )
+    states = (
+        zero.States()
+        if weights_only or not tensors[EXP_AVG]
+        else zero.States(
+            {role: tensors[role] for role in (EXP_AVG, EXP_AVG_SQ)},
+            universal.steps(files.folder),
+            universal.rest(files.folder),
+        )
+    )
+    rank = Rank(files.models[min(contents)], Place(), first, functions)
+    aliases = first.get("shared_params") or {}
+    for name, stored in rank.named(tensors[MAIN_PARAM]):
+        rank.model.setdefault(aliases.get(name, name), []).append(stored)
+    rank.take(states)
+    return [rank], Layout(), _naming([rank], Layout(), functions is not None)
+
+
+def _ranks(
+    files: Files, contents: dict[int, dict], weights_only: bool
+) -> tuple[list[Rank], Layout, NameResolver]:
+    """The ranks of the model, with their tensors under our names."""
+    layout = _layout(files, contents)
+    owners.check(
+        files.folder,
+        [
+            owners.Owned(
+                files.models[m],
+                args.get("rank"),
+                owners.fits(layout, args, m % layout.tp, m // layout.tp),
+                f"model-parallel rank {m}",
+            )
+            for m, content in contents.items()
+            for args in [args_of(content)]
+        ],
+    )
+    if files.layers:
+        functions, layers = _layers(files, contents)
+        ranks = [
+            Rank(files.models[m], Place(m % layout.tp, m // layout.tp), content, functions)
+            for m, content in contents.items()
+        ]
+        _share_out(ranks, functions, layers)
+    else:
+        ranks = [
+            Rank(files.models[m], Place(m), content, None, _module(files.models[m], content))
+            for m, content in contents.items()
+        ]
+    if not weights_only:
+        _add_states(files, ranks, layout)
+    return ranks, layout, _naming(ranks, layout, bool(files.layers))
+
+
+def _layout(files: Files, contents: dict[int, dict]) -> Layout:
+    """tp and pp as the files count them, checked against what they say; dp as they say, or as there
+    are shards."""
+    tp = files.tp()
+    pp = len(files.models) // tp
+    for m, content in contents.items():
+        said = content.get("checkpoint_parallel_dimensions") or {"tp_degree": tp, "pp_degree": pp}
+        if (said["tp_degree"], said["pp_degree"]) != (tp, pp):
+            raise RefusedError(
+                f"{files.models[m]}: was saved with tp {said['tp_degree']} and pp "
+                f"{said['pp_degree']}, and "
+                f"its files are of tp {tp} and pp {pp}; copy the whole checkpoint"
+            )
+    dp = 1 + max(
+        (dp for _, dp in files.shards), default=(contents[0].get("dp_world_size") or 1) - 1
+    )
+    return Layout(tp=tp, pp=pp, etp=tp, dp=dp)
+
+
+# -------------------------------------------------------------------------------------------------------------
+# the model
+
+_Layers = dict[tuple[int, int], dict[str, Stored]]
+
+
+def _layers(files: Files, contents: dict[int, dict]) -> tuple[Functions, _Layers]:
+    layers = {key: _tensors(path, torch_zip.read(path)) for key, path in files.layers.items()}
+    functions = Functions.of(
+        files.folder,
+        {number: own for (number, tp), own in layers.items() if tp == 0},
+        args_of(contents[0]).get("num_layers"),
+    )
+    for (number, tp), own in layers.items():
+        if own.keys() != layers[number, 0].keys():
+            raise RefusedError(
+                f"{files.layers[number, tp]}: has other parameters than "
+                f"{files.layers[number, 0].name}: "
+                f"{shorten_names(own.keys() ^ layers[number, 0].keys())}; these files are of "
+                f"different runs"
+            )
+    return functions, layers
+
+
+def _share_out(ranks: list[Rank], functions: Functions, layers: _Layers) -> None:
+    """Give each rank the layers of its stage."""
+    stages = stages_of(functions, [rank.shapes() for rank in ranks if rank.place.tp == 0])
+    by_place = {rank.place: rank for rank in ranks}
+    for (number, tp), own in layers.items():
+        model = by_place[Place(tp, stages[number])].model
+        model |= {functions.name(number, local): [stored] for local, stored in own.items()}
+
+
+def _module(path: Path, content: dict) -> dict[str, list[Stored]]:
+    """The module's tensors; a parameter that is another's alias stands beside it."""
+    if content["module"] is None:
+        raise RefusedError(
+            f"{path}: holds no module, as a pipeline's do, and there are no layer files; copy the "
+            f"whole "
+            "checkpoint"
+        )
+    aliases, model = content.get("shared_params") or {}, {}
+    for name, stored in _tensors(path, content["module"]).items():
+        model.setdefault(aliases.get(name, name), []).append(stored)
+    return model
+
+
+def _tensors(path: Path, state_dict: Any) -> dict[str, Stored]:
+    """The tensors of a flat state dict. Raises RefusedError for anything else in it."""
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise RefusedError(f"{path}: holds no parameters")
+    if strange := sorted(
+        str(name) for name, value in state_dict.items() if not isinstance(value, Stored)
+    ):
+        raise RefusedError(f"{path}: its model holds what is no tensor: {shorten_names(strange)}")
+    return dict(state_dict)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the optimizer
+
+
+def _add_states(files: Files, ranks: list[Rank], layout: Layout) -> None:
+    if not files.shards:
+        if saved := next(
+            (rank for rank in ranks if rank.content.get("optimizer") or rank.shapes()), None
+        ):
+            kept = (
+                "is not ZeRO's"
+                if saved.content.get("optimizer")
+                else "has no *_optim_states.pt here"
+            )
+            raise RefusedError(
+                f"{saved.path}: its optimizer {kept}; copy the whole checkpoint, or convert "
+                f"--weights-only"
+            )
+        return
+    for m, rank in enumerate(ranks):
+        rank.take(
+            zero.read(rank.path, rank.content, [files.shards[m, dp] for dp in range(layout.dp)])
+        )
+        if unknown := sorted(rank.states.tensors[MAIN_PARAM].keys() - rank.model.keys() - {HEAD}):
+            raise RefusedError(
+                f"{rank.path}: its optimizer steps {shorten_names(unknown)}, which the model does "
+                f"not have; these "
+                "files are of different runs"
+            )
+
+
+def _left_out(ranks: list[Rank], naming: NameResolver) -> list[str]:
+    """The copies of later stages that are not read."""
+    return sorted(
+        {
+            name
+            for rank in ranks
+            if naming.dialect == DEEPSPEED and rank.place.pp and rank.states.tensors
+            for group in rank.shapes()
+            for name in group
+            if name.startswith("tied_modules.") and not name.endswith(WORDS)
+        }
+    )
+
+
+def _found(rank: Rank, naming: NameResolver) -> Iterator[TensorEntry]:
+    states = rank.states.tensors
+    stepped = states.get(MAIN_PARAM, {}).keys()
+    for role, own in states.items():
+        for name, stored in own.items():
+            yield TensorEntry(name, rank.place, role, stored, _partition(name, naming))
+    for name, copies in rank.model.items():
+        for stored in copies:
+            yield TensorEntry(
+                name,
+                rank.place,
+                MODEL_PARAM if name in stepped else MAIN_PARAM,
+                stored,
+                _partition(name, naming),
+            )
+
+
+def _partition(name: str, naming: NameResolver) -> Partition:
+    """A tensor that no family knows is whole where there is one tensor-parallel rank."""
+    return (
+        _WHOLE
+        if naming.layout.tp == 1 and families.find(name, naming.dialect) is None
+        else UNRECORDED
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# the names
+
+
+def _naming(ranks: list[Rank], layout: Layout, is_pipeline: bool) -> NameResolver:
+    first = ranks[0].content
+    names = [name for rank in ranks for name in rank.model]
+    dialect = DEEPSPEED if is_pipeline else LEGACY
+    known = [name for name in names if families.find(name, dialect)]
+    if known:
+        _check_version(ranks[0].path, first)
+    heads = args_of(first).get("num_attention_heads")
+    shapes = [{name: copies[0].shape for name, copies in rank.model.items()} for rank in ranks]
+    return NameResolver(
+        dialect,
+        layout,
+        None,
+        None,
+        Sizes(heads, heads, _vocab(first) if known else None),
+        is_gated(shapes, dialect),
+        tied=True if is_pipeline else None,
+    )
+
+
+def _check_version(path: Path, content: dict) -> None:
+    """Rows of query_key_value are [head, q + k + v, head size] from checkpoint version 2 on
+    (megatron/checkpointing.py, fix_query_key_value_ordering)."""
+    version = content.get("checkpoint_version", 0)
+    if version < 2:
+        raise RefusedError(
+            f"{path}: is of checkpoint version {version}, whose rows of query_key_value are in "
+            f"another order "
+            "than from version 2 on; load it with Megatron-DeepSpeed and save it again"
+        )
+
+
+def _vocab(content: dict) -> int | None:
+    """The true vocabulary's size, where it is recorded (megatron/checkpointing.py,
+    _checkpoint_info)."""
+    infos = (content.get("checkpoint_info"), content.get("universal_checkpoint_info"))
+    return next(
+        (info["original_vocab_size"] for info in infos if info and info.get("original_vocab_size")),
+        None,
+    )

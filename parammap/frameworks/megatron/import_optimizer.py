@@ -1,0 +1,244 @@
+"""Another framework's optimizer as megatron-core's distributed one: parameter groups, schedule, and
+what a sidecar says.
+
+Adam's moments belong to parameters in every framework; what is made here is what stands beside
+them. Groups have the keys that core 0.16.1 saves and tells groups apart by; matrices decay, biases
+and whatever has one dimension do not. Buckets are those of a run without --overlap-grad-reduce, in
+the release's own rule (buckets.py).
+
+Sources: megatron-core 0.16.1, core/optimizer/__init__.py (_get_param_groups),
+core/optimizer/distrib_optimizer.py (load_state_dict), core/optimizer_param_scheduler.py
+(load_state_dict)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.sidecar import SCHEMA, VERSION, Buffer, RankSidecar, Sidecar, Slot
+from parammap.errors import RefusedError
+from parammap.frameworks.megatron.facts import args_of
+from parammap.frameworks.megatron.param_groups import param_groups, steps_taken
+from parammap.name_list import shorten_names
+from parammap.plan.source_tensors import SourceTensors
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
+
+CORE = "0.16.1"
+ROLES = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
+_RANK = (0, 0, 0)
+_HYPER = ("lr", "betas", "eps")
+#: what the scheduler of megatron-core does not load without
+_SCHEDULE = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps")
+#: by --bf16 and --fp16, or the like
+_SIXTEEN = {"bf16": "bfloat16", "fp16": "float16"}
+#: what a layout file says of the model
+_FACTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "vocab_size",
+    "padded_vocab_size",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "swiglu",
+    "num_experts",
+    "untie_embeddings_and_output_weights",
+)
+
+
+def check(states: SourceTensors) -> None:
+    """Refuse a source that has no moments of some of its parameters."""
+    for role in (EXP_AVG, EXP_AVG_SQ):
+        if still := sorted(name for name in states.names() if (role, name) not in states.tensors):
+            raise RefusedError(
+                f"{states.source.folder}: {len(still)} parameters have no {role}, and "
+                f"Megatron-LM's "
+                f"optimizer steps all: {shorten_names(still)}; convert --weights-only"
+            )
+
+
+def model_dtype(states: SourceTensors, name: str) -> str:
+    """The dtype that a tensor is computed in: that of the copy beside what the optimizer steps,
+    else as the run says."""
+    if copy := states.tensors.get((MODEL_PARAM, name)):
+        return copy.dtype
+    meta = next(iter(states.source.rank_metadata.values()), {})
+    enabled = {
+        key: (meta.get("ds_config") or {}).get(key, {}).get("enabled") or args_of(meta).get(key)
+        for key in _SIXTEEN
+    }
+    recorded = next((dtype for key, dtype in _SIXTEEN.items() if enabled[key]), None)
+    return (
+        recorded
+        if recorded and states.source.with_optimizer
+        else states.tensor(MAIN_PARAM, name).dtype
+    )
+
+
+def meta(source: Checkpoint) -> dict:
+    """`optimizer` and `opt_param_scheduler` of a model file, lr in units per step, counts of the
+    scheduler in samples.
+
+    Raises RefusedError for groups that Megatron-LM's two cannot be.
+    """
+    groups = [
+        group
+        for one in source.rank_metadata.values()
+        for group in param_groups(one.get("optimizer"))
+    ]
+    if not groups or any(key not in group for group in groups for key in _HYPER):
+        raise RefusedError(
+            f"{source.folder}: keeps no {', '.join(_HYPER)} of its optimizer's param_groups, "
+            f"without which "
+            "Adam cannot go on; convert --weights-only"
+        )
+    decays = {group["weight_decay"] for group in groups if group.get("weight_decay")}
+    for what, values in (
+        *((key, {group[key] for group in groups}) for key in _HYPER),
+        ("weight_decay", decays),
+    ):
+        if len(values) > 1:
+            raise RefusedError(
+                f"{source.folder}: its parameter groups have different {what} {sorted(values)}, "
+                f"and "
+                "Megatron-LM keeps one; convert --weights-only"
+            )
+    own = {
+        "bias_correction": groups[0].get("bias_correction", True),
+        **{key: groups[0][key] for key in _HYPER},
+    }
+    schedule = _schedule(source)
+    rates = {key: schedule[key] for key in ("max_lr", "min_lr")} if schedule else {}
+    step, decay = steps_taken(source, groups), max(decays, default=_recorded_decay(source, groups))
+    kinds = [
+        {
+            "is_expert_parallel": False,
+            "default_config": True,
+            "wd_mult": mult,
+            "lr_mult": 1.0,
+            "is_decoupled_lr": False,
+            **rates,
+            **own,
+            **({} if decay is None else {"weight_decay": mult * decay}),
+            "step": step,
+        }
+        for mult in (1.0, 0.0)
+    ]
+    return {
+        "optimizer": {"optimizer": {"param_groups": kinds}},
+        "opt_param_scheduler": schedule or _constant(source, groups[0]["lr"]),
+    }
+
+
+def _recorded_decay(source: Checkpoint, groups: list[dict]) -> float | None:
+    """How weights decay where no group does: as the arguments say, or not at all where groups say
+    so."""
+    said = args_of(next(iter(source.rank_metadata.values()))).get("weight_decay")
+    return 0.0 if said is None and any("weight_decay" in group for group in groups) else said
+
+
+def _schedule(source: Checkpoint) -> dict | None:
+    state = next(iter(source.rank_metadata.values())).get("opt_param_scheduler") or {}
+    return {key: state[key] for key in _SCHEDULE} if state.keys() >= set(_SCHEDULE) else None
+
+
+def _constant(source: Checkpoint, rate: float) -> dict:
+    """The schedule of a run that has none, or one that Megatron-LM does not know."""
+    samples = args_of(next(iter(source.rank_metadata.values()))).get("consumed_train_samples") or 0
+    return {
+        "max_lr": rate,
+        "min_lr": rate,
+        "lr_warmup_steps": 0,
+        "lr_decay_steps": max(samples, 1),
+        "lr_decay_style": "constant",
+        "num_steps": samples,
+    }
+
+
+def args(source: Checkpoint) -> dict:
+    """The arguments that say how far the run has come, and how it steps."""
+    there = args_of(next(iter(source.rank_metadata.values())))
+    samples = {
+        name: there.get(name) or 0 for name in ("consumed_train_samples", "consumed_valid_samples")
+    }
+    return {
+        "iteration": source.iteration,
+        **samples,
+        "optimizer": "adam",
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": False,
+        "accumulate_allreduce_grads_in_fp32": True,
+        "no_save_optim": None,
+        "no_save_rng": True,
+    }
+
+
+def flags(told: dict) -> list[str]:
+    """What the command line of a run that goes on must say, by its arguments."""
+    return [
+        *(f"--{name}" for name in _SIXTEEN if told[name]),
+        "--use-distributed-optimizer",
+        "--accumulate-allreduce-grads-in-fp32",
+        "--no-load-rng",
+    ]
+
+
+def sidecar(source: Checkpoint, told: dict, specs: Iterable[TensorSpec]) -> Sidecar:
+    """What is known of one rank's parameters by the arguments `told`: all are stepped; where they
+    lie is for the rule."""
+    layout = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "iteration": source.iteration,
+        "checkpoint_format": "torch",
+        "framework": {"name": "megatron", "core_version": CORE, "torch_version": ""},
+        "parallel": {
+            **dict.fromkeys(("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "world_size"), 1),
+            "order": "tp-cp-ep-dp-pp",
+        },
+        "model": {
+            **{name: told[name] for name in _FACTS},
+            "layernorm_epsilon": told["norm_epsilon"],
+        },
+    }
+    by_dtype: dict[str, list[Slot]] = {}
+    for spec in reversed([*specs]):
+        by_dtype.setdefault(spec.dtype, []).append(
+            Slot(spec.name, spec.shape, spec.dtype, 0, math.prod(spec.shape), 0)
+        )
+    buffers = tuple(
+        Buffer(0, dtype, "float32", None, tuple(slots)) for dtype, slots in by_dtype.items()
+    )
+    return Sidecar(
+        source.folder,
+        {_RANK: RankSidecar((buffers,), layout)},
+        complete=True,
+        iteration=source.iteration,
+    )
+
+
+def notes(source: Checkpoint, dtype: str) -> Iterator[str]:
+    yield (
+        f"the optimizer goes on from step {source.iteration}: in torch format its buckets are "
+        f"those of megatron-core "
+        f"{CORE} without --overlap-grad-reduce; any other run takes --to megatron-dist"
+    )
+    if not _schedule(source):
+        yield (
+            "the learning rate's schedule is none of Megatron-LM's, or not recorded: it is written "
+            "as constant; "
+            "--override-opt_param-scheduler takes the flags' own"
+        )
+    if dtype == "float16":
+        yield "the loss scale begins anew"

@@ -1,0 +1,340 @@
+"""Megatron-LM checkpoints of format torch_dist: one folder that all ranks write into, with the
+tensors of the whole model.
+
+Layout on disk: `<save>/latest_checkpointed_iteration.txt`,
+`<save>/iter_NNNNNNN/{.metadata,metadata.json,common.pt}` and `<save>/iter_NNNNNNN/__R_W.distcp`;
+from core 0.19 on common.pt is an object in the .distcp files (Megatron-LM, core/dist_checkpointing,
+core_r0.8.0 … main).
+
+The optimizer's state comes as tensors of the model's shapes (`fully_reshardable`,
+`fully_sharded_model_space`) or as the distributed optimizer's buckets (`dp_reshardable`,
+`fully_sharded_bucket_space`), which only a sidecar can read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from parammap import families
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.index import Index, NameResolver, StoredTensor, in_role
+from parammap.checkpoint.sidecar import Sidecar
+from parammap.errors import RefusedError
+from parammap.formats import torch_dist, torch_zip
+from parammap.formats.torch_dist import Contents
+from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.megatron import registration
+from parammap.frameworks.megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
+from parammap.frameworks.megatron.facts import Facts, is_gated
+from parammap.frameworks.megatron.optimizer import dropped
+from parammap.frameworks.megatron.specification import Specification
+from parammap.frameworks.megatron_dist import buckets as megatron_dist_buckets
+from parammap.frameworks.megatron_dist import extra_states as megatron_dist_extra_states
+from parammap.frameworks.megatron_dist import sidecar as megatron_dist_sidecar
+from parammap.name_list import shorten_names
+from parammap.tensors.layout import AS_RECORDED, Layout, Numbering
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
+
+COMMON_FILE, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
+_ITERATION_FOLDER = re.compile(r"iter_\d{7}|release")
+_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
+_GROUPS = re.compile(
+    r"optimizer\.distributed\.dp_group_idx_0\.(?!per_bucket|param_state)(\w+)/shard_0_1"
+)
+#: role of a state by its name in a key; the others keep their name
+_ROLES = {"param": MAIN_PARAM, "fp32_param": MAIN_PARAM}
+#: what common.pt holds that model_optim_rng.pt does not
+_OURS = ("content_metadata",)
+_SHARDING = "param_state_sharding_type"
+
+
+def recognizes(source: Path) -> bool:
+    return torch_dist.recognizes(source) or (
+        source.is_dir()
+        and any(
+            torch_dist.recognizes(folder)
+            for folder in source.iterdir()
+            if _ITERATION_FOLDER.fullmatch(folder.name)
+        )
+    )
+
+
+def read(
+    source: Path,
+    *,
+    iteration: int | None = None,
+    sidecar_folder: Path | None = None,
+    weights_only: bool = False,
+    drop: frozenset[str] = frozenset(),
+    numbering: Numbering = AS_RECORDED,
+) -> Checkpoint:
+    """Read a checkpoint's headers and sidecar; it is presented as that of one rank, and `trained`
+    is the run's layout.
+
+    Raises RefusedError for anything missing, damaged or contradictory.
+    """
+    folder, number = megatron.find_iteration(source, iteration)
+    contents = torch_dist.read(folder)
+    common = _common(contents)
+    weights_only = weights_only or (
+        folder.name == megatron.RELEASE
+        and not common.get("optimizer")
+        and not any(map(_OPTIMIZER.match, contents.tensors))
+    )
+    sidecar = None if weights_only else _sidecar(contents, number, sidecar_folder)
+    facts = Facts.of(sidecar, common)
+    trained = facts.layout({})
+    stacks = {
+        key: stack_of(tensor, contents.mcore, key)
+        for key, tensor in contents.tensors.items()
+        if not _OPTIMIZER.match(key)
+    }
+    naming = _naming(stacks, facts)
+    kept = {
+        key: stack
+        for key, stack in stacks.items()
+        if not (drop and any(dropped(stack.name(numbers), drop) for numbers in stack.numbers()))
+    }
+    parts = {MODEL_PARAM: _model(contents, kept, naming)}
+    wholes = _wholes(kept, naming, contents)
+    experts = max(
+        (stack.shape[stack.axes - 1] for stack in stacks.values() if stack.with_experts), default=0
+    )
+    of_run = sidecar and megatron_dist_sidecar.of_run(naming, trained, sidecar, experts)
+    if not weights_only:
+        held = (
+            megatron_dist_buckets.states(contents, sidecar, of_run)
+            if megatron_dist_buckets.are_in(contents)
+            else _in_model_space(contents, kept, naming)
+        )
+        parts |= _by_role(held, {whole.canonical for whole in wholes}, folder)
+    index = _index(parts, wholes, trained)
+    index.check_complete()
+    presented = sidecar and megatron_dist_sidecar.in_one_rank(
+        sidecar, of_run, wholes, experts // trained.ep
+    )
+    specification = Specification.of(facts.args)
+    tensors = _structure(stacks, contents, naming, presented, specification)
+    extra_states, merged = megatron_dist_extra_states.read(contents, specification)
+    return Checkpoint(
+        "megatron-dist",
+        folder,
+        number,
+        Layout(),
+        index,
+        not weights_only,
+        facts.num_layers() or index.num_layers(),
+        rank_folders={(0, 0, 0): folder},
+        rank_metadata={(0, 0, 0): _meta(contents, common)},
+        structures={(0, 0, 0): [tensors | specification.extra_states(tensors) | extra_states]},
+        sidecar=presented,
+        trained=trained,
+        dropped=merged
+        + sorted(
+            {
+                stack.name(numbers)
+                for key, stack in stacks.items()
+                if key not in kept
+                for numbers in stack.numbers()
+            }
+        ),
+    )
+
+
+def _sidecar(contents: Contents, number: int, given: Path | None) -> Sidecar | None:
+    """The sidecar; tensors of the model's shapes can do without one."""
+    sidecar = megatron_dist_sidecar.find(contents.folder, number, given)
+    if megatron_dist_buckets.are_in(contents):
+        if sidecar is None:
+            raise RefusedError(
+                f"{contents.folder.parent / 'param_map'}: no layout_*.json of iteration {number} "
+                f"here, so "
+                f"nobody knows what lies where in the buckets; name their folder with --sidecar, "
+                f"or "
+                "convert --weights-only"
+            )
+    elif sidecar:
+        megatron_dist_sidecar.check_positions(sidecar, contents.folder)
+    if sidecar:
+        registration.check(sidecar)
+    return sidecar
+
+
+# ---------------------------------------------------------------------------------------------------
+# what is no tensor
+
+
+def _common(contents: Contents) -> dict:
+    """What all ranks have in common: common.pt, or, from core 0.19 on, an object."""
+    if (contents.folder / COMMON_FILE).is_file():
+        common = torch_zip.read(contents.folder / COMMON_FILE)
+    elif COMMON_OBJECT in contents.objects:
+        common = contents.load(COMMON_OBJECT)
+        common = common[0] if isinstance(common, list) else common
+    else:
+        raise RefusedError(f"{contents.folder / COMMON_FILE}: missing; copy the whole checkpoint")
+    if not isinstance(common, dict):
+        raise RefusedError(
+            f"{contents.folder / COMMON_FILE}: holds a {type(common).__name__} and not a checkpoint"
+        )
+    return common
+
+
+def _meta(contents: Contents, common: dict) -> dict:
+    """All but the model, as model_optim_rng.pt has it: with rank 0's optimizer groups and random
+    states."""
+    meta = {key: value for key, value in common.items() if key not in _OURS}
+    if "optimizer" in meta:
+        meta["optimizer"] = _groups(contents, meta["optimizer"])
+    for key in sorted(contents.objects):
+        if key.startswith("rng_state/") and "rng_state" not in meta:
+            (meta["rng_state"],) = contents.load(key)
+    return meta
+
+
+def _groups(contents: Contents, optimizer: dict, prefix: str = "") -> dict | list:
+    """The state dict of an optimizer without tensors; a chain's, {0: …, 1: …}, becomes the list
+    that torch saves."""
+    if optimizer and all(isinstance(key, int) for key in optimizer):
+        return [_groups(contents, optimizer[key], f"chained_{key}.") for key in sorted(optimizer)]
+    groups = {
+        key: value for key, value in optimizer.items() if key not in (_SHARDING, "param_state")
+    }
+    for key in sorted(contents.objects):
+        match = _GROUPS.fullmatch(key.removeprefix(prefix))
+        if match and match.group(1) not in groups:
+            (groups[match.group(1)],) = contents.load(key)
+    return groups
+
+
+def _naming(stacks: dict[str, Stack], facts: Facts) -> NameResolver:
+    shapes = {stack.name((0,) * stack.axes): stack.inner for stack in stacks.values()}
+    return NameResolver(
+        families.CORE,
+        Layout(),
+        None,
+        None,
+        facts.sizes(),
+        is_gated([shapes], families.CORE),
+        facts.tied(),
+    )
+
+
+def _structure(
+    stacks: dict[str, Stack],
+    contents: Contents,
+    naming: NameResolver,
+    sidecar: Sidecar | None,
+    specification: Specification,
+) -> dict:
+    """The state dict of the whole model in one rank, in the order in which it registers its
+    tensors, by the names that the model itself has: those of the sidecar of one rank, else what its
+    arguments tell."""
+    names = megatron_dist_sidecar.names(sidecar, naming) if sidecar else {}
+    specs = {}
+    for key, stack in stacks.items():
+        dtype = contents.tensors[key].dtype
+        for numbers in stack.numbers():
+            whole = whole_of(stack, numbers, MODEL_PARAM, dtype, naming)
+            name = names.get(whole.canonical) or specification.own_name(stack.name(numbers))
+            specs[name] = TensorSpec(name, dtype, stack.inner)
+    return {
+        name: specs[name] for name in registration.in_order(specs, registration.recorded(sidecar))
+    }
+
+
+# --------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def _model(
+    contents: Contents, stacks: dict[str, Stack], naming: NameResolver
+) -> list[StoredTensor]:
+    return [
+        part
+        for key, stack in stacks.items()
+        for _, part in parts_of(contents.tensors[key], stack, MODEL_PARAM, naming)
+    ]
+
+
+def _by_role(
+    held: Iterable[StoredTensor], known: set[str], folder: Path
+) -> dict[str, list[StoredTensor]]:
+    """What is held of each state of the optimizer. Raises RefusedError unless every parameter has
+    all of them."""
+    states: dict[str, list[StoredTensor]] = {}
+    for one in held:
+        if one.canonical in known:
+            states.setdefault(one.found.role, []).append(one)
+    if MAIN_PARAM not in states:
+        raise RefusedError(
+            f"{folder}: holds no optimizer state of a kind that is known; convert --weights-only"
+        )
+    stepped = {role: {one.canonical for one in held} for role, held in states.items()}
+    for role in (EXP_AVG, EXP_AVG_SQ):
+        if missing := sorted(stepped[MAIN_PARAM] - stepped.get(role, set())):
+            raise RefusedError(
+                f"{folder}: lacks the {role} of {len(missing)} tensors: {shorten_names(missing)}"
+            )
+    return states
+
+
+def _in_model_space(
+    contents: Contents, stacks: dict[str, Stack], naming: NameResolver
+) -> Iterator[StoredTensor]:
+    for key, tensor in contents.tensors.items():
+        match = _STATE.fullmatch(key)
+        if match and match.group(2) in stacks:
+            role = _ROLES.get(match.group(1), match.group(1))
+            yield from (
+                part
+                for _, part in parts_of(
+                    tensor, stack_of(tensor, contents.mcore, match.group(2)), role, naming
+                )
+            )
+
+
+def _wholes(
+    stacks: dict[str, Stack], naming: NameResolver, contents: Contents
+) -> list[StoredTensor]:
+    return [
+        whole_of(stack, numbers, MODEL_PARAM, contents.tensors[key].dtype, naming)
+        for key, stack in stacks.items()
+        for numbers in stack.numbers()
+    ]
+
+
+def _index(
+    parts: dict[str, list[StoredTensor]], wholes: list[StoredTensor], trained: Layout
+) -> Index:
+    """The index of the parts, that lists whole tensors: states first, and the model's copies after
+    them."""
+    by_role: dict[str, dict[str, list[StoredTensor]]] = {}
+    for role, held in parts.items():
+        for part in held:
+            by_role.setdefault(role, {}).setdefault(part.canonical, []).append(part)
+    model, weights = by_role.pop(MODEL_PARAM), by_role.setdefault(MAIN_PARAM, {})
+    own = (
+        model.keys() - weights.keys()
+    )  # no optimizer steps these (frozen, or buffers): the model's copy is the weight
+    weights.update(
+        (name, [in_role(part, MAIN_PARAM) for part in held])
+        for name, held in model.items()
+        if name in own
+    )
+    by_role[MODEL_PARAM] = {name: held for name, held in model.items() if name not in own}
+    index = Index(
+        [part for states in by_role.values() for held in states.values() for part in held], trained
+    )
+    index.held = [
+        joined(
+            states[whole.canonical],
+            in_role(whole, role, states[whole.canonical][0].found.stored.dtype),
+        )
+        for role, states in by_role.items()
+        for whole in wholes
+        if whole.canonical in states
+    ]
+    return index

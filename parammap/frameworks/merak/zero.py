@@ -1,0 +1,195 @@
+"""The optimizer of a Merak run: the flat partitions of ZeRO-1, or an Adam whose state lies in the
+model's own file.
+
+ZeRO-1: the parameters of a group follow each other in one flat tensor, zeros at its end, which is
+cut into intervals of dp partitions of equal size: partition k is the (k // dp)-th of data-parallel
+rank k % dp. `param_shapes` names the parameters of each group in order,
+`local_sub_partitions_of_fp32_groups[group][interval]` are a rank's weights in float32, and the base
+optimizer's ids number (group, interval).
+
+Groups, in both: the weights that are no LayerNorm's, then the LayerNorms' parameters and all
+biases, each in the order of the modules. A tied weight goes by the name of the module that was
+registered first, `tied_modules.torch_Size([V, D])`.
+
+Sources: Merak d72efe5 (Merak/utils/zero1_optimizer.py, FP16_DeepSpeedZeroOptimizer_Stage1;
+Merak/utils/checkpoint.py, get_zero_param_shapes; Merak/modules/utils.py,
+get_params_for_weight_decay_optimization); the same in v2.2.2."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from parammap.errors import RefusedError
+from parammap.formats import torch_legacy
+from parammap.formats.zip_records import read_record
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Extent, Stored
+
+TIED = re.compile(r"(?:.*\.)?tied_modules\.[^.]*\.weight")
+_NORM = re.compile(r"\.ln_(?:1|2|f)\.")
+_MOMENTS = (EXP_AVG, EXP_AVG_SQ)
+
+#: (role, the model's name of the parameter, where it lies)
+State = tuple[str, str, Stored]
+
+
+class Partitions:
+    """The ZeRO-1 files of one tensor- and pipeline-parallel rank, in the order of their dp
+    ranks."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths, self.contents = paths, [torch_legacy.read_either(path) for path in paths]
+        for path, content in zip(paths, self.contents, strict=True):
+            if (
+                not isinstance(content, dict)
+                or not {"optimizer_state_dict", "param_shapes"} <= content.keys()
+            ):
+                raise RefusedError(
+                    f"{path}: holds no ZeRO-1 state of Merak; copy the whole checkpoint"
+                )
+            if content["param_shapes"] != self.contents[0]["param_shapes"]:
+                raise RefusedError(
+                    f"{path}: its parameters are not those of {paths[0].name}; these files are of "
+                    f"different "
+                    "runs"
+                )
+        self.states = [content["optimizer_state_dict"] for content in self.contents]
+
+    @property
+    def base(self) -> dict:
+        """The state dict of the optimizer that steps the partitions, of the first rank."""
+        return self.states[0]["base_optimizer_state"]
+
+    def parameters(self) -> Iterator[State]:
+        """The weights and, where a step was taken, the moments of each parameter."""
+        roles = (MAIN_PARAM, *(moment for moment in _MOMENTS if self.base["state"]))
+        for number, shapes in enumerate(self.contents[0]["param_shapes"]):
+            for role in roles:
+                yield from self._cut(role, shapes, self._flat(role, number))
+
+    def _flat(self, role: str, group: int) -> list[Stored]:
+        """The partitions of a group's flat tensor, one after the other."""
+        by_rank = [
+            self._partitions(state, role, group, path)
+            for state, path in zip(self.states, self.paths, strict=True)
+        ]
+        counts = {tuple(part.numel for part in parts) for parts in by_rank}
+        if len(counts) != 1:
+            raise RefusedError(
+                f"{self.paths[0].parent}: the dp ranks' partitions of group {group} ({role}) are "
+                f"not alike: "
+                f"{sorted(counts)}; these files are of different runs"
+            )
+        return [parts[interval] for interval in range(len(by_rank[0])) for parts in by_rank]
+
+    def _partitions(self, state: dict, role: str, group: int, path: Path) -> list[Stored]:
+        if role == MAIN_PARAM:
+            return state["local_sub_partitions_of_fp32_groups"][group]
+        base = state["base_optimizer_state"]
+        ids = base["param_groups"][group]["params"]
+        if missing := [number for number in ids if role not in base["state"].get(number, {})]:
+            raise RefusedError(
+                f"{path}: lacks {role} of partition {missing[0]}; convert --weights-only"
+            )
+        return [base["state"][number][role] for number in ids]
+
+    def _cut(
+        self, role: str, shapes: dict[str, tuple[int, ...]], parts: list[Stored]
+    ) -> Iterator[State]:
+        needed, there = sum(map(math.prod, shapes.values())), sum(part.numel for part in parts)
+        if needed > there:
+            raise RefusedError(
+                f"{self.paths[0]}: {role} has {there} elements in {len(self.paths)} files for "
+                f"parameters of "
+                f"{needed}; a file of another run is among them"
+            )
+        position, itemsize = 0, ITEMSIZE[parts[0].dtype]
+        runs = list(_placed(parts))
+        for name, shape in shapes.items():
+            nbytes = math.prod(shape) * itemsize
+            yield (
+                role,
+                name,
+                Stored(parts[0].dtype, tuple(shape), _extents(runs, position, position + nbytes)),
+            )
+            position += nbytes
+
+
+def _placed(parts: list[Stored]) -> Iterator[tuple[int, Extent]]:
+    """Each extent with the byte of the flat tensor that it begins at."""
+    position = 0
+    for extent in (extent for part in parts for extent in part.extents):
+        yield position, extent
+        position += extent.nbytes
+
+
+def _extents(runs: list[tuple[int, Extent]], low: int, high: int) -> tuple[Extent, ...]:
+    return tuple(
+        Extent(
+            extent.file,
+            extent.offset + max(low - start, 0),
+            min(high, start + extent.nbytes) - max(low, start),
+        )
+        for start, extent in runs
+        if start < high and low < start + extent.nbytes
+    )
+
+
+def has_state(optimizer: object) -> bool:
+    """Whether what a model's file keeps as its optimizer is more than the dummy that the tools
+    write."""
+    return isinstance(optimizer, dict) and any(
+        optimizer[key] for key in optimizer.keys() - {"step", "param_groups"}
+    )
+
+
+def in_model_file(optimizer: object, names: dict[str, Stored]) -> list[State] | None:
+    """The moments of a plain torch Adam in the model's file, whose `names` are given in order; None
+    if it is of another kind, such as that of FP16_Optimizer, or not of these parameters."""
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("state"), dict):
+        return None
+    groups, expected, found = optimizer.get("param_groups"), _groups(list(names)), []
+    if not isinstance(groups, list) or [len(group["params"]) for group in groups] != [
+        len(own) for own in expected
+    ]:
+        return None
+    for number, name in zip(
+        (n for group in groups for n in group["params"]),
+        (n for own in expected for n in own),
+        strict=True,
+    ):
+        own = optimizer["state"].get(number)
+        shapes = (
+            [own.get(moment, names[name]).shape for moment in _MOMENTS]
+            if isinstance(own, dict)
+            else []
+        )
+        if shapes != [names[name].shape] * 2 or not set(_MOMENTS) <= own.keys():
+            return None
+        found += [(moment, name, own[moment]) for moment in _MOMENTS]
+    return found
+
+
+def _groups(names: list[str]) -> tuple[list[str], list[str]]:
+    """The parameters with weight decay and those without. The module that a tied weight was
+    registered with comes first, and is not met again at its own place."""
+    tied = next((name for name in names if TIED.fullmatch(name)), None)
+    words = [name for name in names if name.endswith((".wte.weight", ".lm_head.weight"))]
+    met = set(words[:1]) if tied else set()
+    left = [name for name in names if name not in met]
+    without = [name for name in left if _NORM.search(name) or name.endswith(".bias")]
+    return [name for name in left if name not in without], without
+
+
+def steps(state: dict) -> int | None:
+    """The steps that the optimizer has taken; None if it has no state. Words to which the head of
+    their own stage is tied are among its parameters twice, and so are stepped twice."""
+    counts = [
+        struct.unpack("<f", read_record(step.extents[0]))[0] if isinstance(step, Stored) else step
+        for own in state["state"].values()
+        if (step := own.get("step")) is not None
+    ]
+    return int(min(counts)) if counts else None

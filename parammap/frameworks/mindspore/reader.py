@@ -1,0 +1,320 @@
+"""Reading MindSpore checkpoints: our own output, MindSpeed-Core-MS's saves, and what the existing
+converter wrote.
+
+`rank_N/*.ckpt|*.safetensors` (the newest file of each folder) and `pt_meta/`, which has the sidecar
+and the arguments of the Megatron-LM run that it came from."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from parammap import families
+from parammap.checkpoint import owners
+from parammap.checkpoint import sidecar as sidecars
+from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
+from parammap.checkpoint.cuts import UNRECORDED, Partition
+from parammap.checkpoint.index import Index, NameResolver, TensorEntry
+from parammap.checkpoint.sidecar import Sidecar
+from parammap.errors import RefusedError
+from parammap.formats import mindspore_ckpt, safetensors, torch_zip
+from parammap.frameworks.megatron.facts import Facts, args_of, experts_per_rank, is_gated
+from parammap.frameworks.megatron.structure import megatron_naming, specified, structures_of
+from parammap.frameworks.mindspore import scalars as mindspore_scalars
+from parammap.frameworks.mindspore import sharded as mindspore_sharded
+from parammap.frameworks.mindspore.target import STRUCTURE_KEY
+from parammap.name_list import shorten_names
+from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
+
+CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
+_RANK_FOLDER = re.compile(r"rank_(\d+)$")
+_ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")
+_STATES = (EXP_AVG, EXP_AVG_SQ)
+_UNPACK = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "bool": "<?"}
+
+
+def recognizes(source: Path) -> bool:
+    return source.is_dir() and any(map(_RANK_FOLDER.match, os.listdir(source)))
+
+
+def read(
+    source: Path,
+    *,
+    iteration: int | None = None,
+    sidecar_folder: Path | None = None,
+    weights_only: bool = False,
+    drop: frozenset[str] = frozenset(),
+    numbering: Numbering = AS_RECORDED,
+) -> Checkpoint:
+    """Read a MindSpore checkpoint. `numbering` overrules what pt_meta says of dp and cp, which
+    number the rank folders.
+
+    Raises RefusedError for anything missing, damaged or contradictory.
+    """
+    meta_folder = sidecar_folder or source / "pt_meta"
+    sidecar, meta_files = sidecars.read(meta_folder), _meta_files(meta_folder)
+    rank_metadata = {rank: torch_zip.read(path) for rank, path in meta_files.items()}
+    if sidecar is None and not rank_metadata:
+        raise RefusedError(
+            f"{meta_folder}: has no layout_*.json, param_map*.json or args_*.pt, so nobody knows "
+            f"the "
+            "parallel sizes; name their folder with --sidecar"
+        )
+    facts = Facts.of(sidecar, next(iter(rank_metadata.values()), {}))
+    layout = facts.layout({})
+    owners.check(
+        source,
+        [
+            owners.Owned(
+                meta_files[rank],
+                args.get("rank"),
+                owners.fits(layout, args, *rank),
+                str(Place(*rank)),
+            )
+            for rank, meta in rank_metadata.items()
+            for args in [args_of(meta)]
+        ],
+    )
+    folders = _rank_folders(source, layout, numbering)
+    contents = {
+        rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop)
+        for rank, folder in folders.items()
+    }
+    naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
+    partitions = _partitions(sidecar)
+    found = [
+        one
+        for rank, (tensors, _) in contents.items()
+        for one in _found(rank, tensors, partitions, weights_only)
+    ]
+    index = Index([naming.hold(one) for one in found], layout)
+    index.check_complete()
+    steps = {
+        rank: mindspore_scalars.updated(rank_metadata.get(rank, {}), scalars)
+        for rank, (_, scalars) in contents.items()
+    }
+    checkpoint = Checkpoint(
+        "mindspore",
+        source,
+        max(meta.get("iteration") or 0 for meta in steps.values()),
+        layout,
+        index,
+        with_optimizer=EXP_AVG in index.roles(),
+        num_layers=facts.num_layers() or index.num_layers(),
+        rank_folders=folders,
+        rank_metadata=steps,
+        structures={
+            rank: [specified(tree, _dtype_and_shape) for tree in meta.get(STRUCTURE_KEY) or []]
+            for rank, meta in rank_metadata.items()
+        },
+        sidecar=sidecar,
+    )
+    if sidecar and checkpoint.with_optimizer:
+        _check_states(checkpoint, meta_folder)
+    return checkpoint
+
+
+def _check_states(source: Checkpoint, meta_folder: Path) -> None:
+    """Refuse a sidecar that describes other parameters of a rank than those whose moments its file
+    holds."""
+    naming = megatron_naming(source, structures_of(source))
+    for rank, folder in source.rank_folders.items():
+        place = Place(*rank)
+        there = {
+            held.canonical
+            for held in source.index.held
+            if held.found.role == EXP_AVG and held.found.place == place
+        }
+        said = {
+            naming.canonical(
+                TensorEntry(
+                    slot.name,
+                    replace(place, vpp=chunk),
+                    EXP_AVG,
+                    Stored(slot.dtype, slot.shape, ()),
+                )
+            )
+            for chunk, slot in source.sidecar.slots(rank)
+        }
+        if lacking := sorted(there - said - {families.WORD_EMBEDDING}):
+            raise RefusedError(
+                f"{meta_folder}: its sidecar does not name {shorten_names(lacking)} of {place}, "
+                f"whose moments "
+                f"{folder.name} holds; take the sidecar that was written with this checkpoint"
+            )
+        if lacking := sorted(said - there - {families.WORD_EMBEDDING}):
+            raise RefusedError(
+                f"{folder}: has no moments of {shorten_names(lacking)}, which the sidecar in "
+                f"{meta_folder} names; "
+                "copy the whole checkpoint, or convert --weights-only"
+            )
+
+
+def _meta_files(folder: Path) -> dict[Coordinates, Path]:
+    files = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if match := _ARGS_FILE.match(path.name):
+            tp, pp, ep = (int(number or 0) for number in match.groups())
+            files[tp, pp, ep] = path
+    return files
+
+
+def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Coordinates, Path]:
+    """The folder of each (tp, pp, ep): the lowest rank that holds it, in the order
+    tp-cp-ep-dp-pp."""
+    numbers = sorted(
+        int(match.group(1)) for name in os.listdir(source) if (match := _RANK_FOLDER.match(name))
+    )
+    dp, cp = numbering.dp or layout.dp, numbering.cp or layout.cp
+    stage = dp * cp * layout.tp
+    if not (numbering.dp or numbering.cp) and (layout.pp - 1) * stage not in numbers:
+        stage = _stage_size(source, numbers, layout)
+    folders = {
+        (tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
+        for pp in range(layout.pp)
+        for ep in range(layout.ep)
+        for tp in range(layout.tp)
+    }
+    first = mindspore_sharded.strategy_files(source / mindspore_sharded.STRATEGY_FOLDER)
+    if len(first) == len(folders):
+        folders = {
+            rank: source / f"rank_{number}" for rank, number in zip(folders, first, strict=True)
+        }
+    for rank, folder in folders.items():
+        if not folder.is_dir():
+            raise RefusedError(
+                f"{folder}: missing; it should hold {Place(*rank)} of {layout}: copy the whole "
+                f"checkpoint"
+            )
+    return folders
+
+
+def _stage_size(source: Path, numbers: list[int], layout: Layout) -> int:
+    """Ranks per pipeline stage, from the highest folder: the files were numbered for another dp
+    than the sidecar's."""
+    last = numbers[-1] - numbers[-1] % layout.tp
+    size, rest = divmod(last, max(layout.pp - 1, 1))
+    if rest or size % layout.tp:
+        raise RefusedError(
+            f"{source}: rank folders up to {numbers[-1]} do not fit {layout}; a folder is missing"
+        )
+    return size
+
+
+def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[str, float]]:
+    """The tensors and the scalars of the newest file in a rank's folder."""
+    wanted = [suffix] if suffix else list(CONTAINERS)
+    files = [path for path in folder.iterdir() if path.suffix in wanted]
+    if not files:
+        raise RefusedError(
+            f"{folder}: has no {' or '.join(wanted)} file; copy the whole checkpoint"
+        )
+    newest = mindspore_sharded.newest(files)
+    entries = {
+        name: stored
+        for name, stored in CONTAINERS[newest.suffix].read(newest).items()
+        if isinstance(stored, Stored)
+    }
+    entries = mindspore_sharded.whole(newest, entries)
+    tensors = {name: stored for name, stored in entries.items() if "." in name}
+    scalars = {
+        name: _scalar(stored)
+        for name, stored in entries.items()
+        if "." not in name and stored.numel == 1
+    }
+    if not tensors:
+        raise RefusedError(f"{newest}: holds no tensor of a model")
+    return tensors, scalars
+
+
+def _without_noop(
+    tensors: dict[str, Stored], scalars: dict[str, float], noop: frozenset[int]
+) -> tuple[dict[str, Stored], dict[str, float]]:
+    """The tensors of the layers that do something, these numbered through."""
+    kept = {}
+    for name, stored in tensors.items():
+        layer = families.layer_of(name)
+        if layer is None or layer[1] not in noop:
+            number = layer and layer[1] - sum(other < layer[1] for other in noop)
+            kept[families.renumber(name, number, None)] = stored
+    return kept, scalars
+
+
+def _scalar(stored: Stored) -> float:
+    (extent,) = stored.extents
+    with open(extent.file, "rb") as file:
+        (value,) = struct.unpack(
+            _UNPACK[stored.dtype], os.pread(file.fileno(), extent.nbytes, extent.offset)
+        )
+    return value
+
+
+def _role_and_name(name: str) -> tuple[str, str]:
+    prefix, _, rest = name.partition(".")
+    return (prefix, rest) if prefix in _STATES else (MAIN_PARAM, name)
+
+
+def _naming(
+    contents: dict[Coordinates, dict[str, Stored]], layout: Layout, facts: Facts
+) -> NameResolver:
+    names = [_role_and_name(name)[1] for tensors in contents.values() for name in tensors]
+    dialect = families.dialect_of(names)
+    shapes = [
+        {name: stored.shape for name, stored in tensors.items()} for tensors in contents.values()
+    ]
+    return NameResolver(
+        dialect,
+        layout,
+        None,
+        experts_per_rank(names),
+        facts.sizes(),
+        is_gated(shapes, dialect),
+        facts.tied(),
+    )
+
+
+def _partitions(sidecar: Sidecar | None) -> dict[tuple[int, int, str], Partition]:
+    """What the sidecar says of how tensors are cut, by tensor and pipeline rank and Megatron's name
+    under global numbers."""
+    known = {}
+    for (tp, pp, _), rank in sidecar.ranks.items() if sidecar else ():
+        layers = (
+            {chunk["vpp"]: chunk["layers"] for chunk in rank.layout["chunks"]}
+            if rank.layout
+            else {}
+        )
+        for buffer in (buffer for buffers in rank.optimizers for buffer in buffers or ()):
+            for slot in buffer.slots:
+                path, local = families.layer_of(slot.name) or (None, None)
+                numbers = layers.get(buffer.chunk, {}).get(path)
+                known[
+                    tp, pp, families.renumber(slot.name, numbers[local] if numbers else None, None)
+                ] = slot.partition
+    return known
+
+
+def _found(
+    rank: Coordinates,
+    tensors: dict[str, Stored],
+    partitions: dict[tuple[int, int, str], Partition],
+    weights_only: bool,
+) -> Iterator[TensorEntry]:
+    tp, pp, ep = rank
+    for full_name, stored in tensors.items():
+        role, name = _role_and_name(full_name)
+        if role == MAIN_PARAM or not weights_only:
+            yield TensorEntry(
+                name, Place(tp, pp, ep), role, stored, partitions.get((tp, pp, name), UNRECORDED)
+            )
+
+
+def _dtype_and_shape(leaf: object) -> tuple[str, tuple[int, ...]] | None:
+    """Of a tensor as pt_meta describes it: ("tensor", dtype, shape)."""
+    return (
+        (leaf[1], tuple(leaf[2])) if isinstance(leaf, tuple) and leaf[:1] == ("tensor",) else None
+    )

@@ -1,0 +1,14 @@
+"""What a transformers model computes, by its config.json."""
+
+from __future__ import annotations
+
+from parammap.checkpoint.architecture import Architecture
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.frameworks.transformers.model import CONFIG, Model
+
+
+def of(checkpoint: Checkpoint) -> Architecture:
+    """The architecture, with the whole config.json of the checkpoint."""
+    return Model(
+        str(checkpoint.folder / CONFIG), next(iter(checkpoint.rank_metadata.values()))["config"]
+    ).architecture

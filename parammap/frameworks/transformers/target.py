@@ -1,0 +1,240 @@
+"""Writing a transformers folder, as save_pretrained of the library does: from_pretrained loads it
+with no key left over.
+
+A tied head is left out of safetensors, and in pytorch_model.bin it shares the word embedding's
+storage. config.json is the source's own wherever it has one, changed only in what the conversion
+changes; tokenizer and generation settings of a transformers source come along as they are.
+
+Source: transformers 4.57 (modeling_utils.py, save_pretrained; configuration_utils.py),
+huggingface_hub 0.36."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from parammap.checkpoint.architecture import (
+    BLOOM,
+    GPT2,
+    LLAMA,
+    OPT,
+    Architecture,
+    architecture_of,
+    check_family,
+)
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.errors import RefusedError
+from parammap.families import HEAD, WORD_EMBEDDING, rows_of
+from parammap.families.opt import BUFFERS
+from parammap.formats import safetensors, torch_zip
+from parammap.formats.frames import FrameBuilder, Literal
+from parammap.frameworks.transformers.files import BIN, SAFETENSORS, index_name, shard_name, shards
+from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
+from parammap.name_list import shorten_names
+from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.source_tensors import Parameter, SourceTensors
+from parammap.tensors.arrangement import Sizes
+from parammap.tensors.logical import MAIN_PARAM, Extent, Stored, TensorSpec
+
+FAMILIES = (GPT2, OPT, LLAMA, BLOOM)
+#: the library's default of max_shard_size
+MAX_SHARD_NBYTES = 5 * 10**9
+#: what else a folder may hold that goes with the model whatever its weights' layout
+_ALONG = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+#: where a configuration says the dtype; releases from 4.56 on know both
+_DTYPE_SETTINGS = ("torch_dtype", "dtype")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`format` is that of the weights' files, of at most `max_shard_size` bytes each; `cast` is
+    their dtype (None: as on disk); `activation` and `config`, a config.json, say what the source
+    does not record."""
+
+    cast: str | None = None
+    format: str = SAFETENSORS
+    max_shard_size: int = MAX_SHARD_NBYTES
+    activation: str | None = None
+    config: Path | None = None
+
+
+def shard_size(text: str) -> int:
+    """Bytes as the library's max_shard_size has them: 5GB, 200MB, 1000; for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", text.strip().upper())
+    if not match or not (nbytes := int(float(match[1]) * _UNITS[match[2]])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB, 200MB or 1000")
+    return nbytes
+
+
+def output(target: Checkpoint, options: Options = Options()) -> Output:
+    """Plan the folder. Raises RefusedError for a model that transformers' families do not compute,
+    or that lacks tensors."""
+    own = architecture_of(target, options.activation)
+    check_family(target, own.family, FAMILIES, "transformers")
+    states = SourceTensors(target)
+    if own.heads is None and any(".attention.qkv." in name for name in states.names()):
+        raise RefusedError(
+            f"{target.folder}: does not record its number of attention heads, by which queries, "
+            f"keys and "
+            "values are told apart; convert a checkpoint that has its arguments or layout files"
+        )
+    own = completed(own, load(options.config)) if options.config else own
+    parameters = list(states.parameters(own.family, BUFFERS))
+    model = _model(target, replace(own, vocab=states.vocab_rows), states, options)
+    _check(target, model, parameters)
+    tensors = {
+        one.canonical: states.wanted(
+            one,
+            MAIN_PARAM,
+            Sizes(own.heads, own.groups),
+            dtype=options.cast,
+            name=one.name if one.canonical == HEAD else model.prefix + one.name,
+        )
+        for one in parameters
+    }
+    return Output(
+        [*_weights(model, tensors, options), *_along(target, model)],
+        [(folder, "") for folder in target.rank_folders.values()],
+        [],
+        {"transformers": {"model_type": model.config.get("model_type"), "format": options.format}},
+        roles=(MAIN_PARAM,),
+        ignorable=BUFFERS,
+    )
+
+
+def _model(target: Checkpoint, own: Architecture, states: SourceTensors, options: Options) -> Model:
+    """The source's configuration with what the conversion changes, or a new one."""
+    words = states.tensor(MAIN_PARAM, WORD_EMBEDDING)
+    if not own.config:
+        return written(
+            own, states.names(), words.cols, options.cast or words.dtype, str(target.folder)
+        )
+    config = dict(own.config)
+    if options.cast:
+        config |= dict.fromkeys(
+            [name for name in _DTYPE_SETTINGS if name in config] or _DTYPE_SETTINGS[:1],
+            options.cast,
+        )
+    if config.get("vocab_size") != states.vocab_rows:
+        config["vocab_size"] = states.vocab_rows
+    return Model(str(target.folder), config)
+
+
+def _check(target: Checkpoint, model: Model, parameters: list[Parameter]) -> None:
+    """Refuse a source whose tensors are not just those of the model."""
+    expected = {one.canonical: one.shape for one in model.tensors()}
+    there = {one.canonical: one.shape for one in parameters}
+    for names, what in (
+        (expected.keys() - there.keys(), "lacks"),
+        (there.keys() - expected.keys(), "has"),
+    ):
+        if names:
+            rest = "of" if what == "lacks" else "that have no place in"
+            raise RefusedError(
+                f"{target.folder}: {what} {len(names)} tensors {rest} transformers' "
+                f"{_class_of(model)}: "
+                f"{shorten_names(sorted(names))}; the two models are of different architectures"
+            )
+    for canonical, shape in there.items():
+        if shape != expected[canonical]:
+            raise RefusedError(
+                f"{target.folder}: {canonical} is {list(shape)}, and in transformers' "
+                f"{_class_of(model)} of "
+                f"these sizes {list(expected[canonical])}; the two models are of different "
+                f"architectures"
+            )
+
+
+def _class_of(model: Model) -> str:
+    return model.type.base if model.is_base else model.type.causal
+
+
+def _weights(model: Model, tensors: dict[str, Wanted], options: Options) -> Iterator[WantedFile]:
+    """The files of weights and, if there are several, their index."""
+    wanted = {one.spec.name: one for one in tensors.values()}
+    words, head = tensors[WORD_EMBEDDING].spec, rows_of(model.family)[HEAD][0]
+    is_aliased = options.format == BIN and HEAD not in tensors and not model.is_base
+    files = {}
+    for number, specs in enumerate(
+        parts := shards([one.spec for one in wanted.values()], options.max_shard_size)
+    ):
+        tree = {spec.name: spec for spec in specs}
+        if is_aliased and words.name in tree:
+            tree[head] = words
+        files[shard_name(options.format, number, len(parts))] = tree
+    for path, tree in files.items():
+        yield FRAMES[options.format](path, tree, wanted)
+    if len(files) > 1:
+        specs = [one.spec for one in wanted.values()]
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(spec.shape) for spec in specs),
+                "total_size": sum(spec.nbytes for spec in specs),
+            },
+            "weight_map": {name: path for path, tree in files.items() for name in tree},
+        }
+        yield _json(index_name(options.format), index, sort_keys=True)
+
+
+def _safetensors(path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted]) -> WantedFile:
+    specs = list(tree.values())
+    return WantedFile(
+        path,
+        tuple(safetensors.frame(specs, {"format": "pt"})),
+        tuple(wanted[spec.name] for spec in specs),
+    )
+
+
+def _bin(path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted]) -> WantedFile:
+    frame = torch_zip.frame(tree, path)
+    return WantedFile(
+        path, tuple(frame.segments), tuple(wanted[spec.name] for spec in frame.tensors)
+    )
+
+
+FRAMES = {SAFETENSORS: _safetensors, BIN: _bin}
+
+
+def _along(target: Checkpoint, model: Model) -> Iterator[WantedFile]:
+    """config.json, and what goes with the model of a transformers source."""
+    is_own = target.framework == "transformers"
+    if is_own and model.config == next(iter(target.rank_metadata.values()))["config"]:
+        yield _copied(target, CONFIG)
+    else:
+        yield _json(CONFIG, model.config)
+    for name in _ALONG:
+        if is_own and (target.folder / name).is_file():
+            yield _copied(target, name)
+
+
+def _copied(target: Checkpoint, name: str) -> WantedFile:
+    """A file byte by byte."""
+    path = target.folder / name
+    nbytes = path.stat().st_size
+    stored = Stored("uint8", (nbytes,), (Extent(str(path), 0, nbytes),) if nbytes else ())
+    builder = FrameBuilder()
+    spec = TensorSpec(name, "uint8", (nbytes,))
+    builder.content(0, spec, 0, nbytes)
+    return WantedFile(name, tuple(builder.segments()), (Wanted(spec, source=stored),))
+
+
+def _json(path: str, content: object, sort_keys: bool = False) -> WantedFile:
+    return WantedFile(
+        path, (Literal((json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode()),), ()
+    )

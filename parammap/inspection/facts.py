@@ -1,0 +1,573 @@
+"""What a checkpoint is, as plain data: the one source of the text, the JSON and the HTML of
+`parammap inspect`.
+
+Everything comes from headers and sidecars; no tensor data is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parammap import families
+from parammap.checkpoint.architecture import Architecture, architecture_of
+from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
+from parammap.checkpoint.index import is_padding
+from parammap.errors import RefusedError
+from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.frameworks import registry
+from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.megatron.facts import Facts
+from parammap.frameworks.megatron.param_groups import param_groups
+from parammap.frameworks.mindspore import reader as mindspore_source
+from parammap.inspection import fsdp
+from parammap.inspection.buffers import RELEASES, Optimizers
+from parammap.inspection.kinds import KINDS, kind_of
+from parammap.name_list import shorten_names
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, Tensor
+
+SCHEMA, VERSION = "parammap.inspection", 1
+
+MODEL_FACTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "max_position_embeddings",
+    "position_embedding_type",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "num_experts",
+    "untie_embeddings_and_output_weights",
+)
+#: the same facts by the names of an architecture, for checkpoints without Megatron-LM's arguments
+_ARCHITECTURE_FACTS = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "head_size": "kv_channels",
+    "vocab": "vocab_size",
+    "positions": "max_position_embeddings",
+    "activation": "activation",
+}
+#: frameworks that descend from Megatron-LM: a rank has a folder of its own, and the run's arguments
+#: are kept
+_OF_MEGATRON = ("megatron", "megatron-dist", "mindspore")
+_GROUP_FACTS = (
+    "lr",
+    "step",
+    "weight_decay",
+    "betas",
+    "eps",
+    "lr_mult",
+    "wd_mult",
+    "max_lr",
+    "min_lr",
+    "is_expert_parallel",
+)
+_ROLE_ORDER = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
+#: what each of a checkpoint's files is for, by name or by ending
+_FILE_KINDS = {
+    megatron.MODEL_FILE: "model",
+    megatron.OPTIMIZER_FILE: "optimizer",
+    ".ckpt": "tensors",
+    ".safetensors": "tensors",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What could be read: the model's weights, and the optimizer's states whole, without experts,
+    or not at all (None).
+
+    `reason` says why the states are not whole.
+    """
+
+    weights: Checkpoint
+    states: Checkpoint | None
+    reason: str | None = None
+
+    @property
+    def best(self) -> Checkpoint:
+        return self.states or self.weights
+
+    @property
+    def whole(self) -> Checkpoint:
+        """The one whose index names every tensor."""
+        return self.weights if self.reason else self.best
+
+
+def read(
+    source: Path,
+    *,
+    iteration: int | None = None,
+    sidecar: Path | None = None,
+    metadata_from: Path | None = None,
+) -> Reading:
+    """Read as much as the sidecar allows. Raises RefusedError for what the reader refuses in the
+    weights, in the optimizer's files, or between them and a sidecar that should suffice."""
+    try:
+        checkpoint = registry.read(
+            source, iteration=iteration, sidecar=sidecar, metadata_from=metadata_from
+        )
+        return Reading(checkpoint, checkpoint if checkpoint.with_optimizer else None)
+    except RefusedError as error:
+        if sidecar or metadata_from or mindspore_source.recognizes(source):
+            raise
+        return _fall_back(source, iteration, error)
+
+
+def _fall_back(source: Path, iteration: int | None, error: RefusedError) -> Reading:
+    """A checkpoint whose optimizer cannot be read: of Megatron-LM, because there is no sidecar, or
+    a bare map only."""
+    weights = registry.read(source, iteration=iteration, weights_only=True)
+    if weights.framework != "megatron":
+        return Reading(weights, None, str(error))
+    with_optimizer = [
+        (path / megatron.OPTIMIZER_FILE).is_file() for path in weights.rank_folders.values()
+    ]
+    if not any(with_optimizer):
+        return Reading(
+            weights, None, f"no rank has a {megatron.OPTIMIZER_FILE}: saved without its optimizer"
+        )
+    if not all(with_optimizer):
+        raise error
+    try:
+        bare = not megatron.find_sidecar(weights.folder, weights.iteration, None).complete
+    except RefusedError as no_sidecar:
+        return Reading(weights, None, str(no_sidecar))
+    if not bare:
+        raise error
+    try:
+        return Reading(
+            weights,
+            registry.read(source, iteration=iteration, drop=frozenset({"experts"})),
+            str(error),
+        )
+    except RefusedError:
+        return Reading(weights, None, str(error))
+
+
+def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
+    """The facts of a checkpoint as JSON knows them; element counts and offsets in elements, sizes
+    in bytes."""
+    checkpoint, whole = reading.best, reading.whole
+    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
+    files = _files_of_ranks(whole)
+    optimizers = Optimizers.of(checkpoint)
+    result = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "framework": checkpoint.framework,
+        "folder": str(checkpoint.folder),
+        "iteration": checkpoint.iteration,
+        "release": _release(facts.recorded),
+        "layout": _layout(checkpoint),
+        "stages": _stages(checkpoint, whole),
+        "ranks": _ranks(whole, files),
+        "model": _model(facts, whole),
+        "parameters": _parameters(whole, facts),
+        "states": _states(reading),
+        "optimizer": _optimizer(reading, optimizers),
+        "buffers": optimizers.buffers(),
+        "flat_parameters": fsdp.flats(checkpoint, files)
+        if checkpoint.framework == "metaseq"
+        else [],
+        "files": _files(checkpoint, files),
+        "sidecar": _sidecar(checkpoint, files),
+        "missing": _missing(reading, facts),
+    }
+    if tensors:
+        result["tensors"] = _tensors(whole)
+    return result
+
+
+def _release(recorded: dict | None) -> dict[str, Any] | None:
+    framework = recorded and recorded.get("framework")
+    return framework and {
+        "core": framework.get("core_version"),
+        "torch": framework.get("torch_version"),
+    }
+
+
+def _layout(checkpoint: Checkpoint) -> dict[str, Any]:
+    layout = checkpoint.layout
+    return {
+        name: getattr(layout, name)
+        for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "order")
+    }
+
+
+def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
+    """Each pipeline stage's chunks with their global layers; by the layout files where the tensors
+    do not tell chunks.
+
+    The embedding is in a stage's first chunk, an output layer in its last one.
+    """
+    layers: dict[tuple[int, int], set[int]] = {(pp, 0): set() for pp in range(checkpoint.layout.pp)}
+    ends: dict[str, set[int]] = {WORD_EMBEDDING: set(), HEAD: set()}
+    for held in whole.index.held:
+        place = held.found.place
+        if held.layer is not None:
+            layers.setdefault((place.pp, place.vpp), set()).add(held.layer)
+        if held.row is not None and held.row.canonical in ends:
+            ends[held.row.canonical].add(place.pp)
+    if checkpoint.framework != "megatron":
+        layers = _recorded_layers(checkpoint) or layers
+    stages = []
+    for pp in range(checkpoint.layout.pp):
+        vpps = sorted(vpp for stage, vpp in layers if stage == pp)
+        stages.append(
+            {
+                "pp": pp,
+                "chunks": [
+                    {
+                        "vpp": vpp,
+                        "layers": sorted(layers[pp, vpp]),
+                        "embedding": vpp == vpps[0] and pp in ends[WORD_EMBEDDING],
+                        "output": vpp == vpps[-1] and pp in ends[HEAD],
+                    }
+                    for vpp in vpps
+                ],
+            }
+        )
+    return stages
+
+
+def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:
+    ranks = checkpoint.sidecar.ranks if checkpoint.sidecar else {}
+    return {
+        (pp, chunk["vpp"]): {number for numbers in chunk["layers"].values() for number in numbers}
+        for (_, pp, _), rank in ranks.items()
+        if rank.layout
+        for chunk in rank.layout["chunks"]
+    }
+
+
+def _files_of_ranks(whole: Checkpoint) -> dict[Coordinates, list[Path]]:
+    """Each rank's files: all in its folder; where ranks share folders, those that hold its
+    tensors."""
+    if whole.framework in _OF_MEGATRON:
+        return {
+            rank: [path for path in sorted(folder.iterdir()) if path.is_file()]
+            for rank, folder in whole.rank_folders.items()
+        }
+    files: dict[Coordinates, set[str]] = {rank: set() for rank in whole.rank_folders}
+    for held in whole.index.held:
+        place = held.found.place
+        files[place.tp, place.pp, place.ep] |= {extent.file for extent in held.found.stored.extents}
+    return {rank: sorted(map(Path, names)) for rank, names in files.items()}
+
+
+def _ranks(whole: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
+    """Each (tp, pp, ep): its folder, the bytes of its files, and the elements of the model it
+    holds, by kind."""
+    elements: dict[Coordinates, dict[str, int]] = {
+        rank: dict.fromkeys(KINDS, 0) for rank in whole.rank_folders
+    }
+    counted = set()
+    for held in whole.index.held:
+        one = held.found
+        if one.role in (MAIN_PARAM, MODEL_PARAM) and (one.place, one.name) not in counted:
+            counted.add((one.place, one.name))
+            elements[one.place.tp, one.place.pp, one.place.ep][kind_of(held.canonical)] += (
+                one.stored.numel
+            )
+    return [
+        {
+            "tp": tp,
+            "pp": pp,
+            "ep": ep,
+            "folder": folder.name,
+            "bytes": sum(path.stat().st_size for path in files[tp, pp, ep]),
+            "elements": {kind: count for kind, count in elements[tp, pp, ep].items() if count},
+        }
+        for (tp, pp, ep), folder in sorted(
+            whole.rank_folders.items(), key=lambda item: (item[0][1], item[0])
+        )
+    ]
+
+
+def _model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
+    """What the run recorded of the model; layers, width and vocabulary by the tensors themselves
+    where it did not."""
+    architecture = _architecture(whole)
+    known = _of_architecture(architecture) if architecture else _recorded_model(facts, whole)
+    return {
+        name: value for name, value in known.items() if isinstance(value, (bool, int, float, str))
+    }
+
+
+def _recorded_model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
+    recorded = (facts.recorded or {}).get("model") or facts.args
+    sizes = facts.sizes()
+    embedding = next((t for t in whole.index.tensors(MAIN_PARAM) if t.name == WORD_EMBEDDING), None)
+    by_tensors = {"num_layers": whole.num_layers}
+    if embedding:
+        padding = sum(
+            t.rows
+            for t in whole.index.tensors(MAIN_PARAM)
+            if is_padding(t) and t.name.startswith(WORD_EMBEDDING)
+        )
+        by_tensors |= {"padded_vocab_size": embedding.rows + padding, "hidden_size": embedding.cols}
+    if sizes.heads:
+        by_tensors["num_query_groups"] = sizes.groups
+    return {**{name: recorded.get(name) for name in MODEL_FACTS}, **by_tensors}
+
+
+def _architecture(whole: Checkpoint) -> Architecture | None:
+    """What the model of a framework that keeps no arguments of Megatron-LM's computes; None if that
+    is not known."""
+    try:
+        return None if whole.framework in _OF_MEGATRON else architecture_of(whole)
+    except RefusedError:
+        return None
+
+
+def _of_architecture(known: Architecture) -> dict[str, Any]:
+    groups = known.groups if known.groups != known.heads else None
+    return {
+        **{name: getattr(known, own) for own, name in _ARCHITECTURE_FACTS.items()},
+        "num_query_groups": groups,
+        "untie_embeddings_and_output_weights": None if known.tied is None else not known.tied,
+    }
+
+
+def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
+    """Logical parameters, each counted once however many ranks keep a copy. `total` is all;
+    `vocab_padding` what of it is rows past the vocabulary, None where nobody recorded that;
+    `tied_copy` the elements of an output layer that repeats the embedding, which are not in `total`
+    (None where nobody recorded whether it does: then they are)."""
+    weights = whole.index.tensors(MAIN_PARAM)
+    by_kind = dict.fromkeys(KINDS, 0)
+    for tensor in weights:
+        by_kind[kind_of(tensor.name)] += _numel(tensor)
+    total = sum(map(_numel, weights))
+    knows_vocab = facts.sizes().vocab or _architecture(whole)
+    padding = (
+        sum(
+            _numel(t)
+            for t in weights
+            if is_padding(t) and t.name.startswith((WORD_EMBEDDING, HEAD))
+        )
+        if knows_vocab
+        else None
+    )
+    copied = {
+        part.tensor
+        for held in whole.index.held
+        if held.is_tied_head
+        for part in held.parts
+        if part.tensor.role == MAIN_PARAM
+    }
+    tied = sum(map(_numel, copied))
+    is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
+    return {
+        "tensors": len(weights),
+        "total": total,
+        "by_kind": {kind: n for kind, n in by_kind.items() if n},
+        "tied_copy": tied if is_told else None,
+        "vocab_padding": padding,
+        "without_padding": None if padding is None else total - padding,
+    }
+
+
+def _numel(tensor: Tensor) -> int:
+    return tensor.rows * tensor.cols
+
+
+def _states(reading: Reading) -> list[dict[str, Any]]:
+    """Each role and dtype: tensors and logical elements, and bytes on disk with the copies that
+    several ranks keep."""
+    counted: dict[tuple[str, str], dict[str, int]] = {}
+    for checkpoint, roles in _read_roles(reading):
+        for tensor in checkpoint.index.shards:
+            if tensor.role in roles:
+                entry = counted.setdefault(
+                    (roles[tensor.role], tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0}
+                )
+                entry["tensors"] += 1
+                entry["elements"] += _numel(tensor)
+        for held in checkpoint.index.held:
+            if held.found.role in roles:
+                counted[roles[held.found.role], held.found.stored.dtype]["bytes"] += (
+                    held.found.stored.nbytes
+                )
+    order = {role: number for number, role in enumerate(_ROLE_ORDER)}
+    return [
+        {"role": role, "dtype": dtype, **entry}
+        for (role, dtype), entry in sorted(
+            counted.items(), key=lambda item: (order.get(item[0][0], 9), item[0])
+        )
+    ]
+
+
+def _read_roles(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
+    """The checkpoints to count, with the roles to take from each and what they are: without an
+    optimizer, the weights that Megatron-LM's model computes with stand in for those that an
+    optimizer steps."""
+    roles = {role: role for role in reading.best.index.roles() | {MODEL_PARAM}}
+    alone = (
+        reading.weights,
+        {MAIN_PARAM: MODEL_PARAM if reading.weights.framework == "megatron" else MAIN_PARAM},
+    )
+    if reading.states is None:
+        return [alone]
+    if reading.reason is None:
+        return [(reading.states, roles)]
+    return [(reading.states, {role: role for role in roles if role != MODEL_PARAM}), alone]
+
+
+def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
+    checkpoint = reading.best
+    meta = next(iter(checkpoint.rank_metadata.values()), {})
+    scheduler, generation = meta.get("opt_param_scheduler"), optimizers.generation()
+    of_metaseq = fsdp.optimizer(meta)
+    return {
+        "readable": reading.states is not None and reading.reason is None,
+        "reason": reading.reason,
+        "generation": generation,
+        "written_by": RELEASES.get(generation),
+        "states": sorted(reading.states.index.roles() - {MAIN_PARAM}) if reading.states else [],
+        "name": of_metaseq["name"],
+        "loss_scale": of_metaseq["loss_scale"],
+        "groups": [
+            _plain(group, _GROUP_FACTS)
+            for group in param_groups(meta.get("optimizer")) or of_metaseq["groups"]
+        ],
+        "scheduler": _plain(scheduler, tuple(sorted(scheduler)))
+        if isinstance(scheduler, dict)
+        else None,
+    }
+
+
+def _plain(values: dict, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the values that are numbers, words or lists of numbers."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name in names
+        if isinstance(value := values.get(name), (bool, int, float, str, tuple))
+    }
+
+
+def _files(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
+    holds_tensors = checkpoint.framework not in _OF_MEGATRON
+    kinds: dict[str, list[int]] = {}
+    for path in sorted(set().union(*files.values())):
+        kind = (
+            "tensors"
+            if holds_tensors
+            else _FILE_KINDS.get(path.name) or _FILE_KINDS.get(path.suffix) or "other"
+        )
+        kinds.setdefault(kind, []).append(path.stat().st_size)
+    if checkpoint.sidecar:
+        kinds["sidecar"] = [
+            path.stat().st_size
+            for path in sorted(checkpoint.sidecar.folder.iterdir())
+            if path.is_file()
+        ]
+    return [
+        {"kind": kind, "files": len(sizes), "bytes": sum(sizes)}
+        for kind, sizes in sorted(kinds.items())
+    ]
+
+
+def _sidecar(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> dict[str, Any] | None:
+    if checkpoint.framework == "metaseq":
+        return fsdp.sidecar(checkpoint, sorted(set().union(*files.values())))
+    sidecar = checkpoint.sidecar
+    return sidecar and {
+        "kind": "layout" if sidecar.complete else "maps",
+        "folder": str(sidecar.folder),
+        "files": len(sidecar.files),
+        "ranks": len(sidecar.ranks),
+        "iteration": sidecar.iteration,
+    }
+
+
+def _missing(reading: Reading, facts: Facts) -> list[str]:
+    """What one would want and is not there, one line each; damage is refused before."""
+    checkpoint, lines = reading.best, []
+    if reading.reason:
+        lines.append(
+            f"the optimizer's states{' of the experts' if reading.states else ''} cannot be read: "
+            f"{reading.reason}"
+        )
+    elif reading.states is None:
+        lines.append("there are no optimizer states: these are weights only")
+    if checkpoint.sidecar and not checkpoint.sidecar.complete:
+        lines.append(
+            "the sidecar is bare maps: no release, and no bucket bounds but those of the "
+            "checkpoint itself"
+        )
+    if checkpoint.framework not in _OF_MEGATRON:
+        known = _architecture(checkpoint)
+        if known is None or known.heads is None:
+            lines.append("the number of attention heads is not recorded")
+    elif not facts.args:
+        lines.append(
+            "the run's arguments are not saved"
+            + ("" if facts.recorded else ": dp, cp and heads are not known")
+        )
+    names = {held.canonical for held in reading.whole.index.held}
+    if lacking := families.missing(names, reading.whole.num_layers):
+        lines.append(f"tensors of a GPT-like model: {shorten_names(lacking)}")
+    return lines
+
+
+def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
+    """Each logical tensor: shape, dtype of each role, how it is split, and who holds it under which
+    name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for tensor, regions in whole.index.shards.items():
+        entry = entries.setdefault(
+            tensor.name,
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "roles": {},
+                "kind": kind_of(tensor.name),
+                "split": "",
+                "held_by": [],
+            },
+        )
+        entry["roles"][tensor.role] = tensor.dtype
+        if tensor.role == MAIN_PARAM:
+            rows = any(region.sizes[0] != tensor.rows for region in regions)
+            cols = any(region.sizes[1] != tensor.cols for region in regions)
+            entry["split"] = "rows" if rows else "columns" if cols else "whole"
+    holders: dict[str, dict[tuple[str, int], set[tuple[int, int, int]]]] = {}
+    for held in whole.index.held:
+        place = held.found.place
+        for part in held.parts:
+            names = holders.setdefault(part.tensor.name, {})
+            names.setdefault((held.found.name, place.vpp), set()).add(
+                (place.tp, place.pp, place.ep)
+            )
+    for name, found in holders.items():
+        entries[name]["held_by"] = [
+            {"name": key, "vpp": vpp, "ranks": sorted(map(list, places))}
+            for (key, vpp), places in sorted(found.items())
+        ]
+        if (
+            entries[name]["split"] != "whole"
+            and len({p[0] for places in found.values() for p in places}) == 1
+        ):
+            entries[name]["split"] = "whole"
+    return [entries[name] for name in sorted(entries, key=_natural)]
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sorts the embedding first and the head last, and layer 10 after layer 9."""
+    first = {"embedding": 0, "layers": 1}.get(name.partition(".")[0], 2)
+    return [
+        (0, first),
+        *((0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")),
+    ]

@@ -1,0 +1,73 @@
+"""What a checkpoint's files hold, tensor by tensor: names as the files have them, shapes, dtypes
+and sums of the values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
+
+from parammap.execute.checks import widen_bits
+from parammap.execute.gather import Files
+from parammap.proof import contents
+from parammap.proof.stream import BAND_BYTES
+from parammap.tensors.logical import Stored
+from parammap.tensors.region import whole
+from parammap.tensors.shard import views_of
+
+_TENSORS = (*contents.PICKLED, ".ckpt", ".safetensors", ".npy")
+#: the key of a tensor of a state dict
+_NAME = re.compile(r"\['([^']+)'\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sum of a tensor's finite values, in float64, and how many are not finite."""
+
+    sum: float
+    non_finite: int
+
+
+def holds_tensors(file: Path) -> bool:
+    """Whether a file is of a format that holds tensors, by its ending; numpy's may have another one
+    or none."""
+    if file.suffix in _TENSORS:
+        return True
+    with open(file, "rb") as stream:
+        return stream.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
+
+
+def entries_of(file: Path) -> list[tuple[str, Stored]]:
+    """The tensors in a file: of a state dict by their names, else as `contents` has them. Raises
+    RefusedError if the file is damaged or of no known format."""
+    entries = contents.entries_of(file)
+    names = [_NAME.fullmatch(key) for key, _ in entries]
+    return (
+        [(name[1], stored) for name, (_, stored) in zip(names, entries, strict=True)]
+        if all(names)
+        else entries
+    )
+
+
+def total(stored: Stored, files: Files) -> Total:
+    """Reads the tensor in pieces of fixed size."""
+    parts = [_total_of(bits, stored.dtype) for bits in _bits(stored, files)]
+    return Total(float(sum(part.sum for part in parts)), sum(part.non_finite for part in parts))
+
+
+def _bits(stored: Stored, files: Files) -> Iterator[np.ndarray]:
+    for view, _ in views_of(stored):
+        for piece in whole(view.shape).pieces(view.order, BAND_BYTES // view.itemsize):
+            yield files.bits(view.narrow(piece)).reshape(-1)
+
+
+def _total_of(bits: np.ndarray, dtype: str) -> Total:
+    values = (
+        widen_bits(bits, dtype).view(np.float32) if dtype == "bfloat16" else bits.view(dtype)
+    ).astype(np.float64)
+    finite = np.isfinite(values)
+    return Total(float(values.sum(where=finite)), int(values.size - finite.sum()))

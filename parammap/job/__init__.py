@@ -1,0 +1,1 @@
+"""One conversion from end to end."""

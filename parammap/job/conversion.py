@@ -1,0 +1,337 @@
+"""One conversion from end to end: read, plan, execute, judge, publish."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from parammap import __version__
+from parammap.checkpoint import extra_states
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.owners import MANIFEST_KEY
+from parammap.errors import RefusedError
+from parammap.execute.cluster import run_tasks_on_ray
+from parammap.execute.local import run_tasks
+from parammap.execute.progress import Progress
+from parammap.execute.writer import BUFFER_BYTES, STRIP_BYTES, Outcome
+from parammap.frameworks import registry
+from parammap.frameworks.megatron.shapes import contradictions
+from parammap.frameworks.targets import TARGETS
+from parammap.gc_pause import gc_paused
+from parammap.job.findings import Findings, status_of
+from parammap.job.fingerprint import fingerprint
+from parammap.job.partial import PartialRun, partial_run_of
+from parammap.job.request import Report, Request
+from parammap.job.staging import Staging, check_target, published
+from parammap.name_list import shorten_names
+from parammap.plan.plan import FileTask, Output, Plan
+from parammap.plan.planner import OWN, Planner
+from parammap.tensors.arrangement import PADDING
+from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM
+
+#: measured private memory of a worker beyond its buffers: the interpreter's and numpy's own pages
+_WORKER_BYTES = 12 << 20
+
+
+def convert(request: Request) -> Report:
+    """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing
+    published)."""
+    with gc_paused():
+        source, target, planned, part, plan = _planned(request)
+    dropped = _dropped(source, plan, planned, request)
+    if request.verbose:
+        print(
+            "\n".join(
+                f"{task.path}: {spec.name} {list(spec.shape)} {spec.dtype}"
+                for task in plan.tasks
+                for spec in task.specs
+            )
+        )
+    if request.dry_run:
+        return Report(0, _describe(source, target, plan, request))
+    this = fingerprint(plan, _shaping(planned, request))
+    before = published(request.target, this)
+    if before and not request.overwrite:
+        return Report(
+            _status_before(before, request),
+            [f"{request.target}: holds the result of this very conversion already"],
+            planned.converted,
+        )
+    check_target(
+        request.target,
+        request.overwrite or part.before is not None,
+        [request.source, *([request.sidecar] if request.sidecar else [])],
+    )
+    request.target.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    staging = Staging(request.target, this, request.overwrite)
+    outcomes = _execute(plan, staging, request)
+    findings = Findings(source.index, outcomes, part.before)
+    try:
+        if refusal := findings.refusal(source.folder, request):
+            raise refusal
+        if check := TARGETS[request.to].check:
+            check(staging.out, target)
+    except RefusedError:
+        staging.discard()
+        raise
+    linked = staging.link(link for link in planned.links if (staging.out / link[1]).exists())
+    staging.adopt(part.kept)
+    status = findings.status(request)
+    staging.publish(
+        {
+            "parammap": __version__,
+            "status": status,
+            "source": str(source.folder),
+            "iteration": source.iteration,
+            "framework": {"from": source.framework, "to": request.to},
+            "layout": asdict(target.layout),
+            "source_layout": asdict(source.trained or source.layout),
+            "whole": part.whole,
+            "is_whole": part.is_last,
+            "fingerprints": [*(part.before["fingerprints"] if part.before else []), this],
+            "files": [
+                *({"path": o.path, "bytes": o.nbytes} for o in outcomes),
+                *(
+                    file
+                    for file in (part.before["files"] if part.before else [])
+                    if file["path"] in part.kept
+                ),
+            ],
+            "links": linked,
+            "dropped": dropped,
+            "options": {
+                "weights_only": request.weights_only,
+                "drop": sorted(request.drop),
+                "cast": _options(request).cast,
+                "replicas": request.replicas,
+            },
+            MANIFEST_KEY: True,
+            **findings.entries(),
+            "scalars": _scalars(plan),
+            **planned.notes,
+        }
+    )
+    lines = [
+        *target.notes,
+        *findings.lines(request),
+        *_replicas(plan),
+        *_summary(plan, request, dropped, started),
+    ]
+    return Report(status, lines, planned.converted)
+
+
+def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, PartialRun, Plan]:
+    """The source, the same in the layout wanted, its files, those of this run, and how to write
+    them."""
+    source = registry.read(
+        request.source,
+        iteration=request.iteration,
+        sidecar=request.sidecar,
+        weights_only=request.weights_only,
+        drop=request.drop,
+        sizes=request.source_sizes,
+        noop=request.noop,
+        suffix=request.source_suffix,
+        metadata_from=request.metadata_from,
+        ema=request.ema,
+    )
+    _check(source, request)
+    target, chosen = _wanted(source, request), TARGETS[request.to]
+    planned = chosen.files(target, _options(request), request.sizes)
+    part = partial_run_of(planned, request)
+    replicas = OWN if target is source and chosen.resharded else request.replicas
+    return (
+        source,
+        target,
+        planned,
+        part,
+        Planner(source.index, {MAIN_PARAM: MODEL_PARAM}, replicas).plan(part.files),
+    )
+
+
+def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
+    """The source in the layout wanted. Raises RefusedError for sizes that mean nothing to the
+    target."""
+    target = TARGETS[request.to]
+    if target.resharded is None and (
+        request.stage_layers or not request.sizes.keys() <= target.sizes.keys()
+    ):
+        raise RefusedError(
+            f"--to {request.to}: its files are the same for every layout; leave the sizes out"
+        )
+    return target.wanted(
+        source, _options(request), request.sizes, request.stage_layers, request.vocab_divisible_by
+    )
+
+
+def _check(source: Checkpoint, request: Request) -> None:
+    for names, what in contradictions(source).items():
+        raise RefusedError(f"{source.folder}: {names}: {what}")
+    if request.num_layers not in (None, source.num_layers):
+        raise RefusedError(
+            f"{source.folder}: has {source.num_layers} layers and not {request.num_layers}; "
+            "leave the number out"
+        )
+    if request.source_stage_layers and list(request.source_stage_layers) != source.stage_layers():
+        raise RefusedError(
+            f"{source.folder}: its stages hold {source.stage_layers()} layers and not "
+            f"{list(request.source_stage_layers)}; leave the list out"
+        )
+
+
+def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) -> list[str]:
+    """What of the source is not in the output: tensors by the user's own word, and the extra states
+    of layers."""
+    if request.only_tp or request.only_pp:
+        return source.dropped
+    unasked = [
+        name
+        for name in plan.unused
+        if name.rsplit("(", 1)[1][:-1] in planned.roles
+        and not name.split(" ")[0].endswith(f".{PADDING}")
+        and name.split(" ")[0] not in planned.ignorable
+    ]
+    if unasked:
+        raise RefusedError(
+            f"{source.folder}: {len(unasked)} tensors would go nowhere: {shorten_names(unasked)}"
+        )
+    kept = set(planned.extra_states)
+    left_behind = [
+        name for name in map(str, extra_states.filled(source.structures)) if name not in kept
+    ]
+    return source.dropped + plan.unused + left_behind
+
+
+def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:
+    done = staging.open()
+    try:
+        left = [task for task in plan.tasks if task.path not in done]
+        _check_space(plan, sum(task.nbytes for task in left), staging)
+        progress = Progress(
+            sum(task.streamed for task in plan.tasks),
+            sum(t.streamed for t in plan.tasks if t.path in done),
+        )
+        outcomes = _begin(left, staging.out, progress, request)
+    except RefusedError:
+        if not done:
+            staging.discard()
+        raise
+    for outcome in outcomes:
+        staging.record(outcome)
+        done[outcome.path] = outcome
+        progress.show()
+    progress.show(last=True)
+    return [done[task.path] for task in plan.tasks]
+
+
+def _begin(
+    tasks: list[FileTask], folder: Path, progress: Progress, request: Request
+) -> Iterator[Outcome]:
+    if request.ray and tasks:
+        return run_tasks_on_ray(request.ray, tasks, folder, progress, request.timeout)
+    return run_tasks(
+        tasks, folder, min(request.workers, len(tasks)) or 1, progress, request.timeout
+    )
+
+
+def _check_space(plan: Plan, needed: int, staging: Staging) -> None:
+    free = shutil.disk_usage(staging.folder).free
+    if needed > free:
+        raise RefusedError(
+            f"{staging.folder.parent}: has {free / 1e9:.2f} GB free and the output needs "
+            f"{needed / 1e9:.2f} GB more; make room or choose another place"
+        )
+
+
+def _options(request: Request) -> Any:
+    return request.options or TARGETS[request.to].options()
+
+
+def _shaping(planned: Output, request: Request) -> list[object]:
+    """What shapes the output beside the plan."""
+    return [
+        request.to,
+        _options(request),
+        request.weights_only,
+        sorted(request.drop),
+        request.replicas,
+        planned.links,
+    ]
+
+
+def _status_before(manifest: dict, request: Request) -> int:
+    return status_of(
+        {misfit["kind"] for misfit in manifest["misfits"]},
+        request,
+        bool(manifest["replicas_that_differ"] or manifest.get("overflown")),
+    )
+
+
+def _scalars(plan: Plan) -> list[dict]:
+    """The tensors whose content was known before the run, in hexadecimal, with the files that hold
+    these very ones."""
+    files: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for task in plan.tasks:
+        values = tuple((spec.name, spec.data.hex()) for spec in task.specs if spec.data is not None)
+        if values:
+            files.setdefault(values, []).append(task.path)
+    return [{"files": paths, "values": dict(values)} for values, paths in files.items()]
+
+
+def _describe(source: Checkpoint, target: Checkpoint, plan: Plan, request: Request) -> list[str]:
+    workers = min(request.workers, len(plan.tasks))
+    lines = [
+        f"{source.folder}: iteration {source.iteration}, {source.trained or source.layout}, "
+        f"{len(source.index.shards)} logical tensors"
+    ]
+    if target is not source:
+        lines += [
+            f"laid out anew: {target.layout}, layers per stage {target.stage_layers()}",
+            *target.notes,
+        ]
+    lines += [
+        f"  {request.target / task.path}  {task.nbytes:,} bytes, {len(task.specs)} tensors"
+        for task in plan.tasks
+    ]
+    read = sum(task.bytes_read for task in plan.tasks)
+    memory = workers * (_WORKER_BYTES + 8 * BUFFER_BYTES + _strips(plan) * STRIP_BYTES)
+    parent = next(folder for folder in request.target.absolute().parents if folder.exists())
+    lines.append(
+        f"reads {read / 1e9:.3f} GB, writes {plan.nbytes / 1e9:.3f} GB in {len(plan.tasks)} files "
+        f"({shutil.disk_usage(parent).free / 1e9:.1f} GB of disk free); {workers} workers need "
+        f"about "
+        f"{memory / 1e6:.0f} MB of memory beside the interpreter; nothing was written"
+    )
+    return lines
+
+
+def _strips(plan: Plan) -> int:
+    """How many strips of what lies in another order than it is written a worker holds at once."""
+    return any(fill.is_turned for task in plan.tasks for fills in task.fills for fill in fills)
+
+
+def _replicas(plan: Plan) -> Iterator[str]:
+    """Says how many tensors had copies that were compared."""
+    repeated = {
+        fill.tensor for task in plan.tasks for fills in task.fills for fill in fills if fill.others
+    }
+    if repeated:
+        yield f"{len(repeated)} tensors are kept by several ranks: all copies were compared, and the first one's taken"
+
+
+def _summary(plan: Plan, request: Request, dropped: list[str], started: float) -> list[str]:
+    lines, seconds = (
+        [f"left out: {shorten_names(dropped)}"] if dropped else [],
+        time.monotonic() - started,
+    )
+    lines.append(
+        f"{request.target}: {len(plan.tasks)} files, {plan.nbytes / 1e9:.2f} GB in {seconds:.1f} s "
+        f"({plan.nbytes / 1e9 / max(seconds, 1e-9):.2f} GB/s); every element written once and "
+        f"checked"
+    )
+    return lines

@@ -1,0 +1,74 @@
+"""Conversions in parts: the files of some ranks at a time, into one folder, which the last part
+makes whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from parammap.checkpoint.manifest import read_manifest
+from parammap.errors import RefusedError
+from parammap.job.fingerprint import program
+from parammap.job.request import Request
+from parammap.plan.plan import Output, WantedFile
+
+
+@dataclass(frozen=True, slots=True)
+class PartialRun:
+    """`files` are written by this run, `kept` by earlier ones of the same conversion, whose
+    manifest is `before`. `whole` stands for the conversion of which all are parts, and `is_last` if
+    nothing of it is missing after this run."""
+
+    files: list[WantedFile]
+    kept: list[str]
+    before: dict | None
+    whole: str
+    is_last: bool
+
+
+def partial_run_of(output: Output, request: Request) -> PartialRun:
+    """The part that a request names, all if it names none. Raises RefusedError if it names no rank
+    of the output."""
+    whole = _identity(output, request)
+    if not (request.only_tp or request.only_pp):
+        return PartialRun(output.files, [], None, whole, True)
+    chosen = [file for file in output.files if file.place is None or _is_named(file, request)]
+    if not any(file.place for file in chosen):
+        raise RefusedError(
+            f"{request.target}: has no ranks tp {sorted(request.only_tp)} pp "
+            f"{sorted(request.only_pp)}; name "
+            "ranks of the output"
+        )
+    before = read_manifest(request.target)
+    before = before if before and before.get("whole") == whole and not request.overwrite else None
+    there = {file["path"] for file in before["files"]} if before else set()
+    kept = sorted(file.path for file in output.files if file not in chosen and file.path in there)
+    is_last = all(file in chosen or file.path in there for file in output.files)
+    return PartialRun(
+        [file for file in chosen if is_last or not file.completes], kept, before, whole, is_last
+    )
+
+
+def _is_named(file: WantedFile, request: Request) -> bool:
+    return (not request.only_tp or file.place.tp in request.only_tp) and (
+        not request.only_pp or file.place.pp in request.only_pp
+    )
+
+
+def _identity(output: Output, request: Request) -> str:
+    files = [
+        (file.path, sum(segment.nbytes for segment in file.segments))
+        for file in output.files
+        if file.place
+    ]
+    what = [
+        program(),
+        str(Path(request.source).resolve()),
+        request.to,
+        str(request.options),
+        request.weights_only,
+        request.replicas,
+    ]
+    return hashlib.sha256(json.dumps([what, files]).encode()).hexdigest()

@@ -1,0 +1,173 @@
+"""A source's logical tensors as another framework keeps them: for targets that a table of names
+describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from parammap import families
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.index import atom_name, atoms
+from parammap.errors import RefusedError
+from parammap.families import HEAD, WORD_EMBEDDING, Row
+from parammap.name_list import shorten_names
+from parammap.plan.plan import Wanted
+from parammap.tensors.arrangement import (
+    GATE_UP,
+    KVQ,
+    PADDING,
+    QKV,
+    SHARD_0,
+    STACKED_QKV,
+    VOCAB,
+    Sizes,
+    arranged,
+    local_shape,
+)
+from parammap.tensors.logical import MAIN_PARAM, Tensor, TensorSpec
+from parammap.tensors.shard import transposed
+
+#: the atoms of fused tensors that a model may have as one or apart
+_PARTS = {
+    QKV: ("q", "k", "v"),
+    STACKED_QKV: ("q", "k", "v"),
+    KVQ: ("k", "v", "q"),
+    GATE_UP: ("gate", "up"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the target's model: its name and canonical name there, its row in the
+    dialect's table, how it is put together, and its whole shape, [out, in]."""
+
+    name: str
+    canonical: str
+    row: Row
+    kind: str
+    shape: tuple[int, ...]
+
+
+class SourceTensors:
+    """The logical tensors of a source by role and name, with `vocab_rows` rows of words (None: as
+    many as the vocabulary truly has, or, where nobody recorded that, as there are)."""
+
+    def __init__(self, source: Checkpoint, vocab_rows: int | None = None) -> None:
+        self.source = source
+        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
+        words = self.tensor(MAIN_PARAM, WORD_EMBEDDING).rows
+        self.vocab_rows = vocab_rows or words
+        if self.vocab_rows < words:
+            raise RefusedError(
+                f"{source.folder}: has a vocabulary of {words}, of which {self.vocab_rows} rows "
+                f"would cut "
+                "off a part; ask for at least as many"
+            )
+
+    def names(self) -> set[str]:
+        """The canonical names of the weights, padding of the vocabulary left out."""
+        return {
+            name
+            for role, name in self.tensors
+            if role == MAIN_PARAM and not name.endswith(f".{PADDING}")
+        }
+
+    def tensor(self, role: str, name: str) -> Tensor:
+        if (role, name) not in self.tensors:
+            raise RefusedError(f"{self.source.folder}: holds no {role} of {name}")
+        return self.tensors[role, name]
+
+    def parameters(
+        self, dialect: str, ignorable: frozenset[str] = frozenset()
+    ) -> Iterator[Parameter]:
+        """What of a dialect's model the source has, in the table's order, layer by layer.
+
+        Raises RefusedError for a tensor of the source that has no place in it (but those that are
+        `needless`), and for one of which only some parts are there."""
+        used: set[str] = set()
+        for canonical, (name, row) in _expanded(dialect, self.source.num_layers):
+            kind, parts = self.parts(canonical, row.arrangement)
+            there = [part for part in parts if (MAIN_PARAM, part) in self.tensors]
+            if not there:
+                continue
+            if missing := sorted(set(parts) - set(there)):
+                raise RefusedError(
+                    f"{self.source.folder}: lacks {shorten_names(missing)}, a part of {name}"
+                )
+            used |= set(parts)
+            yield Parameter(name, canonical, row, kind, self._shape(kind, parts))
+        if unplaced := sorted(self.names() - used - ignorable):
+            raise RefusedError(
+                f"{self.source.folder}: has {len(unplaced)} tensors that have no place in "
+                f"{dialect}: "
+                f"{shorten_names(unplaced)}; the two models are of different architectures"
+            )
+
+    def wanted(
+        self,
+        parameter: Parameter,
+        role: str,
+        sizes: Sizes,
+        *,
+        dtype: str | None = None,
+        tp: int = 1,
+        rank: int = 0,
+        name: str | None = None,
+    ) -> Wanted:
+        """A rank's share of a parameter, or of one of its moments, in the dialect's orientation.
+        `dtype` None: as it is; `name` None: the parameter's own."""
+        sizes = replace(sizes, vocab=self.tensor(role, WORD_EMBEDDING).rows)
+        shape = local_shape(parameter.kind, parameter.shape, tp, sizes)
+        stored = self._dtype(role, parameter)
+        parts = atoms(
+            role,
+            parameter.canonical,
+            parameter.kind,
+            stored,
+            arranged(parameter.kind, shape, tp, rank, sizes),
+        )
+        is_transposed = parameter.row.transposed and len(shape) == 2
+        spec = TensorSpec(
+            name or parameter.name, dtype or stored, shape[::-1] if is_transposed else shape
+        )
+        return Wanted(spec, transposed(parts, shape) if is_transposed else parts)
+
+    def parts(self, canonical: str, arrangement: str) -> tuple[str, tuple[str, ...]]:
+        """How a tensor of the dialect is put together of the source's, and of which: a model
+        without gates has plain fc1."""
+        if arrangement == GATE_UP and (MAIN_PARAM, canonical) in self.tensors:
+            return SHARD_0, (canonical,)
+        return arrangement, tuple(
+            atom_name(canonical, arrangement, part) for part in _PARTS.get(arrangement, ("",))
+        )
+
+    def _shape(self, kind: str, parts: tuple[str, ...]) -> tuple[int, ...]:
+        tensors = [self.tensor(MAIN_PARAM, part) for part in parts]
+        rows = (
+            self.vocab_rows
+            if kind == VOCAB and parts[0] in (WORD_EMBEDDING, HEAD)
+            else sum(t.rows for t in tensors)
+        )
+        return (rows, *tensors[0].shape[1:])
+
+    def _dtype(self, role: str, parameter: Parameter) -> str:
+        _, parts = self.parts(parameter.canonical, parameter.row.arrangement)
+        return self.tensor(role, parts[0]).dtype
+
+
+def _expanded(dialect: str, num_layers: int) -> Iterator[tuple[str, tuple[str, Row]]]:
+    """A dialect's table with its layers one after the other, between what comes before them and
+    what comes after."""
+    rows = families.rows_of(dialect)
+    in_layer = [canonical for canonical in rows if "{i}" in canonical]
+    first = list(rows).index(in_layer[0])
+    outside = [canonical for canonical in rows if "{i}" not in canonical]
+    for canonical in outside[:first]:
+        yield canonical, rows[canonical]
+    for i in range(num_layers):
+        for canonical in in_layer:
+            name, row = rows[canonical]
+            yield canonical.format(i=i), (name.format(i=i), row)
+    for canonical in outside[first:]:
+        yield canonical, rows[canonical]

@@ -1,0 +1,559 @@
+"""Proving an output: what is on disk is read again by its own framework's reader, and its digests
+are compared with those that the copier took of the source on its way; with the source at hand,
+element by element."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import starmap
+from pathlib import Path
+
+import numpy as np
+
+from parammap import families
+from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.index import Index, is_padding
+from parammap.checkpoint.manifest import MANIFEST
+from parammap.errors import RefusedError
+from parammap.execute.checks import cast_bits, widen_bits
+from parammap.execute.gather import Files
+from parammap.frameworks import registry
+from parammap.frameworks.megatron import readback
+from parammap.frameworks.megatron.shapes import contradictions
+from parammap.name_list import shorten_names
+from parammap.proof.compare import (
+    Difference,
+    Pair,
+    as_embedding,
+    casts_of_weights,
+    differences,
+    is_tied,
+    metadata_differences,
+    pair,
+    told,
+)
+from parammap.proof.contents import entries_of
+from parammap.proof.replicas import unequal
+from parammap.proof.stream import copies_of, in_processes, read_views
+from parammap.tensors.arrangement import PADDING
+from parammap.tensors.digest import MASK, cells_digest
+from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, Stored, Tensor
+from parammap.tensors.region import Region
+from parammap.tensors.shard import Shard
+from parammap.tensors.view import row_major
+
+#: bytes that a worker process is given at a time
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, about a tensor where it has a name."""
+
+    name: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found wrong, what is worth knowing, the tensors compared, those that differ from the
+    source's, those that a cast rounded, which no digest of the source can prove, and those of which
+    ranks keep copies that are not equal."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    compared: set[Tensor] = field(default_factory=set)
+    wrong: list[tuple[Pair, Difference]] = field(default_factory=list)
+    rounded: set[Tensor] = field(default_factory=set)
+    unequal: list[Difference] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to verify, and against which source, read how; `cast` is a dtype that weights may have
+    been cast to. Without a source, `iteration`, `sidecar` and `metadata_from` are the output's;
+    `output_metadata_from` always is. `replicas` asks for the copies that ranks keep to be
+    compared."""
+
+    output: Path
+    against: Path | None = None
+    iteration: int | None = None
+    sidecar: Path | None = None
+    metadata_from: Path | None = None
+    output_metadata_from: Path | None = None
+    weights_only: bool = False
+    drop: frozenset[str] = frozenset()
+    cast: str | None = None
+    replicas: bool = False
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a conversion wrote down of its output, in whose folder `root` it lies: digests of the
+    source's tensors by role and name, and of what casts made of them."""
+
+    root: Path
+    files: dict[str, int]
+    digests: dict[tuple[str, str], dict]
+    casts: dict[tuple[str, str, str], dict]
+    scalars: list[dict]
+    options: dict
+
+    @classmethod
+    def of(cls, output: Path) -> Manifest | None:
+        """The manifest of an output, of the save folder of which it is an iteration, or of the one
+        file that it is; None if there is none.
+
+        Raises RefusedError if it is damaged.
+        """
+        own = output.parent / f"{output.stem}.{MANIFEST}"
+        for root, path in (
+            (output, output / MANIFEST),
+            (output.parent, output.parent / MANIFEST),
+            (output.parent, own),
+        ):
+            try:
+                content = json.loads(path.read_text()) if path.is_file() else None
+                if content is None:
+                    continue
+                files = {file["path"]: file["bytes"] for file in content["files"]}
+                is_alone = list(files) == [output.name] and content["is_whole"]
+                if (
+                    root == output
+                    or is_alone
+                    or output.is_dir()
+                    and any(Path(f).parts[0] == output.name for f in files)
+                ):
+                    return cls(
+                        root,
+                        files,
+                        {(d["role"], families.renamed(d["name"])): d for d in content["digests"]},
+                        {
+                            (d["role"], families.renamed(d["name"]), d["dtype"]): d
+                            for d in content["digests_of_casts"]
+                        },
+                        content.get("scalars", []),
+                        content.get("options", {}),
+                    )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
+        return None
+
+    @property
+    def cast(self) -> str | None:
+        return self.options.get("cast")
+
+
+def verify(request: Request) -> Verdict:
+    """Check an output. Raises RefusedError if it or the source is no checkpoint, or nothing could
+    be compared."""
+    verdict, manifest = Verdict(), Manifest.of(request.output)
+    if manifest is not None:
+        verdict.problems += _missing_files(manifest)
+        if verdict.problems:
+            return verdict
+    output = read_output(request, manifest)
+    casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
+    verdict.problems += [
+        *_missing_names(output, verdict),
+        *(Problem(*one) for one in contradictions(output).items()),
+        *starmap(Problem, readback.wrong_order(output, manifest is not None)),
+    ]
+    if manifest is None:
+        verdict.notes.append(
+            f"{request.output}: has no {MANIFEST}, so there are no digests to compare with"
+            + ("" if request.against or request.replicas else ": only its structure was checked")
+        )
+    else:
+        verdict.problems += wrong_archives(
+            [manifest.root / path for path in manifest.files if path.endswith(".pt")],
+            request.workers,
+        )
+        verdict.problems += _wrong_scalars(manifest)
+        verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
+        _check_own_casts(output, request, verdict)
+    if request.replicas:
+        _compare_replicas(output, request, verdict)
+    if request.against:
+        _compare(output, request, manifest, casts, verdict)
+    elif verdict.rounded:
+        verdict.notes.append(
+            f"{len(verdict.rounded)} tensors were rounded by a cast, so no digest of the source "
+            f"fits them: "
+            "only their shapes were checked; compare with the source: --against SRC"
+        )
+    if (
+        (manifest or request.against)
+        and not verdict.compared | verdict.rounded
+        and not verdict.problems
+    ):
+        raise RefusedError(
+            f"{request.output}: no tensor could be compared; compare with the source: --against SRC"
+        )
+    return verdict
+
+
+def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
+    """The output; one that was made of weights alone is read so, as it has no sidecar."""
+    own = (
+        {"metadata_from": request.output_metadata_from}
+        if request.against
+        else {
+            "iteration": request.iteration,
+            "sidecar": request.sidecar,
+            "metadata_from": request.output_metadata_from or request.metadata_from,
+        }
+    )
+    return registry.read(
+        request.output,
+        drop=request.drop,
+        weights_only=request.weights_only
+        or bool(manifest and manifest.options.get("weights_only")),
+        **own,
+    )
+
+
+def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
+    """The source, read with the flags given, else with those of the conversion."""
+    options = manifest.options if manifest else {}
+    return registry.read(
+        request.against,
+        iteration=request.iteration,
+        sidecar=request.sidecar,
+        metadata_from=request.metadata_from,
+        weights_only=request.weights_only or options.get("weights_only", False),
+        drop=request.drop or frozenset(options.get("drop", ())),
+    )
+
+
+def _missing_files(manifest: Manifest) -> Iterator[Problem]:
+    for name, nbytes in manifest.files.items():
+        path = manifest.root / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != nbytes:
+            yield Problem(
+                str(path), "is missing" if size is None else f"has {size} bytes and not {nbytes}"
+            )
+
+
+def _missing_names(output: Checkpoint, verdict: Verdict) -> Iterator[Problem]:
+    if all(held.row is None for held in output.index.held):
+        verdict.notes.append(
+            f"{output.folder}: is of no family whose tensors are known, so its names were not "
+            f"checked"
+        )
+        return
+    missing = families.missing({held.canonical for held in output.index.held}, output.num_layers)
+    if missing:
+        yield Problem(
+            str(output.folder),
+            f"lacks {len(missing)} tensors of a complete model: {shorten_names(missing)}",
+        )
+    if output.layout.pp > 1 and is_tied(output):
+        yield from _missing_heads(output)
+
+
+def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
+    """Copies of the word embedding that the last stage's ranks lack; the first stage's make it
+    complete without them."""
+    ranks: dict[bool, set[tuple]] = {False: set(), True: set()}
+    for held in output.index.held:
+        if held.canonical == families.WORD_EMBEDDING:
+            ranks[held.is_tied_head].add(
+                (held.found.role, held.found.place.ep, held.found.place.tp)
+            )
+    for role, ep, tp in sorted(ranks[False] - ranks[True]):
+        yield Problem(
+            str(output.folder),
+            f"lacks the output layer's copy of {families.WORD_EMBEDDING} ({role}) of tp {tp}"
+            + (f" ep {ep}" if output.layout.ep > 1 else ""),
+        )
+
+
+def wrong_archives(paths: list[Path], workers: int = 1) -> Iterator[Problem]:
+    """Files of torch.save with a record that does not fit its CRC-32: this covers all that is no
+    tensor, too."""
+    for path, record in zip(paths, in_processes(_bad_record, paths, workers), strict=True):
+        if record:
+            yield Problem(
+                str(path), f"the content of its record {record} does not fit the record's checksum"
+            )
+
+
+def _bad_record(path: Path) -> str | None:
+    """The first record of a zip archive that does not fit its CRC-32; None if all do."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return f"({error})"
+
+
+def _wrong_scalars(manifest: Manifest) -> Iterator[Problem]:
+    """The scalars of MindSpore's files: tensors that are part of no logical tensor."""
+    with Files() as files:
+        for group in manifest.scalars:
+            for path in group["files"]:
+                there = dict(entries_of(manifest.root / path))
+                for name, expected in group["values"].items():
+                    yield from _wrong_scalar(name, there.get(name), expected, path, files)
+
+
+def _wrong_scalar(
+    name: str, stored: Stored | None, expected: str, path: str, files: Files
+) -> Iterator[Problem]:
+    if stored is None:
+        yield Problem(name, f"is missing in {path}")
+        return
+    (extent,) = stored.extents
+    content = files.bits(row_major((stored.nbytes,), "uint8", extent.file, extent.offset))
+    if content.tobytes().hex() != expected:
+        yield Problem(
+            name,
+            f"{path} holds the bytes {content.tobytes().hex()} at byte {extent.offset} and not "
+            f"{expected}",
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------
+# digests
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One copy of one region of the `tensor`-th tensor."""
+
+    tensor: int
+    number: int
+    shard: Shard
+
+
+@dataclass(slots=True)
+class Summed:
+    """The digest of each copy of a tensor that ranks keep, and how many elements a cast back would
+    not keep exactly."""
+
+    digests: list[int]
+    inexact: int = 0
+
+
+def digests(
+    index: Index, workers: int = 1, dtypes: dict[Tensor, str] | None = None
+) -> dict[Tensor, Summed]:
+    """The digests of every logical tensor, read from disk; those in `dtypes` as if they still were
+    of that dtype."""
+    dtypes, tensors = dtypes or {}, list(index.shards)
+    shares = [
+        _Share(number, copy, shard)
+        for number, tensor in enumerate(tensors)
+        for shards in index.shards[tensor].values()
+        for copy, shard in enumerate(sorted(shards, key=lambda shard: shard.replica))
+    ]
+    sums: dict[tuple[int, Region, int], int] = {}
+    result = {tensor: Summed([0] * copies_of(regions)) for tensor, regions in index.shards.items()}
+    for batch in in_processes(
+        lambda batch: _digests_of(batch, dtypes), list(_batches(shares)), workers
+    ):
+        for share, digest, inexact in batch:
+            key = share.tensor, share.shard.region, share.number
+            sums[key] = sums.get(key, 0) + digest
+            result[tensors[share.tensor]].inexact += inexact
+    for number, tensor in enumerate(tensors):
+        for region, shards in index.shards[tensor].items():
+            totals = result[tensor].digests
+            for copy in range(len(totals)):
+                totals[copy] = (totals[copy] + sums[number, region, copy % len(shards)]) & MASK
+    return result
+
+
+def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
+    batch, nbytes = [], 0
+    for share in shares:
+        batch.append(share)
+        nbytes += share.shard.region.numel * share.shard.view.itemsize
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _digests_of(batch: list[_Share], dtypes: dict[Tensor, str]) -> list[tuple[_Share, int, int]]:
+    with Files() as files:
+        return [
+            (share, *_digest_of(share.shard, files, dtypes.get(share.shard.tensor)))
+            for share in batch
+        ]
+
+
+def _digest_of(shard: Shard, files: Files, dtype: str | None) -> tuple[int, int]:
+    total = inexact = 0
+    for cells, (bits,) in read_views([shard.view], shard.region, files):
+        if dtype is not None:
+            narrow = cast_bits(bits, dtype)
+            inexact += int(np.count_nonzero(widen_bits(narrow, dtype) != bits))
+            bits = narrow
+        total += cells_digest(bits, cells)
+    return total, inexact
+
+
+def _wrong_digests(
+    output: Checkpoint, manifest: Manifest, casts: set[str], workers: int, verdict: Verdict
+) -> Iterator[Problem]:
+    there = {(tensor.role, tensor.name): tensor for tensor in output.index.shards}
+    listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
+    declared = {key: entry for key, entry in manifest.casts.items() if key[2] in casts}
+    known = {
+        there[key]: declared.get((*other, there[key].dtype), manifest.digests[other])
+        for key, other in listed.items()
+        if other in manifest.digests
+        and (
+            not is_padding(there[key]) or list(there[key].shape) == manifest.digests[other]["shape"]
+        )
+    }
+    extra = {
+        (tensor.role, tensor.name)
+        for tensor in output.index.shards
+        if tensor not in known and tensor.role != MODEL_PARAM and not is_padding(tensor)
+    }
+    lacking = {
+        key for key in manifest.digests.keys() - there.keys() if not key[1].endswith(f".{PADDING}")
+    }
+    for what, keys in (("is missing", lacking), ("is not of the source", extra)):
+        yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
+    cast = {
+        tensor: entry["dtype"]
+        for tensor, entry in known.items()
+        if tensor.dtype in casts - {entry["dtype"]}
+    }
+    narrow = {
+        tensor: dtype for tensor, dtype in cast.items() if ITEMSIZE[tensor.dtype] > ITEMSIZE[dtype]
+    }
+    verdict.rounded |= {
+        tensor
+        for tensor in cast.keys() - narrow.keys()
+        if list(tensor.shape) == known[tensor]["shape"]
+    }
+    chosen = Index(
+        [],
+        output.layout,
+        {tensor: output.index.shards[tensor] for tensor in known if tensor not in verdict.rounded},
+    )
+    for tensor, found in digests(chosen, workers, narrow).items():
+        yield from _wrong_digest(tensor, found, known[tensor], narrow, verdict)
+
+
+def _wrong_digest(
+    tensor: Tensor, found: Summed, entry: dict, narrow: dict[Tensor, str], verdict: Verdict
+) -> Iterator[Problem]:
+    name = f"{tensor.name} ({tensor.role})"
+    if list(tensor.shape) != entry["shape"]:
+        yield Problem(name, f"has the shape {list(tensor.shape)} and not {entry['shape']}")
+    elif tensor.dtype != entry["dtype"] and tensor not in narrow:
+        yield Problem(
+            name,
+            f"is {tensor.dtype}, was {entry['dtype']} in the source, and the manifest names no "
+            f"such cast",
+        )
+    else:
+        verdict.compared.add(tensor)
+        known = {entry["digest"], *entry.get("digests_of_other_copies", [])}
+        wrong = [digest for digest in found.digests if f"{digest:016x}" not in known]
+        if wrong or found.inexact:
+            yield Problem(
+                name,
+                f"differs from what was copied (digest {(wrong or found.digests)[0]:016x}, "
+                f"the source's is {entry['digest']})",
+            )
+
+
+def _check_own_casts(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+    """The model's own copies of weights, of which the source had none, must be the casts of the
+    weights beside them."""
+    pairs = casts_of_weights(output.index, output.index)
+    verdict.compared |= {one.a for one in pairs}
+    for found in (
+        differences(output.index, output.index, pairs, workers=request.workers) if pairs else []
+    ):
+        verdict.problems.append(
+            Problem(found.name, f"is not the cast of the optimizer's weight: {told(found)}")
+        )
+
+
+def _compare_replicas(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+    copied, verdict.unequal = unequal(output.index, request.workers)
+    verdict.compared |= set(copied)
+    verdict.problems += [
+        Problem(found.name, f"copies that must be equal are not: {told(found)}")
+        for found in verdict.unequal
+    ]
+    if not copied:
+        verdict.notes.append(
+            f"{output.folder}: holds each element once, so there are no replicas to compare"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------
+# with the source
+
+
+def _compare(
+    output: Checkpoint,
+    request: Request,
+    manifest: Manifest | None,
+    casts: set[str],
+    verdict: Verdict,
+) -> None:
+    source = read_source(request, manifest)
+    absent = source.index.roles() - output.index.roles()
+    left_out = absent - {role for role, _ in manifest.digests} if manifest else set()
+    if left_out:
+        verdict.notes.append(f"left out by the conversion: {', '.join(sorted(left_out))}")
+    verdict.problems += [
+        Problem(str(output.folder), f"has no {role}") for role in sorted(absent - left_out)
+    ]
+    pairs = _expected_pairs(output, source, casts, verdict)
+    expected = {(one.a, one.b): one for one in pairs}
+    verdict.compared |= {one.a for one in pairs}
+    for found in differences(output.index, source.index, pairs, workers=request.workers):
+        verdict.wrong.append((expected[found.a, found.b], found))
+        verdict.problems.append(Problem(found.name, told(found)))
+    verdict.problems += [Problem("metadata", line) for line in metadata_differences(output, source)]
+
+
+def _expected_pairs(
+    output: Checkpoint, source: Checkpoint, casts: set[str], verdict: Verdict
+) -> list[Pair]:
+    """Each tensor of the output with the one of the source it must equal: in dtype too, unless the
+    cast is declared."""
+    pairing = pair(output, source)
+    weights = {one.a: one for one in casts_of_weights(output.index, source.index)}
+    verdict.problems += [
+        Problem(f"{tensor.name} ({tensor.role})", "is not in the source")
+        for tensor in pairing.only_a
+        if tensor not in weights
+    ]
+    verdict.problems += [
+        Problem(f"{tensor.name} ({tensor.role})", "is missing")
+        for tensor in pairing.only_b
+        if tensor.role in output.index.roles() | {MODEL_PARAM}
+    ]
+    if pairing.padding:
+        verdict.notes.append(
+            "padding of the vocabulary, which has another number of rows in the source, was not "
+            "compared "
+            f"with it: {shorten_names(f'{tensor.name} ({tensor.role})' for tensor in pairing.padding)}"
+        )
+    pairs = [
+        Pair(one.a, one.b, cast=one.a.dtype != one.b.dtype and one.a.dtype in casts)
+        for one in pairing.pairs
+    ]
+    kept = {tensor.name for tensor in source.index.tensors(MODEL_PARAM)}
+    return pairs + [one for tensor, one in weights.items() if tensor.name not in kept]

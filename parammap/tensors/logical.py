@@ -1,0 +1,100 @@
+"""The nouns of a conversion: logical tensors, and tensors as files hold them.
+
+Nothing here reads or writes a file, and nothing here knows a framework or a file format.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: bytes per element of every dtype that a checkpoint can hold, by torch's name of it
+ITEMSIZE = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+}
+
+#: roles of the training state: the weight an optimizer steps, its two Adam moments, and the copy
+#: the model computes with
+MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM = "weight", "exp_avg", "exp_avg_sq", "model_weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a file."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor as it lies on disk: row-major, in one extent or, where a container cuts it, in
+    several; or, where `strides` (in elements) are given, so, from the begin of one extent that
+    holds more than it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that an output file is to hold; `data` is its whole content where that is small and
+    known (scalars)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A logical tensor (an atom): one role of one parameter, whole, in [out, in, …] orientation.
+
+    It is seen as a matrix: dim 0 × all the other dims. How rows are grouped (by heads, by groups)
+    is a matter of who holds them, and frameworks differ in it; that matrix is what they have in
+    common, so regions of the tensor are regions of it."""
+
+    role: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.shape[1:])
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return self.rows, self.cols
