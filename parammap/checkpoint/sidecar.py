@@ -131,7 +131,12 @@ class Sidecar:
             yield from ((buffer.chunk, slot) for slot in buffer.slots)
 
     def any_layout(self) -> dict | None:
-        return next((rank.layout for rank in self.ranks.values() if rank.layout), None)
+        """A rank's layout file, of one that has layers if there is any: it tells more of the model."""
+        layouts = [rank.layout for rank in self.ranks.values() if rank.layout]
+        with_layers = (
+            one for one in layouts if any(chunk["layers"] for chunk in one.get("chunks", ()))
+        )
+        return next(with_layers, layouts[0] if layouts else None)
 
 
 def read(folder: Path) -> Sidecar | None:

@@ -20,7 +20,7 @@ from parammap.tensors.logical import Tensor
 from parammap.tensors.region import Region
 from parammap.tensors.view import View
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 #: the format of marshal that writes equal bytes for equal values: later ones refer back to objects
 #: seen before
 _MARSHAL = 2

@@ -88,7 +88,7 @@ def run(program, *args):
 
 
 def test_the_result_of_another_program_is_no_result_of_this_one(tmp_path):
-    for package in ("convert", "hooks"):
+    for package in ("parammap",):
         shutil.copytree(
             ROOT / package,
             tmp_path / "program" / package,
@@ -98,7 +98,7 @@ def test_the_result_of_another_program_is_no_result_of_this_one(tmp_path):
     assert run(tmp_path / "program", *args).returncode == 0
     again = run(tmp_path / "program", *args)
     assert again.returncode == 0 and "already" in again.stdout + again.stderr
-    with open(tmp_path / "program" / "convert" / "families" / "gpt.py", "a") as table:
+    with open(tmp_path / "program" / "parammap" / "families" / "gpt.py", "a") as table:
         table.write("\nREQUIRED = [*REQUIRED]\n")
     changed = run(tmp_path / "program", *args)
     assert changed.returncode == 2 and "is not empty" in changed.stderr

@@ -143,10 +143,17 @@ def assert_same(ours: Path, theirs: Trained, *, lost_ranks: bool) -> int:
 
 
 def known_offline(root: Path) -> dict[str, dict[str, Any]]:
-    """The layout files without what only the running process groups know."""
+    """The layout files without what only the running process knows: its groups, the classes of
+    modules and optimizers, what is frozen."""
     files = layouts(root)
-    for optimizer in (one for layout in files.values() for one in layout["optimizers"] if one):
-        optimizer.pop("data_parallel_group_idx", None)
+    for layout in files.values():
+        for chunk in layout["chunks"]:
+            chunk.pop("frozen", None)
+        for optimizer in filter(None, layout["optimizers"]):
+            optimizer.pop("data_parallel_group_idx", None)
+            optimizer.pop("inner_class", None)
+        for param in params_of(layout):
+            param.pop("module", None)
     return files
 
 

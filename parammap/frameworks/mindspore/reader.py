@@ -123,6 +123,7 @@ def _check_states(source: Checkpoint, meta_folder: Path) -> None:
     """Refuse a sidecar that describes other parameters of a rank than those whose moments its file
     holds."""
     naming = megatron_naming(source, structures_of(source))
+    tables = {families.WORD_EMBEDDING} | ({families.HEAD} if naming.tied is None else set())
     for rank, folder in source.rank_folders.items():
         place = Place(*rank)
         there = {
@@ -141,13 +142,13 @@ def _check_states(source: Checkpoint, meta_folder: Path) -> None:
             )
             for chunk, slot in source.sidecar.slots(rank)
         }
-        if lacking := sorted(there - said - {families.WORD_EMBEDDING}):
+        if lacking := sorted(there - said - tables):
             raise RefusedError(
                 f"{meta_folder}: its sidecar does not name {shorten_names(lacking)} of {place}, "
                 f"whose moments "
                 f"{folder.name} holds; take the sidecar that was written with this checkpoint"
             )
-        if lacking := sorted(said - there - {families.WORD_EMBEDDING}):
+        if lacking := sorted(said - there - tables):
             raise RefusedError(
                 f"{folder}: has no moments of {shorten_names(lacking)}, which the sidecar in "
                 f"{meta_folder} names; "

@@ -218,7 +218,7 @@ REFUSED = {  # tensors replaced, added or (None) left out; settings; message
     "no final norm": (
         {"layer_norm.weight": None, "layer_norm.bias": None},
         {},
-        "lacks 2 tensors of Alpa's OPT: final_norm.bias, final_norm.weight",
+        "1 tensors are missing: final_norm.weight; copy the whole checkpoint",
     ),
     "sinusoidal positions": (
         {"embed_positions.weight": None, "embed_positions._float_tensor": torch.zeros(1)},

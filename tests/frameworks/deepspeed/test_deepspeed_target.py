@@ -48,7 +48,7 @@ def work(folder: Path, jobs: list[dict]) -> None:
         json.dumps([{"port": port + number, **job} for number, job in enumerate(jobs)])
     )
     done = subprocess.run(
-        [sys.executable, str(HERE / "lab/deepspeed_train.py"), str(folder / "jobs.json")],
+        [sys.executable, str(HERE / "support/deepspeed_train.py"), str(folder / "jobs.json")],
         capture_output=True,
         text=True,
         timeout=200,

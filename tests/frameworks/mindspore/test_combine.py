@@ -435,7 +435,7 @@ def test_bucket_that_dp_does_not_divide_lost_elements(tmp_path, capsys):
 
 def test_failed_worker(copied, capsys, tmp_path, monkeypatch):
     """A file that shrinks after the plan is made: status 3, nothing published, nothing half."""
-    from convert import combine_ckpt_dp_zero as combine
+    from parammap.job import combine_shards as combine
 
     one, out = copied("tp2-dp2"), tmp_path / "out"
     real = combine._execute

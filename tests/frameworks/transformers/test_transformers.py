@@ -15,6 +15,7 @@ from parammap.checkpoint.architecture import architecture_of
 from parammap.cli.main import main
 from parammap.formats import safetensors as container
 from parammap.frameworks import registry
+from parammap.frameworks.transformers import target
 from parammap.frameworks.transformers.model import Model
 from tests.support.transformers_folders import (
     CASES,
@@ -245,7 +246,7 @@ def forgetful(monkeypatch):
 
     def forget(**changes: Any) -> None:
         monkeypatch.setattr(
-            registry, "architecture_of", lambda *given: replace(known(*given), config={}, **changes)
+            target, "architecture_of", lambda *given: replace(known(*given), config={}, **changes)
         )
 
     return forget

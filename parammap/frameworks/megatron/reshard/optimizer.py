@@ -74,12 +74,13 @@ def resharded_sidecar(
         "iteration": source.iteration,
         "checkpoint_format": "torch",
         "parallel": _parallel(layout),
-        "model": model_facts,
     }
     if registration.has_own_order(source.sidecar):
         common |= registration.OWN_ORDER
+    without_layers = model_facts | {key: None for key in _OF_LAYERS if key in model_facts}
     sidecars = {}
     for (tp, pp, ep), chunks in slots.items():
+        chunks_of_rank = ranks[tp, pp, ep]
         try:
             optimizers = rule.optimizers(chunks, Place(tp, pp, ep), grads, experts)
         except RefusedError as error:
@@ -89,7 +90,10 @@ def resharded_sidecar(
         own = {
             **common,
             "rank": _rank(layout, tp, pp, ep),
-            "chunks": [_described(number, chunk) for number, chunk in enumerate(ranks[tp, pp, ep])],
+            "model": model_facts
+            if any(chunk.layers for chunk in chunks_of_rank)
+            else without_layers,
+            "chunks": [_described(number, chunk) for number, chunk in enumerate(chunks_of_rank)],
             "optimizers": [_optimizer(buffers, rule) for buffers in optimizers],
         }
         sidecars[tp, pp, ep] = RankSidecar(
@@ -110,6 +114,8 @@ def _check_merged(source: Checkpoint, stepped: list[Slot]) -> None:
         )
 
 
+#: facts of the model that a rank without layers cannot tell
+_OF_LAYERS = ("transformer_impl",)
 #: what a layout file says of its writer, for maps of the one release that the patch which writes
 #: them fits
 _UNRECORDED = {
