@@ -74,6 +74,7 @@ def resharded_sidecar(
         "iteration": source.iteration,
         "checkpoint_format": "torch",
         "parallel": _parallel(layout),
+        "model": model_facts,
     }
     if registration.has_own_order(source.sidecar):
         common |= registration.OWN_ORDER
