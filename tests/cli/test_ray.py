@@ -171,7 +171,7 @@ def node_of(cluster: Any, worker: int) -> Any:
     return node
 
 
-#: not in the quick suite: Ray itself was seen to wait for the dead node until the time ran out
+#: not in the quick suite: once in three runs the conversion waited until the time ran out; the cause is not known
 @pytest.mark.full
 def test_a_node_dies_midway(cluster, large, tmp_path):
     """A node is killed while its worker is frozen in the middle of a file; the task begins anew on
