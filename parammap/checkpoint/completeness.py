@@ -54,11 +54,12 @@ def check(source: Checkpoint) -> None:
         for held in source.index.held
         if held.row and held.found.role in (MAIN_PARAM, MODEL_PARAM)
     }
+    strange = {held.layer for held in source.index.held if not held.row}
     lacking = dict.fromkeys(
         [
-            *_of_layers(source, known),
+            *_of_layers(source, known, strange),
             *_of_model(source, known),
-            *_of_pairs(source, known),
+            *_of_pairs(source, known, strange),
             *_of_states(source),
         ]
     )
@@ -70,12 +71,11 @@ def check(source: Checkpoint) -> None:
         )
 
 
-def _of_layers(source: Checkpoint, known: set[str]) -> Iterator[str]:
+def _of_layers(source: Checkpoint, known: set[str], strange: set[int | None]) -> Iterator[str]:
     """What a layer lacks of the tensors of another one, all of whose others it has, and what
     belongs to others that it has; whole layers. A layer with tensors that no family knows may have
     any."""
     layers: dict[int, set[str]] = {}
-    strange = _strange_layers(source)
     for name in known:
         if name.startswith(_LAYERS):
             number, _, local = families.renumber(name, None, 0).removeprefix(_LAYERS).partition(".")
@@ -100,11 +100,6 @@ def _halves_begun(own: set[str], lacking: set[str]) -> set[str]:
         name for half in _HALVES if not any(one.startswith(half) for one in own) for name in half
     )
     return {name for name in lacking if not name.startswith(left_out)}
-
-
-def _strange_layers(source: Checkpoint) -> set[int | None]:
-    """The layers with tensors that no family knows; None: what stands outside of layers."""
-    return {held.layer for held in source.index.held if not held.row}
 
 
 def _has_norms(known: set[str]) -> bool:
@@ -144,10 +139,9 @@ def _of_model(source: Checkpoint, known: set[str]) -> Iterator[str]:
         yield "final_norm.bias"
 
 
-def _of_pairs(source: Checkpoint, known: set[str]) -> Iterator[str]:
+def _of_pairs(source: Checkpoint, known: set[str], strange: set[int | None]) -> Iterator[str]:
     """The weights of which only the bias is there; an output layer that is the word embedding may
     have a bias of its own."""
-    strange = _strange_layers(source)
     for name in sorted(
         {held.canonical for held in source.index.held if held.layer not in strange} & known
     ):
