@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_package_and_nothing_generic(tmp_path):
             ROOT,
         ],
         check=True,
-        timeout=300,
+        timeout=900,
     )
     (wheel,) = tmp_path.glob("parammap-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -23,7 +23,7 @@ from tests.support import paths
 ROOT = paths.ROOT
 GOLDEN = ROOT / "tests/data/megatron/cac60ce4_patched_legacy_tp2pp2"
 NODE = {"object_store_memory": 80 << 20}
-SECONDS = 300
+SECONDS = 900
 
 needs_unshare = pytest.mark.skipif(
     subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
@@ -90,12 +90,14 @@ def command(source: Path, out: Path, address: str) -> list[str]:
 
 
 def start(source: Path, out: Path, address: str) -> subprocess.Popen:
+    """Takes Ctrl-C even where the tests themselves run in the background, which ignores it."""
     return subprocess.Popen(
         command(source, out, address),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -121,14 +123,15 @@ def assert_equal_to_local(out: Path, source: Path) -> None:
 
 
 def writers(out: Path) -> dict[int, Path]:
-    """The processes that have a temporary file of the run open, each with the file."""
+    """The processes that have a temporary file of the run open, each with the file; the run itself
+    has their folder open when it removes it."""
     found = {}
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            file = os.readlink(descriptor)
+            file, is_file = os.readlink(descriptor), descriptor.is_file()
         except OSError:
             continue  # gone meanwhile
-        if file.startswith(f"{out.parent}/.{out.name}.parammap/ray-"):
+        if is_file and file.startswith(f"{out.parent}/.{out.name}.parammap/ray-"):
             found[int(descriptor.parts[2])] = Path(file)
     return found
 
@@ -250,7 +253,7 @@ def test_interrupted_then_run_again(cluster, large, tmp_path):
     times = {
         file.relative_to(tmp_path / ".out.parammap/out"): file.stat().st_mtime_ns for file in done
     }
-    assert 0 < len(times) < 4
+    assert 0 < len(times) < 12
     assert run(large, out, address) == (0, [])
     assert {file: (out / file).stat().st_mtime_ns for file in times} == times
     assert_equal_to_local(out, large)

@@ -30,7 +30,7 @@ def resume(checkpoint: Path, out: Path, **options) -> Path:
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return out

@@ -47,7 +47,7 @@ def run(release: str, save: Path, tokens: np.ndarray, scratch: Path) -> np.ndarr
         scratch / "tokens.npy",
         scratch / "logits.npy",
     ]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return np.load(scratch / "logits.npy")
 

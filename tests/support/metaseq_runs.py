@@ -18,7 +18,7 @@ def run_lab(module: str, folder: Path, options: list[dict]) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"tests.support.{module}", path],
         cwd=ROOT,
-        timeout=400,
+        timeout=900,
         capture_output=True,
         text=True,
     )

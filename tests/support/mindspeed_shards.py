@@ -130,7 +130,7 @@ def save(files: dict[Path, dict[str, np.ndarray]], work: Path) -> None:
         },
     )
     run = subprocess.run(
-        [sys.executable, __file__, str(spec)], capture_output=True, text=True, timeout=600
+        [sys.executable, __file__, str(spec)], capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-2000:]
 

@@ -51,7 +51,7 @@ def work(folder: Path, jobs: list[dict]) -> None:
         [sys.executable, str(HERE / "support/deepspeed_train.py"), str(folder / "jobs.json")],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -428,7 +428,7 @@ def test_bigsciences_ds_to_universal(golden, tmp_path):
         cwd=checkout,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         env={
             **os.environ,
             "DS_ACCELERATOR": "cpu",

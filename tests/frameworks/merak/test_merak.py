@@ -201,7 +201,7 @@ def test_the_tool_itself_writes_the_same(golden, tmp_path):
             "transformers_to_merak",
         ],
         check=True,
-        timeout=280,
+        timeout=900,
         capture_output=True,
     )
     assert_same(convert(HF, tmp_path / "mine", *GOLDENS[golden]), tmp_path / "theirs")
@@ -220,7 +220,7 @@ def test_the_entry_point_as_the_guide_has_it(tmp_path, weights):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
         )
         assert done.returncode == 0, done.stderr
 

@@ -18,7 +18,7 @@ def chain(out, cwd, **environment):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         env={**os.environ, "PYTHON": sys.executable, "OUT": out, "WORKERS": "1", **environment},
     )
 

@@ -244,7 +244,7 @@ def test_merak_makes_the_runs_anew(tmp_path):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.merak_run", tmp_path],
         check=True,
-        timeout=280,
+        timeout=900,
         cwd=paths.ROOT,
     )
     for run in RUNS:

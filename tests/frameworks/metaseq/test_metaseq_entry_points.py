@@ -49,7 +49,7 @@ def written(tmp_path_factory):
         [sys.executable, "-W", "ignore", "-m", "tests.support.fsdp", folder / "options.json"],
         check=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=900,
     )
     return folder
 

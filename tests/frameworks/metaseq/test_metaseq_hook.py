@@ -251,7 +251,7 @@ def train(metaseq: Path, save: Path, parts: int = 1, shards: int = 1, **options:
         )
         for rank in range(parts * shards)
     ]
-    printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    printed = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(printed)
     return "".join(printed)
 

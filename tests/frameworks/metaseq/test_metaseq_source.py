@@ -57,7 +57,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-W", "ignore", "-m", "tests.support.fsdp", str(folder / "options.json")],
         check=True,
         cwd=paths.ROOT,
-        timeout=300,
+        timeout=900,
     )
     return folder
 

@@ -475,7 +475,7 @@ def test_equal_to_the_original(written, tmp_path, flags):
             ],
             check=True,
             capture_output=True,
-            timeout=300,
+            timeout=900,
         )
         files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.ckpt"))
         assert files == sorted(path.relative_to(ours) for path in ours.rglob("*.ckpt")) and files
@@ -490,7 +490,7 @@ def saved_by_the_optimizer(tmp_path_factory) -> Path:
         [sys.executable, optimizer.__file__, CHECKOUT, out],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return out
