@@ -196,8 +196,10 @@ def lying(shard: Shard, stored: Stored, is_transposed: bool, replica: int) -> It
     if len(stored.extents) == 1 and shard.region.numel:
         yield shard.at(stored.extents[0].file, stored.extents[0].offset)
         return
-    begin = 0
+    begin, low, high = 0, shard.view.offset, shard.view.offset + shard.view.span
     for extent in stored.extents:
-        for part in shard.within(begin, begin + extent.nbytes):
-            yield part.at(extent.file, extent.offset - begin)
-        begin += extent.nbytes
+        end = begin + extent.nbytes
+        if begin < high and low < end:
+            for part in shard.within(begin, end):
+                yield part.at(extent.file, extent.offset - begin)
+        begin = end
