@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.cli.arguments import positive
+from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.frameworks.mindspore.target import FRAMES
 from parammap.job.combine_shards import combine

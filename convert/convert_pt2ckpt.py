@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.cli.arguments import positive
+from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.frameworks.mindspore import target as mindspore
@@ -99,6 +99,7 @@ def _convert(args: argparse.Namespace) -> int:
         Request(
             source=args.megatron_path,
             target=args.ms_path,
+            to="mindspore",
             source_sizes=sizes,
             sizes={size: value for size, value in sizes.items() if size in ("dp", "cp")},
             source_stage_layers=tuple(args.stage_list or ()),
@@ -109,7 +110,7 @@ def _convert(args: argparse.Namespace) -> int:
                 args.file_prefix,
                 roles,
                 "float32" if args.convert_param_only else None,
-                all_dp_cp=args.generate_all_dp_cp,
+                generate_all_dp_cp=args.generate_all_dp_cp,
             ),
             sidecar=args.param_map_path,
             weights_only=args.convert_param_only,

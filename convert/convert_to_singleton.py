@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     options = Options(
-        SINGLETON, cast=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req
+        SINGLETON, dtype=DTYPES.get(args.output_dtype), arch=_ARCH, plain=args.drop_metaseq_req
     )
     return write(
         args,

@@ -15,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.cli.arguments import positive
+from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.job.repartition import NUMBERS, SIZES, repartition
 from parammap.plan.planner import FIRST, MEAN, REFUSE

@@ -11,7 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.cli.arguments import positive
+from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.cli.metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
 from parammap.errors import RefusedError
@@ -69,7 +69,7 @@ def _reshard(args: argparse.Namespace) -> int:
     for part in only:
         name = name.replace(f"model_part-{part}", "model_part-{part}")
     options = Options(
-        WHOLE if whole else FLAT, cast=DTYPES.get(args.output_dtype), plain=args.drop_metaseq_req
+        WHOLE if whole else FLAT, dtype=DTYPES.get(args.output_dtype), plain=args.drop_metaseq_req
     )
     return write(
         args,

@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.cli.arguments import positive
+from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.cli.metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
 from parammap.errors import RefusedError
@@ -59,7 +59,7 @@ def _reshard(args: argparse.Namespace) -> int:
         args,
         files,
         output,
-        Options(form, cast=DTYPES.get(args.output_dtype)),
+        Options(form, dtype=DTYPES.get(args.output_dtype)),
         parts=parts,
         only=frozenset() if args.part is None else frozenset([args.part]),
         shards=args.target_ddp_size,

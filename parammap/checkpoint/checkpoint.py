@@ -3,15 +3,24 @@ tensor."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.index import Index
 from parammap.checkpoint.sidecar import Sidecar
+from parammap.errors import RefusedError
 from parammap.tensors.layout import Layout
 
 #: (tp, pp, ep) of a rank that has files of its own
 Coordinates = tuple[int, int, int]
+
+
+def _undescribed(checkpoint: Checkpoint) -> Architecture:
+    raise RefusedError(
+        f"{checkpoint.folder}: what its model computes is not known; read it with registry.read"
+    )
 
 
 @dataclass(slots=True)
@@ -22,7 +31,9 @@ class Checkpoint:
     checkpoint_version, optimizer (its parameter groups), opt_param_scheduler, rng_state …
     `structures` holds per rank and chunk the state dict's own shape: nested dicts with a TensorSpec
     for each tensor and everything else as it was saved. `trained` is the run's own layout where the
-    checkpoint is presented in another one; `notes` say what a user should know of it."""
+    checkpoint is presented in another one; `notes` say what a user should know of it.
+    `describe` is its framework's way to tell what the model computes (see
+    frameworks/architecture.py)."""
 
     framework: str
     folder: Path
@@ -38,6 +49,7 @@ class Checkpoint:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     trained: Layout | None = None
+    describe: Callable[[Checkpoint], Architecture] = _undescribed
 
     def stage_layers(self) -> list[int]:
         """The number of layers of each pipeline stage."""

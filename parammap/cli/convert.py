@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from parammap.arguments import positive
 from parammap.cli import target_options
-from parammap.cli.arguments import positive
-from parammap.frameworks.targets import TARGETS
+from parammap.frameworks import registry
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 from parammap.plan.planner import FIRST, MEAN, REFUSE
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", type=Path, metavar="SRC", help="a save folder, or one of its iteration folders")
     add("target", type=Path, metavar="DST", help="the folder to make")
-    add("--to", required=True, choices=sorted(TARGETS), help="the framework to write for")
+    add("--to", required=True, choices=list(registry.targets()), help="the framework to write for")
     add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
     add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
     add(

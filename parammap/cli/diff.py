@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parammap.cli import reading
 from parammap.errors import RefusedError
-from parammap.frameworks.megatron.shapes import contradictions
+from parammap.frameworks import registry
 from parammap.name_list import shorten_names
 from parammap.proof.compare import Difference, Tolerance, differences, metadata_differences, pair
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         "wrong_shapes": [
             f"{one.folder}: {names}: {what}"
             for one in (a, b)
-            for names, what in contradictions(one).items()
+            for names, what in registry.framework(one.framework).contradictions(one).items()
         ],
         "differences": [_entry(one) for one in found],
     }

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from parammap.arguments import positive
 from parammap.cli import reading
-from parammap.cli.arguments import positive
 from parammap.errors import RefusedError
 from parammap.proof.locate import Answer, Run, identify, locate, value_at
 from parammap.tensors.logical import ITEMSIZE

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
+from parammap.arguments import positive
 from parammap.checkpoint.manifest import MANIFEST
-from parammap.cli.arguments import positive
 from parammap.errors import RefusedError
 from parammap.execute.durable import sync
 from parammap.frameworks.metaseq.target import Options

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from parammap.arguments import positive
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.cli.arguments import positive
 from parammap.frameworks import registry
 
 

@@ -1,15 +1,14 @@
 """Which framework's checkpoints can be written for which other one, for each family of models.
 
-The table is made of what readers (SOURCES) and targets (TARGETS) have; tests convert along every
-pair of it."""
+The table is made of what the registered frameworks read and write; tests convert along every pair
+of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
-from parammap.frameworks.targets import TARGETS
+from parammap.frameworks import registry
 
 #: what goes along: the optimizer's states as well, or the weights alone
 WHOLE, WEIGHTS = "whole state", "weights"
@@ -23,41 +22,20 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a framework's reader reads: the families of models, and whether with the optimizer's
-    states."""
-
-    families: tuple[str, ...]
-    optimizer: bool = True
-
-
-SOURCES = {
-    "megatron": Source((GPT2, LLAMA, MIXTURE, YUAN)),
-    "megatron-dist": Source((GPT2, LLAMA, MIXTURE)),
-    "mindspore": Source((GPT2, LLAMA, MIXTURE)),
-    "deepspeed": Source((GPT2, BLOOM)),
-    "merak": Source((GPT2,), optimizer=False),
-    "metaseq": Source((OPT,)),
-    "alpa": Source((OPT, BLOOM), optimizer=False),
-    "transformers": Source((GPT2, LLAMA, OPT, BLOOM), optimizer=False),
-}
-
-
 def goes(family: str, source: str, to: str) -> str | None:
     """What of a model of a family goes from one framework to another: WHOLE, WEIGHTS, or None for
     nothing."""
-    reader, target = SOURCES[source], TARGETS[to]
-    if family not in reader.families or family not in target.families:
+    framework, target = registry.framework(source), registry.target(to)
+    if family not in framework.families or family not in target.families:
         return None
     is_native = source in target.native
     if (
         target.needs_optimizer
-        and not reader.optimizer
+        and not framework.optimizer
         or (target.native and not is_native and not target.import_model)
     ):
         return None
-    return WHOLE if reader.optimizer and target.optimizer else WEIGHTS
+    return WHOLE if framework.optimizer and target.optimizer else WEIGHTS
 
 
 def pairs() -> Iterator[tuple[str, str, str]]:
@@ -65,10 +43,20 @@ def pairs() -> Iterator[tuple[str, str, str]]:
     return (
         (family, source, to)
         for family in TITLES
-        for source in SOURCES
-        for to in TARGETS
+        for source in sources(family)
+        for to in targets(family)
         if goes(family, source, to)
     )
+
+
+def sources(family: str) -> list[str]:
+    """The frameworks whose checkpoints of a family are read."""
+    return [one.name for one in registry.frameworks() if family in one.families]
+
+
+def targets(family: str) -> list[str]:
+    """What models of a family are written for."""
+    return [name for name, one in registry.targets().items() if family in one.families]
 
 
 def tables() -> str:
@@ -77,11 +65,10 @@ def tables() -> str:
 
 
 def _table(family: str) -> str:
-    sources = [source for source in SOURCES if family in SOURCES[source].families]
-    targets = [to for to in TARGETS if family in TARGETS[to].families]
+    names = targets(family)
     rows = [
-        ["from \\ to", *targets],
-        ["---"] * (len(targets) + 1),
-        *([source, *(goes(family, source, to) or "–" for to in targets)] for source in sources),
+        ["from \\ to", *names],
+        ["---"] * (len(names) + 1),
+        *([one, *(goes(family, one, to) or "–" for to in names)] for one in sources(family)),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

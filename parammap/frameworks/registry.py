@@ -1,57 +1,97 @@
-"""Frameworks: which folders and files a checkpoint of each consists of, and which rank writes
-what."""
+"""The frameworks that the house knows, a line for each; and the checkpoint of whichever of them a
+path holds."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from parammap.checkpoint import completeness
-from parammap.checkpoint.architecture import ARCHITECTURES
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.frameworks.alpa import architecture as alpa_architecture
-from parammap.frameworks.alpa import reader as alpa_source
-from parammap.frameworks.deepspeed import architecture as deepspeed_architecture
-from parammap.frameworks.deepspeed import reader as deepspeed
-from parammap.frameworks.megatron import architecture as megatron_architecture
-from parammap.frameworks.megatron import reader as megatron
-from parammap.frameworks.megatron_dist import reader as megatron_dist
-from parammap.frameworks.merak import architecture as merak_architecture
-from parammap.frameworks.merak import reader as merak
-from parammap.frameworks.metaseq import architecture as metaseq_architecture
-from parammap.frameworks.metaseq import reader as metaseq
-from parammap.frameworks.mindspore import reader as mindspore_source
-from parammap.frameworks.transformers import architecture as transformers_architecture
-from parammap.frameworks.transformers import reader as transformers_source
+from parammap.frameworks.alpa.framework import ALPA
+from parammap.frameworks.deepspeed.framework import DEEPSPEED
+from parammap.frameworks.framework import Framework
+from parammap.frameworks.megatron.framework import MEGATRON
+from parammap.frameworks.megatron_dist.framework import MEGATRON_DIST
+from parammap.frameworks.merak.framework import MERAK
+from parammap.frameworks.metaseq.framework import METASEQ
+from parammap.frameworks.mindspore.framework import MINDSPORE
+from parammap.frameworks.target import Target
+from parammap.frameworks.transformers.framework import TRANSFORMERS
 from parammap.gc_pause import gc_paused
 from parammap.tensors.layout import Numbering
 
-#: readers in the order in which they are asked whether a folder is theirs; the last one explains
-#: what is missing
-READERS = (
-    merak,
-    mindspore_source,
-    megatron_dist,
-    alpa_source,
-    deepspeed,
-    transformers_source,
-    metaseq,
-    megatron,
-)
-#: what else a reader can be told
-_LENT = {metaseq: ("metadata_from", "ema"), merak: ("metadata_from",)}
-ARCHITECTURES.update(
-    {
-        "megatron": megatron_architecture.of,
-        "megatron-dist": megatron_architecture.of,
-        "mindspore": megatron_architecture.of,
-        "metaseq": metaseq_architecture.of,
-        "alpa": alpa_architecture.of,
-        "deepspeed": deepspeed_architecture.of,
-        "merak": merak_architecture.of,
-        "transformers": transformers_architecture.of,
-    }
-)
+#: in the order in which they are asked whether a path is theirs; the last one explains what is
+#: missing
+_FRAMEWORKS = [
+    MERAK,
+    MINDSPORE,
+    MEGATRON_DIST,
+    ALPA,
+    DEEPSPEED,
+    TRANSFORMERS,
+    METASEQ,
+    MEGATRON,
+]
+
+
+def register(framework: Framework) -> None:
+    """Add a framework, which is asked before those that are there. Raises ValueError if its name,
+    that of a target or that of a flag stands for something else already."""
+    flags = {flag.name: flag for target in targets().values() for flag in target.all_flags}
+    taken = [
+        *(one.name for one in _FRAMEWORKS if one.name == framework.name),
+        *(one.name for one in framework.targets if one.name in targets()),
+        *(
+            flag.name
+            for one in framework.targets
+            for flag in one.all_flags
+            if flags.get(flag.name, flag) != flag
+        ),
+    ]
+    if taken:
+        raise ValueError(f"{framework.name}: {', '.join(taken)}: there is another one already")
+    _FRAMEWORKS.insert(0, framework)
+
+
+def unregister(name: str) -> None:
+    """Remove a framework that was registered."""
+    _FRAMEWORKS.remove(framework(name))
+
+
+def frameworks() -> tuple[Framework, ...]:
+    """All frameworks, by name."""
+    return tuple(sorted(_FRAMEWORKS, key=lambda framework: framework.name))
+
+
+def framework(name: str) -> Framework:
+    """The framework of that name, such as `Checkpoint.framework`."""
+    found = next((one for one in _FRAMEWORKS if one.name == name), None)
+    if found is None:
+        known = ", ".join(one.name for one in frameworks())
+        raise RefusedError(f"{name}: no such framework; known are {known}")
+    return found
+
+
+def targets() -> dict[str, Target]:
+    """All that can be written, by name."""
+    found = [target for framework in _FRAMEWORKS for target in framework.targets]
+    return {target.name: target for target in sorted(found, key=lambda target: target.name)}
+
+
+def target(name: str) -> Target:
+    """What is written with `--to name`."""
+    found = targets()
+    if name not in found:
+        raise RefusedError(f"{name}: cannot be written; what can be is {', '.join(found)}")
+    return found[name]
+
+
+def recognized(source: Path) -> Framework:
+    """The framework whose checkpoint a path holds; if none says so, the one that explains what is
+    missing."""
+    return next((one for one in _FRAMEWORKS if one.recognizes(source)), _FRAMEWORKS[-1])
 
 
 @gc_paused()
@@ -77,22 +117,22 @@ def read(
     config.json of what Merak saved without one; `ema` asks for the averaged weights in metaseq's
     files. Raises RefusedError if it is no checkpoint, damaged, or of other sizes."""
     sizes = sizes or {}
-    reader = next((reader for reader in READERS if reader.recognizes(source)), READERS[-1])
+    found = recognized(source)
     lent = {"metadata_from": metadata_from, "ema": ema}
-    taken = {name: lent[name] for name in _LENT.get(reader, ())}
-    if foreign := [name for name, value in lent.items() if value and name not in taken]:
+    if foreign := [name for name, value in lent.items() if value and name not in found.takes]:
         raise RefusedError(
             f"{source}: is no checkpoint that takes --{foreign[0].replace('_', '-')}; leave it out"
         )
-    checkpoint = reader.read(
+    checkpoint = found.read(
         source,
         iteration=iteration,
         sidecar_folder=sidecar,
         weights_only=weights_only,
         drop=drop,
         numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix),
-        **taken,
+        **{name: lent[name] for name in found.takes},
     )
+    checkpoint.describe = found.architecture
     completeness.check(checkpoint)
     for name, size in sizes.items():
         there = getattr(checkpoint.layout, name)
@@ -101,3 +141,7 @@ def read(
                 f"{source}: was saved with {name} {there} and not {size}; leave the size out"
             )
     return checkpoint
+
+
+for _point in entry_points(group="parammap.frameworks"):
+    register(_point.load())

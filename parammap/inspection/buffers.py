@@ -14,6 +14,7 @@ from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.sidecar import Bucket, Buffer, Slot
 from parammap.formats import torch_zip
+from parammap.frameworks import registry
 from parammap.frameworks.megatron import reader as megatron
 from parammap.inspection.kinds import kind_of
 
@@ -102,7 +103,7 @@ class Optimizers:
         ):
             for chunk in rank.layout["chunks"] if rank.layout else ():
                 known[pp, chunk["vpp"]] = chunk["layers"]
-        if known or self.checkpoint.framework != "megatron":
+        if known or not registry.framework(self.checkpoint.framework).inspection.as_trained:
             return known
         numbers: dict[tuple[int, int], dict[str, dict[int, int]]] = {}
         for held in self.checkpoint.index.held:

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from parammap import families
-from parammap.checkpoint.architecture import Architecture, architecture_of
+from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import is_padding
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING
 from parammap.frameworks import registry
-from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.architecture import architecture_of
+from parammap.frameworks.framework import Inspection
 from parammap.frameworks.megatron.facts import Facts
 from parammap.frameworks.megatron.param_groups import param_groups
-from parammap.frameworks.mindspore import reader as mindspore_source
-from parammap.inspection import fsdp
 from parammap.inspection.buffers import RELEASES, Optimizers
 from parammap.inspection.kinds import KINDS, kind_of
 from parammap.name_list import shorten_names
@@ -57,9 +56,6 @@ _ARCHITECTURE_FACTS = {
     "positions": "max_position_embeddings",
     "activation": "activation",
 }
-#: frameworks that descend from Megatron-LM: a rank has a folder of its own, and the run's arguments
-#: are kept
-_OF_MEGATRON = ("megatron", "megatron-dist", "mindspore")
 _GROUP_FACTS = (
     "lr",
     "step",
@@ -73,13 +69,6 @@ _GROUP_FACTS = (
     "is_expert_parallel",
 )
 _ROLE_ORDER = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
-#: what each of a checkpoint's files is for, by name or by ending
-_FILE_KINDS = {
-    megatron.MODEL_FILE: "model",
-    megatron.OPTIMIZER_FILE: "optimizer",
-    ".ckpt": "tensors",
-    ".safetensors": "tensors",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,40 +108,24 @@ def read(
         )
         return Reading(checkpoint, checkpoint if checkpoint.with_optimizer else None)
     except RefusedError as error:
-        if sidecar or metadata_from or mindspore_source.recognizes(source):
+        unreadable = registry.recognized(source).inspection.unreadable
+        if sidecar or metadata_from or unreadable is None:
             raise
-        return _fall_back(source, iteration, error)
+        weights = registry.read(source, iteration=iteration, weights_only=True)
+        reason, drop = unreadable(weights, error)
+        states = _without(drop, source, iteration) if drop else None
+        return Reading(weights, states, reason)
 
 
-def _fall_back(source: Path, iteration: int | None, error: RefusedError) -> Reading:
-    """A checkpoint whose optimizer cannot be read: of Megatron-LM, because there is no sidecar, or
-    a bare map only."""
-    weights = registry.read(source, iteration=iteration, weights_only=True)
-    if weights.framework != "megatron":
-        return Reading(weights, None, str(error))
-    with_optimizer = [
-        (path / megatron.OPTIMIZER_FILE).is_file() for path in weights.rank_folders.values()
-    ]
-    if not any(with_optimizer):
-        return Reading(
-            weights, None, f"no rank has a {megatron.OPTIMIZER_FILE}: saved without its optimizer"
-        )
-    if not all(with_optimizer):
-        raise error
+def _without(drop: frozenset[str], source: Path, iteration: int | None) -> Checkpoint | None:
     try:
-        bare = not megatron.find_sidecar(weights.folder, weights.iteration, None).complete
-    except RefusedError as no_sidecar:
-        return Reading(weights, None, str(no_sidecar))
-    if not bare:
-        raise error
-    try:
-        return Reading(
-            weights,
-            registry.read(source, iteration=iteration, drop=frozenset({"experts"})),
-            str(error),
-        )
+        return registry.read(source, iteration=iteration, drop=drop)
     except RefusedError:
-        return Reading(weights, None, str(error))
+        return None
+
+
+def _asked(checkpoint: Checkpoint) -> Inspection:
+    return registry.framework(checkpoint.framework).inspection
 
 
 def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
@@ -162,6 +135,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
     files = _files_of_ranks(whole)
     optimizers = Optimizers.of(checkpoint)
+    flat_parameters = _asked(checkpoint).flat_parameters
     result = {
         "schema": SCHEMA,
         "version": VERSION,
@@ -177,9 +151,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
         "states": _states(reading),
         "optimizer": _optimizer(reading, optimizers),
         "buffers": optimizers.buffers(),
-        "flat_parameters": fsdp.flats(checkpoint, files)
-        if checkpoint.framework == "metaseq"
-        else [],
+        "flat_parameters": flat_parameters(checkpoint, files) if flat_parameters else [],
         "files": _files(checkpoint, files),
         "sidecar": _sidecar(checkpoint, files),
         "missing": _missing(reading, facts),
@@ -219,7 +191,7 @@ def _stages(checkpoint: Checkpoint, whole: Checkpoint) -> list[dict[str, Any]]:
             layers.setdefault((place.pp, place.vpp), set()).add(held.layer)
         if held.row is not None and held.row.canonical in ends:
             ends[held.row.canonical].add(place.pp)
-    if checkpoint.framework != "megatron":
+    if not _asked(checkpoint).as_trained:
         layers = _recorded_layers(checkpoint) or layers
     stages = []
     for pp in range(checkpoint.layout.pp):
@@ -254,7 +226,7 @@ def _recorded_layers(checkpoint: Checkpoint) -> dict[tuple[int, int], set[int]]:
 def _files_of_ranks(whole: Checkpoint) -> dict[Coordinates, list[Path]]:
     """Each rank's files: all in its folder; where ranks share folders, those that hold its
     tensors."""
-    if whole.framework in _OF_MEGATRON:
+    if _asked(whole).file_kinds is not None:
         return {
             rank: [path for path in sorted(folder.iterdir()) if path.is_file()]
             for rank, folder in whole.rank_folders.items()
@@ -326,7 +298,7 @@ def _architecture(whole: Checkpoint) -> Architecture | None:
     """What the model of a framework that keeps no arguments of Megatron-LM's computes; None if that
     is not known."""
     try:
-        return None if whole.framework in _OF_MEGATRON else architecture_of(whole)
+        return None if _asked(whole).keeps_args else architecture_of(whole)
     except RefusedError:
         return None
 
@@ -416,7 +388,7 @@ def _read_roles(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
     roles = {role: role for role in reading.best.index.roles() | {MODEL_PARAM}}
     alone = (
         reading.weights,
-        {MAIN_PARAM: MODEL_PARAM if reading.weights.framework == "megatron" else MAIN_PARAM},
+        {MAIN_PARAM: _asked(reading.weights).weights_role},
     )
     if reading.states is None:
         return [alone]
@@ -429,18 +401,19 @@ def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
     checkpoint = reading.best
     meta = next(iter(checkpoint.rank_metadata.values()), {})
     scheduler, generation = meta.get("opt_param_scheduler"), optimizers.generation()
-    of_metaseq = fsdp.optimizer(meta)
+    described = _asked(checkpoint).optimizer
+    own = described(meta) if described else {}
     return {
         "readable": reading.states is not None and reading.reason is None,
         "reason": reading.reason,
         "generation": generation,
         "written_by": RELEASES.get(generation),
         "states": sorted(reading.states.index.roles() - {MAIN_PARAM}) if reading.states else [],
-        "name": of_metaseq["name"],
-        "loss_scale": of_metaseq["loss_scale"],
+        "name": own.get("name"),
+        "loss_scale": own.get("loss_scale"),
         "groups": [
             _plain(group, _GROUP_FACTS)
-            for group in param_groups(meta.get("optimizer")) or of_metaseq["groups"]
+            for group in param_groups(meta.get("optimizer")) or own.get("groups", [])
         ],
         "scheduler": _plain(scheduler, tuple(sorted(scheduler)))
         if isinstance(scheduler, dict)
@@ -458,13 +431,13 @@ def _plain(values: dict, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _files(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
-    holds_tensors = checkpoint.framework not in _OF_MEGATRON
+    known = _asked(checkpoint).file_kinds
     kinds: dict[str, list[int]] = {}
     for path in sorted(set().union(*files.values())):
         kind = (
             "tensors"
-            if holds_tensors
-            else _FILE_KINDS.get(path.name) or _FILE_KINDS.get(path.suffix) or "other"
+            if known is None
+            else known.get(path.name) or known.get(path.suffix) or "other"
         )
         kinds.setdefault(kind, []).append(path.stat().st_size)
     if checkpoint.sidecar:
@@ -480,8 +453,8 @@ def _files(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list
 
 
 def _sidecar(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> dict[str, Any] | None:
-    if checkpoint.framework == "metaseq":
-        return fsdp.sidecar(checkpoint, sorted(set().union(*files.values())))
+    if find := _asked(checkpoint).sidecar:
+        return find(checkpoint, sorted(set().union(*files.values())))
     sidecar = checkpoint.sidecar
     return sidecar and {
         "kind": "layout" if sidecar.complete else "maps",
@@ -507,7 +480,7 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
             "the sidecar is bare maps: no release, and no bucket bounds but those of the "
             "checkpoint itself"
         )
-    if checkpoint.framework not in _OF_MEGATRON:
+    if not _asked(checkpoint).keeps_args:
         known = _architecture(checkpoint)
         if known is None or known.heads is None:
             lines.append("the number of attention heads is not recorded")

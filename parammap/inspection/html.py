@@ -169,9 +169,7 @@ def _buffers(facts: dict[str, Any]) -> str:
         for parameter in bucket["params"]
     }
     origin = (
-        ""
-        if facts["framework"] == "megatron"
-        else " of the Megatron-LM run that this was made from"
+        "" if text.asked(facts).as_trained else " of the Megatron-LM run that this was made from"
     )
     ticks = (
         "; ticks below a bar are the data-parallel ranks' shards"

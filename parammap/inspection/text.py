@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from parammap.frameworks import registry
+from parammap.frameworks.framework import Inspection
 from parammap.name_list import shorten_names
 
-FRAMEWORKS = {
-    "megatron": "Megatron-LM",
-    "mindspore": "MindSpore",
-    "metaseq": "Metaseq",
-    "alpa": "Alpa",
-    "deepspeed": "Megatron-DeepSpeed",
-    "merak": "Merak",
-    "transformers": "Transformers",
-}
 ROLES = {
     "weight": "weight",
     "exp_avg": "exp_avg",
@@ -66,7 +59,12 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 def title(facts: dict[str, Any]) -> str:
     iteration = f", iteration {facts['iteration']}" if facts["iteration"] else ""
-    return f"{FRAMEWORKS.get(facts['framework'], facts['framework'])} checkpoint{iteration}"
+    return f"{asked(facts).title or facts['framework']} checkpoint{iteration}"
+
+
+def asked(facts: dict[str, Any]) -> Inspection:
+    """What the framework that the facts are of has to say."""
+    return registry.framework(facts["framework"]).inspection
 
 
 def table(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -93,16 +91,14 @@ def release(facts: dict[str, Any]) -> str:
     known = facts["release"]
     if not known:
         return "release not recorded"
-    origin = "" if facts["framework"] == "megatron" else "made from a run of Megatron-LM "
+    origin = "" if asked(facts).as_trained else "made from a run of Megatron-LM "
     return f"{origin}core {known['core']}, torch {known['torch']}"
 
 
 def layout(facts: dict[str, Any]) -> str:
     sizes = facts["layout"]
-    if facts["framework"] == "alpa":
-        return "one folder of whole tensors"
-    if facts["framework"] == "metaseq":
-        return f"{counted(sizes['tp'], 'model-parallel part')} (tp) × {counted(sizes['dp'], 'FSDP shard')} (dp)"
+    if describe := asked(facts).layout:
+        return describe(sizes)
     shown = [f"{name} {sizes[name]}" for name in ("tp", "pp", "vpp", "ep", "dp", "cp")]
     etp = f" · etp {sizes['etp']}" if sizes["etp"] != sizes["tp"] else ""
     return f"{' × '.join(shown[:2])} · {' · '.join(shown[2:])}{etp} · order {sizes['order']}"

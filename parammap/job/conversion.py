@@ -19,8 +19,7 @@ from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.execute.writer import BUFFER_BYTES, STRIP_BYTES, Outcome
 from parammap.frameworks import registry
-from parammap.frameworks.megatron.shapes import contradictions
-from parammap.frameworks.targets import TARGETS
+from parammap.frameworks.flags import DTYPE
 from parammap.gc_pause import gc_paused
 from parammap.job.findings import Findings, status_of
 from parammap.job.fingerprint import fingerprint
@@ -74,7 +73,7 @@ def convert(request: Request) -> Report:
     try:
         if refusal := findings.refusal(source.folder, request):
             raise refusal
-        if check := TARGETS[request.to].check:
+        if check := registry.target(request.to).check:
             check(staging.out, target)
     except RefusedError:
         staging.discard()
@@ -107,7 +106,7 @@ def convert(request: Request) -> Report:
             "options": {
                 "weights_only": request.weights_only,
                 "drop": sorted(request.drop),
-                "cast": _options(request).cast,
+                "cast": getattr(_options(request), DTYPE.option, None),
                 "replicas": request.replicas,
             },
             MANIFEST_KEY: True,
@@ -141,7 +140,7 @@ def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, PartialR
         ema=request.ema,
     )
     _check(source, request)
-    target, chosen = _wanted(source, request), TARGETS[request.to]
+    target, chosen = _wanted(source, request), registry.target(request.to)
     planned = chosen.files(target, _options(request), request.sizes)
     part = partial_run_of(planned, request)
     replicas = OWN if target is source and chosen.resharded else request.replicas
@@ -157,7 +156,7 @@ def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, PartialR
 def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
     """The source in the layout wanted. Raises RefusedError for sizes that mean nothing to the
     target."""
-    target = TARGETS[request.to]
+    target = registry.target(request.to)
     if target.resharded is None and (
         request.stage_layers or not request.sizes.keys() <= target.sizes.keys()
     ):
@@ -170,7 +169,8 @@ def _wanted(source: Checkpoint, request: Request) -> Checkpoint:
 
 
 def _check(source: Checkpoint, request: Request) -> None:
-    for names, what in contradictions(source).items():
+    contradictions = registry.framework(source.framework).contradictions(source)
+    for names, what in contradictions.items():
         raise RefusedError(f"{source.folder}: {names}: {what}")
     if request.num_layers not in (None, source.num_layers):
         raise RefusedError(
@@ -249,7 +249,7 @@ def _check_space(plan: Plan, needed: int, staging: Staging) -> None:
 
 
 def _options(request: Request) -> Any:
-    return request.options or TARGETS[request.to].options()
+    return request.options or registry.target(request.to).options()
 
 
 def _shaping(planned: Output, request: Request) -> list[object]:

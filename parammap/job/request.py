@@ -18,7 +18,7 @@ class Request:
 
     source: Path
     target: Path
-    to: str = "mindspore"
+    to: str
     sizes: dict[str, int] = field(default_factory=dict)
     source_sizes: dict[str, int] = field(default_factory=dict)
     source_stage_layers: tuple[int, ...] = ()

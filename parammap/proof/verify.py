@@ -21,8 +21,6 @@ from parammap.errors import RefusedError
 from parammap.execute.checks import cast_bits, widen_bits
 from parammap.execute.gather import Files
 from parammap.frameworks import registry
-from parammap.frameworks.megatron import readback
-from parammap.frameworks.megatron.shapes import contradictions
 from parammap.name_list import shorten_names
 from parammap.proof.compare import (
     Difference,
@@ -161,10 +159,11 @@ def verify(request: Request) -> Verdict:
             return verdict
     output = read_output(request, manifest)
     casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
+    framework = registry.framework(output.framework)
     verdict.problems += [
         *_missing_names(output, verdict),
-        *(Problem(*one) for one in contradictions(output).items()),
-        *starmap(Problem, readback.wrong_order(output, manifest is not None)),
+        *starmap(Problem, framework.contradictions(output).items()),
+        *starmap(Problem, framework.wrong_order(output, manifest is not None)),
     ]
     if manifest is None:
         verdict.notes.append(

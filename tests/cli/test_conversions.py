@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, YUAN, architecture_of
+from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, YUAN
 from parammap.cli.main import main
 from parammap.frameworks import conversions, registry
+from parammap.frameworks.architecture import architecture_of
 from parammap.tensors.logical import EXP_AVG_SQ, MAIN_PARAM
 from tests.support import hub
 from tests.support.conversions import DOCS, convert, digests
@@ -85,11 +86,9 @@ def test_every_pair_keeps_every_tensor(source, tmp_path, family, framework, to):
     [
         (family, framework, to)
         for family in conversions.TITLES
-        for framework in conversions.SOURCES
-        for to in conversions.TARGETS
-        if family in conversions.SOURCES[framework].families
-        and not conversions.goes(family, framework, to)
-        and family != YUAN
+        for framework in conversions.sources(family)
+        for to in registry.targets()
+        if not conversions.goes(family, framework, to) and family != YUAN
     ],
 )
 def test_every_other_pair_is_refused(source, tmp_path, capsys, family, framework, to):
@@ -113,10 +112,10 @@ def test_a_walk_of_six_conversions_comes_back(tmp_path, family, seed):
     for hop in range(1, HOPS + 1):
         ways = [
             to
-            for to in conversions.SOURCES
+            for to in conversions.sources(family)
             if conversions.goes(family, framework, to)
             and to != framework
-            and not conversions.TARGETS[to].needs_optimizer
+            and not registry.target(to).needs_optimizer
         ]
         to = "transformers" if hop == HOPS and framework != "transformers" else rng.choice(ways)
         sizes = [
@@ -141,10 +140,8 @@ def test_a_walk_with_the_optimizer_comes_back(source, tmp_path, seed):
         to = rng.choice(
             [
                 to
-                for to in conversions.SOURCES
-                if to in conversions.TARGETS
-                and to != framework
-                and conversions.goes(GPT2, framework, to) == conversions.WHOLE
+                for to in conversions.sources(GPT2)
+                if to != framework and conversions.goes(GPT2, framework, to) == conversions.WHOLE
             ]
         )
         sizes = [

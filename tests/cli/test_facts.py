@@ -125,7 +125,7 @@ def changes(fill: Fill):
 
 
 def test_the_fingerprint_is_of_the_whole_plan():
-    plan = _planned(Request(source=LEGACY, target=Path("out")))[4]
+    plan = _planned(Request(source=LEGACY, target=Path("out"), to="mindspore"))[4]
     task = plan.tasks[0]
     number, fill = next(
         (number, one) for number, (one, *_) in enumerate(task.fills) if one.model_copy
@@ -145,7 +145,7 @@ def test_the_fingerprint_is_of_the_whole_plan():
     found.append(fingerprint.fingerprint(plan, ["others"]))
     assert len(set(found)) == len(found) == 1 + 6 + 3 + 1
     assert found[0] == fingerprint.fingerprint(
-        _planned(Request(source=LEGACY, target=Path("out")))[4], ["options"]
+        _planned(Request(source=LEGACY, target=Path("out"), to="mindspore"))[4], ["options"]
     )
 
 

@@ -7,14 +7,16 @@ import zipfile
 import pytest
 
 from parammap.cli.main import main
-from parammap.cli.patch import PATCHES
+from parammap.cli.patch import patches
 from tests.support.paths import ROOT
+
+PATCHES = {name: patch.file for name, patch in patches().items()}
 
 
 @pytest.mark.parametrize("framework", PATCHES)
 def test_prints_the_patch_byte_for_byte(framework, capsys):
     assert main(["patch", framework]) == 0
-    assert capsys.readouterr().out == (ROOT / "patches" / PATCHES[framework][0]).read_text()
+    assert capsys.readouterr().out == (ROOT / "patches" / PATCHES[framework]).read_text()
 
 
 def test_lists_all(capsys):
@@ -48,7 +50,7 @@ def test_the_wheel_holds_the_package_and_nothing_generic(tmp_path):
     (wheel,) = tmp_path.glob("parammap-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"parammap"}
-    assert {f"parammap/patches/{patch}" for patch, _ in PATCHES.values()} <= set(names)
+    assert {f"parammap/patches/{patch}" for patch in PATCHES.values()} <= set(names)
     assert {
         "parammap/schemas/layout.schema.json",
         "parammap/hooks/run.py",

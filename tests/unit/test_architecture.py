@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, OPT, architecture_of
+from parammap.checkpoint.architecture import GPT2, LLAMA, OPT
 from parammap.cli.main import main
 from parammap.errors import RefusedError
 from parammap.frameworks import registry
+from parammap.frameworks.architecture import architecture_of
 from tests.support import paths
 from tests.support.alpa import opt_weights, singleton
 

@@ -16,20 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parammap.checkpoint.architecture import (
-    BLOOM,
-    GPT2,
-    OPT,
-    ROWS_BEFORE_POSITIONS,
-    Architecture,
-    architecture_for,
-    architecture_of,
-)
+from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, ROWS_BEFORE_POSITIONS, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, HF_BLOOM, WORD_EMBEDDING, Row, rows_of
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
+from parammap.frameworks.architecture import architecture_for, architecture_of
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, gap, in_a_row
 from parammap.plan.source_tensors import Parameter, SourceTensors
@@ -81,11 +74,11 @@ EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`cast`, the dtype of the weights; `vocab_size`, the rows of the word embedding (None: the
+    """`dtype`, the dtype of the weights; `vocab_size`, the rows of the word embedding (None: the
     source's, its padding included); `activation`, what the user says of a source that does not
     record it."""
 
-    cast: str = "float16"
+    dtype: str = "float16"
     vocab_size: int | None = None
     activation: str | None = None
 
@@ -100,7 +93,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         [WantedFile(one.spec.name, tuple(npy.frame(one.spec)), (one,)) for one in tensors],
         [(folder, "") for folder in target.rank_folders.values()],
         [],
-        {"alpa": {**described(states, architecture), "dtype": options.cast}},
+        {"alpa": {**described(states, architecture), "dtype": options.dtype}},
         roles=(MAIN_PARAM,),
         ignorable=BUFFERS,
     )
@@ -139,7 +132,7 @@ def _bloom(states: SourceTensors, options: Options) -> tuple[Architecture, list[
         )
     sizes = Sizes(architecture.heads, architecture.heads)
     return architecture, [
-        states.wanted(one, MAIN_PARAM, sizes, dtype=options.cast) for one in parameters.values()
+        states.wanted(one, MAIN_PARAM, sizes, dtype=options.dtype) for one in parameters.values()
     ]
 
 
@@ -175,7 +168,7 @@ def _wanted(
         sum(part.region.sizes[0] for part in parts),
         *states.tensor(MAIN_PARAM, name).shape[1:],
     )
-    return Wanted(TensorSpec(path, options.cast, shape), parts)
+    return Wanted(TensorSpec(path, options.dtype, shape), parts)
 
 
 def states_of(source: Checkpoint, vocab_size: int | None) -> SourceTensors:

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parammap.checkpoint.architecture import GPT2, OPT, architecture_for
+from parammap.checkpoint.architecture import GPT2, OPT
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING
@@ -38,6 +38,7 @@ from parammap.frameworks.alpa.serving import (
     rows_to_add,
     states_of,
 )
+from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.megatron.param_groups import param_groups
 from parammap.plan.plan import Output, Wanted, WantedFile, in_a_row, interleaved
 from parammap.plan.source_tensors import SourceTensors
@@ -151,11 +152,11 @@ _FIRST_SCALE = 65536.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`cast` is the dtype that the model computes in; one that is not float32 has a float32 master
+    """`dtype` is the dtype that the model computes in; one that is not float32 has a float32 master
     copy and a dynamic loss scale beside it. `model` and `optimizer` name a table above; model '' is
     opt for an OPT and gpt2 for others."""
 
-    cast: str = "float32"
+    dtype: str = "float32"
     model: str = ""
     optimizer: str = "examples"
     vocab_size: int | None = None
@@ -197,7 +198,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
                 **described(states, architecture),
                 "model": name,
                 "optimizer": options.optimizer,
-                "dtype": options.cast,
+                "dtype": options.dtype,
                 "activation": architecture.activation,
             }
         },
@@ -218,7 +219,7 @@ def _leaves(model: Model, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
 
 def _train_state(writer: _Writer, options: Options) -> dict:
     source = writer.states.source
-    step, is_mixed = _steps(source), options.cast != "float32"
+    step, is_mixed = _steps(source), options.dtype != "float32"
     adam = {
         "count": lambda path: writer.scalar(path, "int32", step),
         "mu": lambda path: writer.tree(path, EXP_AVG, "float32"),
@@ -238,7 +239,7 @@ def _train_state(writer: _Writer, options: Options) -> dict:
             "opt_state": _filled(
                 OPTIMIZERS[options.optimizer], {_ADAM: adam, _COUNT: adam["count"]}
             ),
-            "params": lambda path: writer.tree(path, MAIN_PARAM, options.cast),
+            "params": lambda path: writer.tree(path, MAIN_PARAM, options.dtype),
             "step": lambda path: writer.scalar(path, "int32", source.iteration),
         },
     )

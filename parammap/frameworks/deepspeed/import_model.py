@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture, architecture_for
+from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import DEEPSPEED, HEAD, WORD_EMBEDDING
 from parammap.formats.pickles import Global, Opaque
+from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name
 from parammap.frameworks.deepspeed.universal import SCHEDULER, Contents, Parameter
 from parammap.frameworks.megatron.facts import args_of

@@ -15,16 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, Architecture, architecture_for
+from parammap.checkpoint.architecture import GPT2, LLAMA, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
 from parammap.errors import RefusedError
 from parammap.families import WORD_EMBEDDING
 from parammap.families.gpt import ROWS_OF_TABLE
 from parammap.formats.pickles import Global, Opaque
+from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.megatron import import_optimizer, registration
 from parammap.frameworks.megatron.architecture import LLAMA3_SCALING
+from parammap.frameworks.megatron.architecture import of as describe
 from parammap.frameworks.megatron.reshard import resharded
 from parammap.frameworks.megatron.specification import LOCAL, TRANSFORMER_ENGINE, Specification
 from parammap.frameworks.megatron.structure import megatron_naming
@@ -39,6 +42,8 @@ NAME = "Megatron-LM"
 CHECKPOINT_VERSION = 3.0
 #: Megatron-LM's default of --make-vocab-size-divisible-by
 DIVISIBLE_BY = 128
+#: the frameworks whose checkpoints are Megatron's already
+NATIVE = ("megatron", "megatron-dist", "mindspore")
 _RANK = (0, 0, 0)
 #: by family and activation: whether bias and activation are fused
 _FUSED = {
@@ -51,10 +56,10 @@ _FUSED = {
 _ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 
 
-def import_model(source: Checkpoint, transformer_impl: str | None = None) -> Checkpoint:
+def import_model(source: Checkpoint, options: Any) -> Checkpoint:
     """The source as Megatron's, its vocabulary padded by Megatron-LM's rule: with its iteration,
     the optimizer's states and a sidecar where it has an optimizer, else a release, of iteration 0.
-    Its layers are of `transformer_impl`.
+    Its layers are of `options.transformer_impl`.
 
     Raises RefusedError for a model that Megatron-LM cannot compute, for one of which nobody
     recorded how it computes, and for an optimizer that Megatron-LM's cannot be."""
@@ -64,7 +69,7 @@ def import_model(source: Checkpoint, transformer_impl: str | None = None) -> Che
     stepped = source.with_optimizer
     args = {
         **_args(source, architecture, states),
-        "transformer_impl": transformer_impl or TRANSFORMER_ENGINE,
+        "transformer_impl": options.transformer_impl or TRANSFORMER_ENGINE,
         **(import_optimizer.args(source) if stepped else {}),
     }
     specification = Specification.of(args)
@@ -97,6 +102,7 @@ def import_model(source: Checkpoint, transformer_impl: str | None = None) -> Che
             ]
         },
         dropped=source.dropped,
+        describe=describe,
         sidecar=import_optimizer.sidecar(source, args, specs) if stepped else None,
         notes=[*source.notes, *_notes(architecture, args, source)],
     )

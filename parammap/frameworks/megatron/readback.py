@@ -43,17 +43,20 @@ def check(root: Path, written: Checkpoint) -> None:
         )
 
 
-def wrong_order(output: Checkpoint, is_written_here: bool) -> Iterator[tuple[str, str]]:
+def wrong_order(output: Checkpoint, is_written_here: bool) -> list[tuple[str, str]]:
     """Where, and what, of buffers whose parameters do not lie where Megatron-LM's model will look
     for them. Files that a run saved (not `is_written_here`) may hold weights that are stale."""
-    if wrong := output.sidecar and registration.misplaced(output.sidecar):
-        yield str(output.sidecar.folder), wrong
-    elif (
-        is_written_here
-        and output.framework == "megatron"
-        and (found := _first_misfit(output, list(output.rank_folders.items())))
-    ):
-        yield str(output.folder), found
+    wrong = misplaced(output)
+    if is_written_here and not wrong:
+        found = _first_misfit(output, list(output.rank_folders.items()))
+        return [(str(output.folder), found)] if found else []
+    return wrong
+
+
+def misplaced(output: Checkpoint, _is_written_here: bool = True) -> list[tuple[str, str]]:
+    """The same, by the sidecar alone."""
+    wrong = output.sidecar and registration.misplaced(output.sidecar)
+    return [(str(output.sidecar.folder), wrong)] if wrong else []
 
 
 def _first_misfit(checkpoint: Checkpoint, folders: list[tuple[Coordinates, Path]]) -> str | None:

@@ -60,8 +60,6 @@ _LATENT: dict[str, tuple[_Size | None, ...]] = {
     _ATTENTION + "kv_up.weight": (((_HEADS, "qk_head_dim"), (_HEADS, "v_head_dim")), _KV_RANK),
     _ATTENTION + "out.weight": (_HIDDEN, ((_HEADS, "v_head_dim"),)),
 }
-#: whose checkpoints keep Megatron-LM's arguments
-_FRAMEWORKS = ("megatron", "megatron-dist", "mindspore")
 #: arguments by which layers or experts have sizes of their own
 _OTHERWISE = (
     "heterogeneous_layers_config_path",
@@ -73,10 +71,8 @@ _OTHERWISE = (
 
 
 def contradictions(checkpoint: Checkpoint) -> dict[str, str]:
-    """What is wrong, in words, with logical tensors that have another shape than the arguments say,
-    by their names."""
-    if checkpoint.framework not in _FRAMEWORKS:
-        return {}
+    """What is wrong, in words, with logical tensors that have another shape than the arguments say
+    that Megatron-LM keeps, by their names."""
     facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
     said = {
         **facts.args,

@@ -47,7 +47,6 @@ class Options:
     Engine's)."""
 
     transformer_impl: str | None = None
-    cast: None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,14 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 
 from parammap import families
-from parammap.checkpoint.architecture import GPT2, Architecture, architecture_of, check_family
+from parammap.checkpoint.architecture import GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, MERAK, MERAK_CUT, WORD_EMBEDDING
 from parammap.formats import torch_legacy, torch_zip
 from parammap.formats.frames import Literal
 from parammap.formats.pickles import Global, Opaque
+from parammap.frameworks.architecture import architecture_of, check_family
 from parammap.frameworks.merak.architecture import CONFIG, completed
 from parammap.frameworks.merak.files import PART_FILE, RELEASE, TRACKER, WHOLE_FILE
 from parammap.frameworks.merak.partition import UNIFORM, cuts, module_of
@@ -65,7 +66,7 @@ class Options:
     for_release: bool = False
     config: Path | None = None
     activation: str | None = None
-    cast: str | None = None
+    dtype: str | None = None
 
 
 def output(target: Checkpoint, options: Options = Options()) -> Output:
@@ -211,7 +212,7 @@ class _Writer:
             parameter,
             MAIN_PARAM,
             Sizes(self.model.heads, self.model.heads),
-            dtype=self.options.cast,
+            dtype=self.options.dtype,
             tp=tp,
             rank=rank,
             name=prefix + name,

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from parammap import families
-from parammap.checkpoint.architecture import OPT, Architecture, architecture_for
+from parammap.checkpoint.architecture import OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
 from parammap.errors import RefusedError
 from parammap.families import HEAD, METASEQ
+from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.metaseq.architecture import ACTIVATIONS
+from parammap.frameworks.metaseq.architecture import of as describe
 from parammap.frameworks.metaseq.reader import naming_of
 from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
@@ -49,7 +51,7 @@ _LAYER = tuple(
 )
 
 
-def import_model(source: Checkpoint) -> Checkpoint:
+def import_model(source: Checkpoint, _: object = None) -> Checkpoint:
     """The source as metaseq's. Raises RefusedError for a model that is no OPT, and for one whose
     heads nobody recorded."""
     architecture = architecture_for(source, (OPT,), "metaseq")
@@ -66,6 +68,7 @@ def import_model(source: Checkpoint) -> Checkpoint:
         rank_metadata={_RANK: _meta(architecture)},
         dropped=source.dropped,
         notes=source.notes,
+        describe=describe,
     )
     naming = naming_of(empty)
     return replace(

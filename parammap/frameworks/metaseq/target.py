@@ -50,14 +50,14 @@ _OWN = ("model", "shard_metadata", "last_optimizer_state", "optimizer_index")
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to write. `name` is a file name with {part}, {shard} and {updates}, '' for the form's
-    own; `shards` None: the source's; `cast` is the dtype of the weights (optimizer states stay as
+    own; `shards` None: the source's; `dtype` is the dtype of the weights (optimizer states stay as
     they are), None: the source's; `arch` renames the architecture; `plain` leaves out the data
     loader's state, which holds classes of metaseq."""
 
     form: str = FLAT
     name: str = ""
     shards: int | None = None
-    cast: str | None = None
+    dtype: str | None = None
     arch: str | None = None
     plain: bool = False
 
@@ -267,7 +267,7 @@ class _Part:
 
     def _dtype(self, flat: Flat, role: str) -> str:
         dtypes = sorted({self.held[role][name].found.stored.dtype for name in flat.names})
-        if len(dtypes) > 1 and (role != MAIN_PARAM or self.options.cast is None):
+        if len(dtypes) > 1 and (role != MAIN_PARAM or self.options.dtype is None):
             raise RefusedError(
                 f"{self.target.folder}: part {self.part}: {flat.key} would be "
                 f"{' and '.join(dtypes)}; a flat "
@@ -338,7 +338,7 @@ class _Part:
         own = dtype or parts[0].tensor.dtype
         spec = TensorSpec(
             name if role == MAIN_PARAM else f"{role}.{name}",
-            (role == MAIN_PARAM and self.options.cast) or own,
+            (role == MAIN_PARAM and self.options.dtype) or own,
             shape,
         )
         wanted[spec] = Wanted(spec, parts)

@@ -57,10 +57,10 @@ class Options:
     names: str = "mindspore"
     file_prefix: str = "network"
     roles: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
-    cast: str | None = None
+    dtype: str | None = None
     dp: int | None = None
     cp: int | None = None
-    all_dp_cp: bool = False
+    generate_all_dp_cp: bool = False
     transformer_impl: str | None = None
 
 
@@ -158,7 +158,7 @@ def _rank_file(
         Wanted(
             TensorSpec(
                 prefix + namer.name(held),
-                options.cast or held.found.stored.dtype,
+                options.dtype or held.found.stored.dtype,
                 held.found.stored.shape,
             ),
             held.parts,
@@ -223,7 +223,7 @@ def _number(
 
 
 def _links(source: Checkpoint, rank: Coordinates, options: Options) -> Iterator[tuple[str, str]]:
-    if not options.all_dp_cp:
+    if not options.generate_all_dp_cp:
         return
     file = f"{options.file_prefix}.{options.format}"
     first = _number(source, rank, options)

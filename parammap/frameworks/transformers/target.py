@@ -18,21 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parammap.checkpoint.architecture import (
-    BLOOM,
-    GPT2,
-    LLAMA,
-    OPT,
-    Architecture,
-    architecture_of,
-    check_family,
-)
+from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING, rows_of
 from parammap.families.opt import BUFFERS
 from parammap.formats import safetensors, torch_zip
 from parammap.formats.frames import FrameBuilder, Literal
+from parammap.frameworks.architecture import architecture_of, check_family
 from parammap.frameworks.transformers.files import BIN, SAFETENSORS, index_name, shard_name, shards
 from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
 from parammap.name_list import shorten_names
@@ -63,11 +56,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`format` is that of the weights' files, of at most `max_shard_size` bytes each; `cast` is
+    """`format` is that of the weights' files, of at most `max_shard_size` bytes each; `dtype` is
     their dtype (None: as on disk); `activation` and `config`, a config.json, say what the source
     does not record."""
 
-    cast: str | None = None
+    dtype: str | None = None
     format: str = SAFETENSORS
     max_shard_size: int = MAX_SHARD_NBYTES
     activation: str | None = None
@@ -103,7 +96,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
             one,
             MAIN_PARAM,
             Sizes(own.heads, own.groups),
-            dtype=options.cast,
+            dtype=options.dtype,
             name=one.name if one.canonical == HEAD else model.prefix + one.name,
         )
         for one in parameters
@@ -123,13 +116,13 @@ def _model(target: Checkpoint, own: Architecture, states: SourceTensors, options
     words = states.tensor(MAIN_PARAM, WORD_EMBEDDING)
     if not own.config:
         return written(
-            own, states.names(), words.cols, options.cast or words.dtype, str(target.folder)
+            own, states.names(), words.cols, options.dtype or words.dtype, str(target.folder)
         )
     config = dict(own.config)
-    if options.cast:
+    if options.dtype:
         config |= dict.fromkeys(
             [name for name in _DTYPE_SETTINGS if name in config] or _DTYPE_SETTINGS[:1],
-            options.cast,
+            options.dtype,
         )
     if config.get("vocab_size") != states.vocab_rows:
         config["vocab_size"] = states.vocab_rows

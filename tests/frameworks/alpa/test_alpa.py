@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from parammap.checkpoint.architecture import architecture_of
 from parammap.cli.main import main
 from parammap.errors import RefusedError
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.frameworks import registry
 from parammap.frameworks.alpa import serving as alpa
+from parammap.frameworks.architecture import architecture_of
 from parammap.plan.planner import Planner
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM
 from tests.support import alpa_opt, hub, paths
@@ -61,7 +61,7 @@ def test_shards_become_the_files_that_the_existing_tools_make(golden, tmp_path):
     convert(
         shards / "checkpoint_3",
         tmp_path / "np",
-        alpa.Options(cast="float16" if "fp16" in golden else "float32"),
+        alpa.Options(dtype="float16" if "fp16" in golden else "float32"),
     )
     with zipfile.ZipFile(folder / "alpa_np.zip") as archive:
         theirs = {name: archive.read(name) for name in archive.namelist()}
@@ -83,7 +83,7 @@ def test_shards_become_the_files_that_the_existing_tools_make(golden, tmp_path):
 @pytest.mark.parametrize("saved", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_file_is_what_numpy_saves(dtype, saved, tmp_path):
     weights = opt_weights(saved)
-    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(cast=dtype))
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype=dtype))
     assert {path.name for path in (tmp_path / "np").iterdir()} == set(weights)
     for name, value in weights.items():
         np.save(tmp_path / "expected.npy", value.float().numpy().astype(dtype))
@@ -119,7 +119,7 @@ def test_the_model_computes_hfs_logits(tmp_path):
         for name, value in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(cast="float32"))
+    convert(singleton(tmp_path, weights), tmp_path / "np", alpa.Options(dtype="float32"))
     tokens = torch.randint(2, VOCAB, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(tokens).logits.numpy()
@@ -141,7 +141,7 @@ def test_a_longer_vocabulary_repeats_the_last_row(tmp_path):
     notes = convert(
         singleton(tmp_path, weights),
         tmp_path / "np",
-        alpa.Options(cast="float32", vocab_size=VOCAB + 8),
+        alpa.Options(dtype="float32", vocab_size=VOCAB + 8),
     )
     words = np.load(tmp_path / "np/decoder.embed_tokens.weight")
     given = weights["decoder.embed_tokens.weight"].numpy()
@@ -266,7 +266,7 @@ def test_numpy_has_no_bfloat16(tmp_path):
     with pytest.raises(
         RefusedError, match="numpy has no bfloat16; choose another dtype with --dtype"
     ):
-        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(cast="bfloat16"))
+        convert(singleton(tmp_path, opt_weights()), tmp_path / "np", alpa.Options(dtype="bfloat16"))
 
 
 def test_a_megatron_gpt_has_another_activation(trained, tmp_path):
@@ -293,7 +293,7 @@ def test_a_megatron_gpt_of_the_same_architecture(trained, tmp_path):
         RefusedError, match="it does not say what its activation is; tell with --activation"
     ):
         convert(run.path, tmp_path / "refused")
-    convert(run.path, tmp_path / "np", alpa.Options(cast="float32", activation="relu"))
+    convert(run.path, tmp_path / "np", alpa.Options(dtype="float32", activation="relu"))
     by_place = {truth.place[:2]: truth for truth in run.truths()}
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     pieces = [by_place[tp, 1].array(0, name, "main").reshape(2, 3, 16, 64) for tp in range(2)]

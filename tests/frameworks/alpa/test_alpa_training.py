@@ -155,7 +155,7 @@ def stepped_by_torch(states: dict[str, torch.Tensor], decay: float) -> torch.Ten
 @needs_flax
 @needs_shards
 def test_mixed_precision_keeps_a_master_copy(tmp_path):
-    convert(SHARDS / "checkpoint_3", tmp_path / "out", alpa_training.Options(cast="float16"))
+    convert(SHARDS / "checkpoint_3", tmp_path / "out", alpa_training.Options(dtype="float16"))
     sizes = json.loads((DATA / "alpa/mp1dp3_fp32/golden.json").read_text())
     state = restore(
         tmp_path,
@@ -259,7 +259,7 @@ def test_fused_kernels_are_those_that_the_server_makes(trained, tmp_path):
         run.path, tmp_path / "out", alpa_training.Options(model="llm_serving", activation="relu")
     )
     checkpoint = registry.read(run.path)
-    serving = alpa.output(checkpoint, alpa.Options(cast="float32", activation="relu"))
+    serving = alpa.output(checkpoint, alpa.Options(dtype="float32", activation="relu"))
     (tmp_path / "np").mkdir()
     list(
         run_tasks(
@@ -295,7 +295,7 @@ REFUSED = {
         {"vocab_size": 100},
         "has a vocabulary of 250, of which 100 rows would cut off a part",
     ),
-    "bfloat16": ({}, {"cast": "bfloat16"}, "numpy has no bfloat16"),
+    "bfloat16": ({}, {"dtype": "bfloat16"}, "numpy has no bfloat16"),
 }
 
 

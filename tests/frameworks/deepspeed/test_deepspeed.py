@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from parammap.checkpoint.architecture import BLOOM as BLOOM_FAMILY
-from parammap.checkpoint.architecture import GPT2, architecture_of
+from parammap.checkpoint.architecture import GPT2
 from parammap.cli import main
 from parammap.errors import RefusedError
 from parammap.frameworks import registry
+from parammap.frameworks.architecture import architecture_of
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM

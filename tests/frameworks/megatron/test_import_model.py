@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from parammap.checkpoint.architecture import architecture_of
 from parammap.cli.main import main
 from parammap.frameworks import registry
+from parammap.frameworks.architecture import architecture_of
 from parammap.proof import verify
 from tests.support import hub, megatron_logits, paths
 from tests.support.meaning import CASES, ROUND_OFF

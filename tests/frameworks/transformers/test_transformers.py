@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from parammap.checkpoint.architecture import architecture_of
 from parammap.cli.main import main
 from parammap.formats import safetensors as container
 from parammap.frameworks import registry
+from parammap.frameworks.architecture import architecture_of
 from parammap.frameworks.transformers import target
 from parammap.frameworks.transformers.model import Model
 from tests.support.transformers_folders import (

@@ -13,6 +13,7 @@ from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import Index, StoredTensor, TensorEntry, atom_name
 from parammap.errors import RefusedError
+from parammap.frameworks.megatron import architecture
 from parammap.frameworks.megatron import before_core as megatron_before_core
 from parammap.frameworks.megatron.buckets import Rule, release_of
 from parammap.frameworks.megatron.facts import Facts
@@ -164,6 +165,7 @@ class _Resharding:
             Index(held, self.layout),
             self.source.with_optimizer,
             self.source.num_layers,
+            describe=architecture.of,
             rank_folders={
                 rank: self.source.folder / rank_folder(self.layout, rank) for rank in ranks
             },

@@ -3,6 +3,7 @@ data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ from parammap.frameworks.metaseq.metadata import join
 _SIDECAR = ("layout_{}.json", "args_{}.json", "param_map_{}.json")
 
 
-def flats(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict[str, Any]]:
+def layout(sizes: Mapping[str, Any]) -> str:
+    parts, shards = sizes["tp"], sizes["dp"]
+    return (
+        f"{parts:,} model-parallel part{'s' * (parts != 1)} (tp) × "
+        f"{shards:,} FSDP shard{'s' * (shards != 1)} (dp)"
+    )
+
+
+def flat_parameters(
+    checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]
+) -> list[dict[str, Any]]:
     """Each parameter as FSDP holds it, with the `parts` that hold it alike; [] where files hold
     whole tensors.
 
     `numel` are the elements of a part's `parameters` in it; each of `shards` holds `chunk`, and
     `padding` of all the shards' elements belong to none (fairscale 0.4.13,
     FullyShardedDataParallel._get_shard)."""
-    shards, parts = checkpoint.layout.dp, {}
+    shards = checkpoint.layout.dp
+    parts: dict[tuple[str, int, int], list[int]] = {}
     for rank, meta in sorted(checkpoint.rank_metadata.items()):
         held = torch_zip.read(files[rank][0])["model"]
         for entry in (meta.get("shard_metadata") or {}).get("param_metadata", ()):
@@ -43,7 +55,7 @@ def flats(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[
     ]
 
 
-def optimizer(meta: dict) -> dict[str, Any]:
+def optimizer(meta: Mapping[str, Any]) -> dict[str, Any]:
     """The optimizer's parameter groups, its class, and the loss scale (None: the loss is not
     scaled)."""
     saved, history = meta.get("last_optimizer_state") or {}, meta.get("optimizer_history") or [{}]

@@ -1,5 +1,4 @@
-"""The commands of `parammap`, a module each: its docstring's first line is the help,
-`add_arguments` its flags, `run` it."""
+"""Types of command-line arguments, for argparse."""
 
 from __future__ import annotations
 

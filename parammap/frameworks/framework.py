@@ -1,0 +1,88 @@
+"""What the house knows of a framework: one record, which its own folder makes and registry.py
+lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from parammap.checkpoint.architecture import Architecture
+from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
+from parammap.errors import RefusedError
+from parammap.frameworks.target import Target
+from parammap.tensors.logical import MAIN_PARAM
+
+#: why the optimizer's states cannot be read, and what to drop (--drop) so that the rest of them can
+#: be
+Unreadable = tuple[str, frozenset[str]]
+
+
+def _no_states(weights: Checkpoint, error: RefusedError) -> Unreadable:
+    return str(error), frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What `parammap inspect` asks of a framework.
+
+    `title` is its name as people write it. `as_trained` says that a checkpoint is as its run held
+    it, in chunks whose layers have numbers of their own, with that run's sidecar; else a sidecar
+    tells of the run that the checkpoint was made from. `keeps_args` says that Megatron-LM's
+    arguments are kept, and `file_kinds`, by name or ending, what each file of a rank is for (None:
+    ranks share folders, whose files hold tensors). `weights_role` is what the weights are that are
+    read without an optimizer.
+
+    `unreadable` tells of a checkpoint of which the weights can be read, and the whole raised an
+    error; None: a checkpoint of which the whole cannot be read has no weights that can be.
+
+    `layout` describes the sizes of a layout in words, `flat_parameters` the parameters as FSDP
+    holds them, by each rank's files, `sidecar` the files beside a checkpoint's own, and `optimizer`
+    a rank's metadata: its `groups`, `name` and `loss_scale`. None: as Megatron-LM has it."""
+
+    title: str = ""
+    as_trained: bool = False
+    keeps_args: bool = False
+    file_kinds: Mapping[str, str] | None = None
+    weights_role: str = MAIN_PARAM
+    unreadable: Callable[[Checkpoint, RefusedError], Unreadable] | None = _no_states
+    layout: Callable[[Mapping[str, Any]], str] | None = None
+    flat_parameters: (
+        Callable[[Checkpoint, dict[Coordinates, list[Path]]], list[dict[str, Any]]] | None
+    ) = None
+    sidecar: Callable[[Checkpoint, list[Path]], dict[str, Any] | None] | None = None
+    optimizer: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A file of parammap/patches that has a training write its sidecars, and what it applies to."""
+
+    file: str
+    applies_to: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framework:
+    """`recognizes` says whether a path is its checkpoint, and `read` reads one (see `registry.read`
+    for the arguments; `takes` are those that only some readers have). Checkpoints that are read
+    hold models of the `families`, with the optimizer's states unless not `optimizer`;
+    `architecture` tells what such a model computes. `targets` are what can be written for it.
+
+    `contradictions` names tensors that have another shape than the checkpoint itself says, with
+    what is wrong in words. `wrong_order` says where, and what, of an output that the framework
+    would read otherwise than it was meant; its second argument is whether ParamMap wrote it."""
+
+    name: str
+    recognizes: Callable[[Path], bool]
+    read: Callable[..., Checkpoint]
+    families: tuple[str, ...]
+    architecture: Callable[[Checkpoint], Architecture]
+    takes: tuple[str, ...] = ()
+    optimizer: bool = True
+    targets: tuple[Target, ...] = ()
+    contradictions: Callable[[Checkpoint], Mapping[str, str]] = lambda _: {}
+    wrong_order: Callable[[Checkpoint, bool], Iterable[tuple[str, str]]] = lambda *_: ()
+    inspection: Inspection = Inspection()
+    patch: Patch | None = None

@@ -1,0 +1,67 @@
+"""Merak."""
+
+from __future__ import annotations
+
+from parammap.checkpoint.architecture import GPT2
+from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag, switch
+from parammap.frameworks.framework import Framework, Inspection
+from parammap.frameworks.merak import architecture, partition, reader, target
+from parammap.frameworks.target import Target
+
+MERAK = Framework(
+    name="merak",
+    recognizes=reader.recognizes,
+    read=reader.read,
+    takes=("metadata_from",),
+    families=(GPT2,),
+    optimizer=False,
+    architecture=architecture.of,
+    targets=(
+        Target(
+            name="merak",
+            output=target.output,
+            families=(GPT2,),
+            options=target.Options,
+            flags=(
+                DTYPE,
+                ACTIVATION,
+                CONFIG,
+                Flag(
+                    "--partition-method",
+                    "how modules are cut over stages (default: uniform)",
+                    {"choices": partition.METHODS},
+                ),
+                Flag(
+                    "--custom-partition",
+                    "the first module of each stage, and their number",
+                    {"type": partition.cut_list, "metavar": "0,N,…"},
+                ),
+                Flag(
+                    "--folder",
+                    "name of the folder (default: release)",
+                    {"choices": target.FOLDERS},
+                ),
+                Flag(
+                    "--scheme",
+                    "where the one file of tp 1, pp 1 goes (default: all_dp, as up to v2.2.1)",
+                    {"choices": target.SCHEMES},
+                ),
+                Flag(
+                    "--serialization",
+                    "torch's file format (default: zip)",
+                    {"choices": sorted(target.FRAMES)},
+                ),
+                switch(
+                    "--no-parallel-vocab",
+                    "the whole vocabulary on each rank",
+                    sets=False,
+                    dest="parallel_vocab",
+                ),
+                switch("--for-release", "zero the counters of consumed samples"),
+            ),
+            sizes={"tp": "tp", "pp": "pp"},
+            optimizer=False,
+        ),
+    ),
+    inspection=Inspection(title="Merak"),
+)

@@ -1,0 +1,61 @@
+"""MindSpore, as MindSpeed-Core-MS lays its checkpoints out."""
+
+from __future__ import annotations
+
+from parammap.checkpoint.architecture import GPT2, LLAMA, MIXTURE
+from parammap.frameworks.flags import DTYPE, Flag, switch
+from parammap.frameworks.framework import Framework, Inspection
+from parammap.frameworks.megatron import architecture, readback, shapes
+from parammap.frameworks.megatron.framework import TRANSFORMER_IMPL
+from parammap.frameworks.megatron.import_model import NATIVE, import_model
+from parammap.frameworks.megatron.reshard import resharded
+from parammap.frameworks.mindspore import reader, target
+from parammap.frameworks.target import Target
+
+FAMILIES = (GPT2, LLAMA, MIXTURE)
+MINDSPORE = Framework(
+    name="mindspore",
+    recognizes=reader.recognizes,
+    read=reader.read,
+    families=FAMILIES,
+    architecture=architecture.of,
+    targets=(
+        Target(
+            name="mindspore",
+            output=target.output,
+            families=FAMILIES,
+            options=target.Options,
+            flags=(
+                DTYPE,
+                Flag(
+                    "--names",
+                    "whose tensor names (default: mindspore)",
+                    {"choices": target.NAMES},
+                ),
+                Flag(
+                    "--file-prefix",
+                    "file name without ending (default: network)",
+                    {"metavar": "NAME"},
+                ),
+                switch(
+                    "--generate-all-dp-cp", "a file for every rank, as hard links where possible"
+                ),
+                TRANSFORMER_IMPL,
+            ),
+            formats=tuple(target.FRAMES),
+            native=NATIVE,
+            import_model=import_model,
+            resharded=resharded,
+            sizes={"dp": "dp", "cp": "cp"},
+            weights_only_dtypes=("float32",),
+        ),
+    ),
+    contradictions=shapes.contradictions,
+    wrong_order=readback.misplaced,
+    inspection=Inspection(
+        title="MindSpore",
+        keeps_args=True,
+        file_kinds=dict.fromkeys(reader.CONTAINERS, "tensors"),
+        unreadable=None,
+    ),
+)
