@@ -79,7 +79,8 @@ def lived(
         checkpoint = source.path
         for framework in CHAINS[cell.chain]:
             sizes = None if framework == "megatron-dist" else LAYOUTS[cell.target]
-            checkpoint = convert(checkpoint, scratch / framework, framework, sizes)
+            flags = cell.flags(framework)
+            checkpoint = convert(checkpoint, scratch / framework, framework, sizes, *flags)
         options = cell.options(cell.target, steps=BEFORE + AFTER, ckpt_format=SAVED_AS[cell.chain])
         return Lived(
             source,

@@ -99,6 +99,8 @@ CHAINS = {
     "torch_dist": ("megatron-dist",),
     "mindspore": ("mindspore", "megatron"),
 }
+#: MindSpeed-Core-MS has no latent attention, so such a model keeps Megatron-LM's names there
+MEGATRON_NAMES = ("te-mla", "te-mla-0.16")
 #: layout of the source, chain, layout in which training goes on
 ROUTES = (
     ("dp2", "torch", "tp2"),
@@ -134,6 +136,11 @@ class Cell(NamedTuple):
             **sizes,
             **more,
         }
+
+    def flags(self, framework: str) -> tuple[str, ...]:
+        """Of the command line that converts to a framework on the way."""
+        is_renamed = framework == "mindspore" and self.model in MEGATRON_NAMES
+        return ("--names", "megatron") if is_renamed else ()
 
 
 #: in the quick suite: each way in which a conversion can go wrong, once
