@@ -1,49 +1,8 @@
-"""What a model computes beyond what its tensors say: so that another framework can be told, or
-refused where it cannot."""
+"""What a checkpoint's model computes: so that another framework can be told, or refused where it
+cannot."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from parammap.families import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN, Architecture
 
-#: GPT2: norms before attention and MLP, learned positions. OPT: the same with rows of padding
-#: before the positions. LLAMA:
-#: RMS norms, rotary positions, gate and up. BLOOM: ALiBi, a norm on the embedding
-GPT2, OPT, LLAMA, BLOOM = "gpt2", "opt", "llama", "bloom"
-#: families that only frameworks descended from Megatron-LM have
-MIXTURE, YUAN = "mixture", "yuan"
-#: rows of the table of positions before the first token's (metaseq,
-#: learned_positional_embedding.py: padding_idx + 1)
-ROWS_BEFORE_POSITIONS = {OPT: 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """A decoder, in the terms of transformers' configurations. None: nobody recorded it.
-
-    `vocab` is the true vocabulary's size; `groups` are the heads of keys and values; `activation`
-    is transformers' name of it (gelu is the exact one, gelu_new the one with tanh); `eps` the
-    norms' own; `bias` says whether the layers' linear maps have one; `config` is the whole
-    config.json of a source that has one, so that it can be written again as it was; `unlike` are
-    settings by which it computes otherwise than its family's models do in other frameworks."""
-
-    family: str
-    layers: int
-    hidden: int
-    heads: int | None
-    groups: int | None = None
-    ffn: int | None = None
-    vocab: int | None = None
-    positions: int | None = None
-    activation: str | None = None
-    eps: float | None = None
-    rope_theta: float | None = None
-    rope_scaling: dict | None = None
-    tied: bool | None = None
-    bias: bool | None = None
-    head_size: int | None = None
-    config: dict = field(default_factory=dict)
-    unlike: tuple[str, ...] = ()
-
-    @property
-    def rows_before_positions(self) -> int:
-        return ROWS_BEFORE_POSITIONS.get(self.family, 0)
+__all__ = ["BLOOM", "GPT2", "LLAMA", "MIXTURE", "OPT", "YUAN", "Architecture"]

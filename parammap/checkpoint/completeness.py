@@ -8,6 +8,7 @@ attention or a whole MLP may be left out of a layer: such models exist."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from parammap import families
@@ -19,51 +20,16 @@ from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARA
 #: what a family's canonical names of layers begin with
 _LAYERS = "layers."
 _WEIGHT, _BIAS = ".weight", ".bias"
-#: canonical names within a layer of which each has its meaning only with the others
-_TOGETHER = [
-    {"attention.qkv.weight", "attention.out.weight"},
-    {"attention.q.weight", "attention.k.weight", "attention.v.weight", "attention.out.weight"},
-    {
-        "attention.qk.weight",
-        "attention.filter.conv1.weight",
-        "attention.filter.conv2.weight",
-        "attention.filter.norm.weight",
-        "attention.v.weight",
-        "attention.out.weight",
-    },
-    {"mlp.fc1.weight", "mlp.fc2.weight"},
-    {"mlp.gate.weight", "mlp.up.weight", "mlp.fc2.weight"},
-    {"mlp.fc1.bias", "mlp.fc2.bias"},
-    {"mlp.gate.bias", "mlp.up.bias", "mlp.fc2.bias"},
-    {"mlp.experts.0.fc1.weight", "mlp.experts.0.fc2.weight"},
-    {"mlp.experts.grouped.fc1", "mlp.experts.grouped.fc2"},
-    {"mlp.shared_experts.fc1.weight", "mlp.shared_experts.fc2.weight"},
-    {"input_norm.bias", "post_attention_norm.bias"},
-]
 #: what tells that a layer has attention and an MLP, each behind its norm
 _ATTENTION, _MLP = "attention.out.weight", {"mlp.fc2.weight", "mlp.router.weight"}
-_NORMS = {"input_norm.weight", "post_attention_norm.weight"}
+_NORMS = frozenset({"input_norm.weight", "post_attention_norm.weight"})
 #: the halves of a layer, each of which a layer may be without
 _HALVES = (("attention.", "input_norm."), ("mlp.", "post_attention_norm."))
 
 
 def check(source: Checkpoint) -> None:
     """Refuse a checkpoint that lacks tensors or states."""
-    known = {
-        held.canonical
-        for held in source.index.held
-        if held.row and held.found.role in (MAIN_PARAM, MODEL_PARAM)
-    }
-    strange = {held.layer for held in source.index.held if not held.row}
-    lacking = dict.fromkeys(
-        [
-            *_of_layers(source, known, strange),
-            *_of_model(source, known),
-            *_of_pairs(source, known, strange),
-            *_of_states(source),
-        ]
-    )
-    if lacking:
+    if lacking := missing(source):
         raise RefusedError(
             f"{source.folder}: {len(lacking)} tensors are missing: {shorten_names(lacking)}; copy "
             f"the whole "
@@ -71,21 +37,44 @@ def check(source: Checkpoint) -> None:
         )
 
 
-def _of_layers(source: Checkpoint, known: set[str], strange: set[int | None]) -> Iterator[str]:
-    """What a layer lacks of the tensors of another one, all of whose others it has, and what
-    belongs to others that it has; whole layers. A layer with tensors that no family knows may have
-    any."""
+def missing(source: Checkpoint, *, whole_layers: bool = False) -> list[str]:
+    """The canonical names that the model lacks, with the state where that is all that is lacking.
+    `whole_layers`: as a model whose layers all have an attention and an MLP, between an embedding
+    and a last norm."""
+    known = {
+        held.canonical
+        for held in source.index.held
+        if held.row and held.found.role in (MAIN_PARAM, MODEL_PARAM)
+    }
+    strange = {held.layer for held in source.index.held if not held.row}
     layers: dict[int, set[str]] = {}
     for name in known:
         if name.startswith(_LAYERS):
             number, _, local = families.renumber(name, None, 0).removeprefix(_LAYERS).partition(".")
             layers.setdefault(int(number), set()).add(local)
+    lacking = [
+        *_of_layers(source, layers, known, strange),
+        *(_of_halves(source, layers) if whole_layers else ()),
+        *_of_model(source, known, whole_layers),
+        *_of_pairs(source, known, strange),
+        *_of_states(source),
+    ]
+    return list(dict.fromkeys(lacking))
+
+
+def _of_layers(
+    source: Checkpoint, layers: dict[int, set[str]], known: set[str], strange: set[int | None]
+) -> Iterator[str]:
+    """What a layer lacks of the tensors of another one, all of whose others it has, and what
+    belongs to others that it has; whole layers. A layer with tensors that no family knows may have
+    any."""
     kinds, has_norms = set(map(frozenset, layers.values())), _has_norms(known)
+    together = _by_telling_name()
     for number, own in sorted(layers.items()):
         if number in strange:
             continue
         larger = min((kind for kind in kinds if own < kind), key=len, default=frozenset())
-        lacking = _halves_begun(own, larger - own) | _belonging(own, has_norms)
+        lacking = _halves_begun(own, larger - own) | _belonging(own, together, has_norms)
         yield from sorted(f"{_LAYERS}{number}.{name}" for name in lacking)
     if layers:
         there = {held.layer for held in source.index.held}
@@ -94,7 +83,15 @@ def _of_layers(source: Checkpoint, known: set[str], strange: set[int | None]) ->
         )
 
 
-def _halves_begun(own: set[str], lacking: set[str]) -> set[str]:
+def _of_halves(source: Checkpoint, layers: dict[int, set[str]]) -> Iterator[str]:
+    """The attention or the MLP that a layer is without, as one."""
+    for number in range(source.num_layers):
+        for part, _ in _HALVES:
+            if not any(name.startswith(part) for name in layers.get(number, ())):
+                yield f"{_LAYERS}{number}.{part.rstrip('.')}"
+
+
+def _halves_begun(own: set[str], lacking: frozenset[str]) -> set[str]:
     """What is lacking, without the halves of a layer of which it has nothing at all."""
     left_out = tuple(
         name for half in _HALVES if not any(one.startswith(half) for one in own) for name in half
@@ -108,24 +105,28 @@ def _has_norms(known: set[str]) -> bool:
     return any("norm." in name for name in known)
 
 
-def _belonging(own: set[str], has_norms: bool) -> set[str]:
+def _by_telling_name() -> dict[str, frozenset[str]]:
+    """The sets of tensors that belong together, by those of their names that no other set has:
+    these tell that it is the one that counts."""
+    sets = {one for family in families.FAMILIES.values() for one in family.together}
+    counts = Counter(name for one in sets for name in one)
+    return {name: one for one in sets for name in one if counts[name] == 1}
+
+
+def _belonging(own: set[str], together: dict[str, frozenset[str]], has_norms: bool) -> set[str]:
     """What a layer lacks of what belongs to the tensors that it has."""
-    sets = [one for one in _TOGETHER if _signs(one) & own]
+    sets = [together[name] for name in own & together.keys()]
     if has_norms and _ATTENTION in own and _MLP & own:
         sets.append(_NORMS)
     return set().union(*sets) - own
 
 
-def _signs(together: set[str]) -> set[str]:
-    """The names of a set that no other set has, which tell that it is the one that counts."""
-    return {name for name in together if sum(name in other for other in _TOGETHER) == 1}
-
-
-def _of_model(source: Checkpoint, known: set[str]) -> Iterator[str]:
+def _of_model(source: Checkpoint, known: set[str], is_whole: bool) -> Iterator[str]:
     """What a model of such layers has once, if all that it has once is known. OPT-350M, whose
     output is projected, has no last norm."""
-    if any(held.row is None and held.layer is None for held in source.index.held) or not any(
-        name.startswith(_LAYERS) and name.endswith(_ATTENTION) for name in known
+    if not is_whole and (
+        any(held.row is None and held.layer is None for held in source.index.held)
+        or not any(name.startswith(_LAYERS) and name.endswith(_ATTENTION) for name in known)
     ):
         return
     if families.WORD_EMBEDDING not in known:

@@ -1,10 +1,9 @@
 """Yuan-2.0: a LLaMA-like decoder whose attention takes queries and keys from a localized filter of
 its input.
 
-What a Yuan model shares with GPT-like decoders is in gpt.py's table; here is what it has in place
-of the fused qkv. Values are a projection of their own. Queries and keys are fused as the rows
-[head, q + k, head size]. The filter's two convolutions and its norm are plain torch modules, whole
-on every tensor-parallel rank.
+In place of the fused qkv, values are a projection of their own, and queries and keys are fused as
+the rows [head, q + k, head size]. The filter's two convolutions and its norm are plain torch
+modules, whole on every tensor-parallel rank.
 
 `fc1` is [gate; up] as in every gated model: its first half is the one that SiLU activates
 (ParallelMLP, swiglu). Yuan's own Hugging Face model names the two the other way round: `up_proj` is
@@ -13,43 +12,45 @@ our gate, `gate_proj` is our up.
 Source: Yuan-2.0 (megatron/model/transformer.py, LocalizedFiltering and ParallelAttention with
 --use-lf-gate; megatron/model/yuan_hf_model.py, YuanMLP)."""
 
+from dataclasses import replace
+
+from parammap.families import decoder
+from parammap.families.family import Family, in_layer, row
 from parammap.tensors.arrangement import QK, REPLICATED, SHARD_0
 
-_ATTENTION = "language_model.encoder.layers.{i}.self_attention."
-
-#: canonical name: (arrangement, legacy names, core names, MindSpore name)
-ROWS_OF_TABLE = {
-    "layers.{i}.attention.v.{w}": (SHARD_0, [_ATTENTION + "get_value.{w}"], [], None),
-    "layers.{i}.attention.qk.{w}": (QK, [_ATTENTION + "get_query_key.{w}"], [], None),
-    "layers.{i}.attention.filter.conv1.{w}": (
-        REPLICATED,
-        [_ATTENTION + "lf_gate.conv1.{w}"],
-        [],
-        None,
+#: Yuan-2.0 descends from a Megatron-LM that had legacy models alone
+_DECODER = tuple(
+    replace(one, cells={"legacy": one.cells["legacy"]})
+    for one in decoder.MEGATRON
+    if "legacy" in one.cells
+)
+YUAN = Family(
+    name="yuan",
+    title="Yuan-2.0",
+    rows=in_layer(
+        decoder.LAYER,
+        row("attention.v.{w}", SHARD_0, legacy="self_attention.get_value.{w}"),
+        row("attention.qk.{w}", QK, legacy="self_attention.get_query_key.{w}"),
+        row("attention.filter.conv1.{w}", REPLICATED, legacy="self_attention.lf_gate.conv1.{w}"),
+        row("attention.filter.conv2.{w}", REPLICATED, legacy="self_attention.lf_gate.conv2.{w}"),
+        row(
+            "attention.filter.norm.weight",
+            REPLICATED,
+            legacy="self_attention.lf_gate.output_layernorm.weight",
+        ),
     ),
-    "layers.{i}.attention.filter.conv2.{w}": (
-        REPLICATED,
-        [_ATTENTION + "lf_gate.conv2.{w}"],
-        [],
-        None,
+    shares=(_DECODER,),
+    together=(
+        frozenset(
+            {
+                "attention.qk.weight",
+                "attention.filter.conv1.weight",
+                "attention.filter.conv2.weight",
+                "attention.filter.norm.weight",
+                "attention.v.weight",
+                "attention.out.weight",
+            }
+        ),
+        *decoder.TOGETHER,
     ),
-    "layers.{i}.attention.filter.norm.weight": (
-        REPLICATED,
-        [_ATTENTION + "lf_gate.output_layernorm.weight"],
-        [],
-        None,
-    ),
-}
-
-#: the canonical tensors that every model of the family has in each layer, and once
-REQUIRED_IN_LAYER = [
-    "input_norm.weight",
-    "attention.v.weight",
-    "attention.qk.weight",
-    "attention.filter.conv1.weight",
-    "attention.filter.conv2.weight",
-    "attention.filter.norm.weight",
-    "attention.out.weight",
-    "post_attention_norm.weight",
-]
-REQUIRED = ["embedding.word.weight", "final_norm.weight"]
+)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parammap import families
+from parammap.checkpoint import completeness
 from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import is_padding
@@ -489,8 +489,7 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
             "the run's arguments are not saved"
             + ("" if facts.recorded else ": dp, cp and heads are not known")
         )
-    names = {held.canonical for held in reading.whole.index.held}
-    if lacking := families.missing(names, reading.whole.num_layers):
+    if lacking := completeness.missing(reading.whole, whole_layers=True):
         lines.append(f"tensors of a GPT-like model: {shorten_names(lacking)}")
     return lines
 

@@ -86,7 +86,8 @@ class SourceTensors:
         Raises RefusedError for a tensor of the source that has no place in it (but those that are
         `needless`), and for one of which only some parts are there."""
         used: set[str] = set()
-        for canonical, (name, row) in _expanded(dialect, self.source.num_layers):
+        experts = families.experts_in(self.names())
+        for canonical, name, row in families.tensors_of(dialect, self.source.num_layers, experts):
             kind, parts = self.parts(canonical, row.arrangement)
             there = [part for part in parts if (MAIN_PARAM, part) in self.tensors]
             if not there:
@@ -154,20 +155,3 @@ class SourceTensors:
     def _dtype(self, role: str, parameter: Parameter) -> str:
         _, parts = self.parts(parameter.canonical, parameter.row.arrangement)
         return self.tensor(role, parts[0]).dtype
-
-
-def _expanded(dialect: str, num_layers: int) -> Iterator[tuple[str, tuple[str, Row]]]:
-    """A dialect's table with its layers one after the other, between what comes before them and
-    what comes after."""
-    rows = families.rows_of(dialect)
-    in_layer = [canonical for canonical in rows if "{i}" in canonical]
-    first = list(rows).index(in_layer[0])
-    outside = [canonical for canonical in rows if "{i}" not in canonical]
-    for canonical in outside[:first]:
-        yield canonical, rows[canonical]
-    for i in range(num_layers):
-        for canonical in in_layer:
-            name, row = rows[canonical]
-            yield canonical.format(i=i), (name.format(i=i), row)
-    for canonical in outside[first:]:
-        yield canonical, rows[canonical]

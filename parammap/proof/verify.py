@@ -158,10 +158,15 @@ def verify(request: Request) -> Verdict:
         if verdict.problems:
             return verdict
     output = read_output(request, manifest)
+    if all(held.row is None for held in output.index.held):
+        verdict.notes.append(
+            f"{output.folder}: is of no family whose tensors are known, so its names were not "
+            f"checked"
+        )
     casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
     framework = registry.framework(output.framework)
     verdict.problems += [
-        *_missing_names(output, verdict),
+        *_missing_heads(output),
         *starmap(Problem, framework.contradictions(output).items()),
         *starmap(Problem, framework.wrong_order(output, manifest is not None)),
     ]
@@ -242,26 +247,11 @@ def _missing_files(manifest: Manifest) -> Iterator[Problem]:
             )
 
 
-def _missing_names(output: Checkpoint, verdict: Verdict) -> Iterator[Problem]:
-    if all(held.row is None for held in output.index.held):
-        verdict.notes.append(
-            f"{output.folder}: is of no family whose tensors are known, so its names were not "
-            f"checked"
-        )
-        return
-    missing = families.missing({held.canonical for held in output.index.held}, output.num_layers)
-    if missing:
-        yield Problem(
-            str(output.folder),
-            f"lacks {len(missing)} tensors of a complete model: {shorten_names(missing)}",
-        )
-    if output.layout.pp > 1 and is_tied(output):
-        yield from _missing_heads(output)
-
-
 def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
     """Copies of the word embedding that the last stage's ranks lack; the first stage's make it
-    complete without them."""
+    complete without them. That it lacks nothing else, its reader found."""
+    if output.layout.pp == 1 or not is_tied(output):
+        return
     ranks: dict[bool, set[tuple]] = {False: set(), True: set()}
     for held in output.index.held:
         if held.canonical == families.WORD_EMBEDDING:

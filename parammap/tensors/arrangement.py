@@ -322,9 +322,13 @@ ARRANGEMENTS = {
     ),
 }
 _UNGATED_FC1 = Arrangement("e h [fc1: f]", **_FC1)
+# transformers, Phi3Attention's qkv_proj, where several heads share a group of keys and values
+_GROUPED_QKV = Arrangement("[q: gnd | k: gd | v: gd] h", "g", uncut=_HEADS, unfit=_ATTENTION)
 
 
 def arrangement(kind: str, sizes: Sizes) -> Arrangement:
+    if kind == STACKED_QKV and sizes.groups not in (None, sizes.heads):
+        return _GROUPED_QKV
     return _UNGATED_FC1 if kind == EXPERTS_FC1 and not sizes.gated else ARRANGEMENTS[kind]
 
 

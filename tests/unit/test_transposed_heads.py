@@ -118,7 +118,7 @@ def lying(
     return StoredTensor(
         found,
         name,
-        families.Row(name, SHARD_0, None, True) if is_transposed else None,
+        families.Row(name, SHARD_0, True) if is_transposed else None,
         SHARD_0,
         parts,
     )

@@ -131,7 +131,7 @@ def test_padding_of_a_vocabulary_that_lies_transposed(wants, rows, tmp_path, buf
         MAIN_PARAM,
         safetensors.read(tmp_path / "head.safetensors")["lm_head.kernel"],
     )
-    row = families.Row("output.weight", VOCAB, None, True)
+    row = families.Row("output.weight", VOCAB, True)
     held = StoredTensor(
         found,
         row.canonical,

@@ -4,9 +4,9 @@ b8078a9, llm_serving/model/opt_model.py, get_config)."""
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, ROWS_BEFORE_POSITIONS, Architecture
+from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.families import WORD_EMBEDDING
+from parammap.families import FAMILIES, WORD_EMBEDDING
 from parammap.frameworks.alpa.reader import recorded
 from parammap.frameworks.alpa.serving import EPS, POSITIONS, PUBLIC
 from parammap.plan.source_tensors import SourceTensors
@@ -34,7 +34,7 @@ def of(source: Checkpoint) -> Architecture:
         groups=heads,
         ffn=states.tensor(MAIN_PARAM, "layers.0.mlp.fc1.weight").rows,
         vocab=words.rows,
-        positions=table.rows - ROWS_BEFORE_POSITIONS.get(family, 0) if table else None,
+        positions=table.rows - FAMILIES[family].rows_before_positions if table else None,
         activation="gelu_new" if family == BLOOM else "relu",
         eps=EPS,
         tied=True,

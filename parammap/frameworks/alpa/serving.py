@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, ROWS_BEFORE_POSITIONS, Architecture
+from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, HF_BLOOM, WORD_EMBEDDING, Row, rows_of
+from parammap.families import FAMILIES, HEAD, HF_BLOOM, WORD_EMBEDDING, Row, tensors_of
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.architecture import architecture_for, architecture_of
@@ -139,10 +139,9 @@ def _bloom(states: SourceTensors, options: Options) -> tuple[Architecture, list[
 def bloom_files(num_layers: int) -> dict[str, str]:
     """The canonical (fused) name of each file of a BLOOM, whose head is the word embedding."""
     return {
-        name.format(i=i): canonical.format(i=i)
-        for canonical, (name, _) in rows_of(HF_BLOOM).items()
+        name: canonical
+        for canonical, name, _ in tensors_of(HF_BLOOM, num_layers)
         if canonical != HEAD
-        for i in (range(num_layers) if "{i}" in canonical else (None,))
     }
 
 
@@ -191,7 +190,7 @@ def parts_of(states: SourceTensors, role: str, name: str, rows_before: int) -> t
         VOCAB if name in (WORD_EMBEDDING, HEAD) else REPLICATED,
     )
     rows = states.vocab_rows if kind == VOCAB else tensor.rows
-    parameter = Parameter(name, name, Row(name, kind, None), kind, (rows, *tensor.shape[1:]))
+    parameter = Parameter(name, name, Row(name, kind), kind, (rows, *tensor.shape[1:]))
     parts = states.wanted(parameter, role, Sizes()).parts
     return (
         in_a_row([gap(rows_before, tensor.cols), *parts])
@@ -202,7 +201,7 @@ def parts_of(states: SourceTensors, role: str, name: str, rows_before: int) -> t
 
 def rows_to_add(architecture: Architecture) -> int:
     """The rows that OPT's positions have before those of the source."""
-    return ROWS_BEFORE_POSITIONS[OPT] - architecture.rows_before_positions
+    return FAMILIES[OPT].rows_before_positions - architecture.rows_before_positions
 
 
 def check_names(states: SourceTensors, expected: set[str], model: str) -> None:

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, Architecture
+from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.families import CORE, FAMILIES, HEAD, WORD_EMBEDDING, with_dialect
+from parammap.families.family import LAYER_NORM, LEARNED, RMS_NORM, ROTARY
 from parammap.frameworks.megatron.facts import Facts
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import MAIN_PARAM
 
 POSITIONS = "embedding.position.weight"
+#: what models compute that other frameworks have as well: like GPT-2, like LLaMA
+_GPT2, _LLAMA = (LAYER_NORM, LEARNED, False), (RMS_NORM, ROTARY, True)
 #: options that make a model compute otherwise than GPT-2 and LLaMA do, where they are set
 _UNLIKE = (
     "num_experts",
@@ -84,6 +87,7 @@ def of(source: Checkpoint) -> Architecture:
             "can take it"
         )
     family = _family(source, names, kind)
+    is_rotary = FAMILIES[family].positions == ROTARY
     words, fc2 = (
         states.tensor(MAIN_PARAM, WORD_EMBEDDING),
         states.tensor(MAIN_PARAM, "layers.0.mlp.fc2.weight"),
@@ -102,12 +106,17 @@ def of(source: Checkpoint) -> Architecture:
         positions=table.rows if table else said.get("max_position_embeddings"),
         activation=_activation(facts.args, family),
         eps=said.get("norm_epsilon", said.get("layernorm_epsilon")),
-        rope_theta=_rope_theta(facts, said) if family == LLAMA else None,
-        rope_scaling=_rope_scaling(said) if family == LLAMA else None,
+        rope_theta=_rope_theta(facts, said) if is_rotary else None,
+        rope_scaling=_rope_scaling(said) if is_rotary else None,
         tied=_tied(source, facts, names),
         bias="layers.0.mlp.fc2.bias" in names,
         head_size=query.rows // sizes.heads if query and sizes.heads else said.get("kv_channels"),
     )
+
+
+def computed() -> tuple[str, ...]:
+    """The families whose models Megatron-LM computes as other frameworks do."""
+    return tuple(name for name in with_dialect(CORE) if FAMILIES[name].computes in (_GPT2, _LLAMA))
 
 
 def _reasons(said: dict, positions: str | None):
@@ -142,7 +151,7 @@ def _family(source: Checkpoint, names: set[str], positions: str | None) -> str:
     }
     rotary = has["rotary positions"] or positions is None and not has["a table of positions"]
     tells = (has["norms with biases"], has["a gated MLP"], has["a table of positions"], rotary)
-    known = {(True, False, True, False): GPT2, (False, True, False, True): LLAMA}
+    known = {(True, False, True, False): _GPT2, (False, True, False, True): _LLAMA}
     if tells not in known:
         there = [f"{'' if value else 'not '}{what}" for what, value in has.items()]
         raise RefusedError(
@@ -150,14 +159,14 @@ def _family(source: Checkpoint, names: set[str], positions: str | None) -> str:
             f"gates) nor "
             f"like LLaMA (RMS norms, rotary positions, gates): it has {', '.join(there)}"
         )
-    return known[tells]
+    return next(name for name in computed() if FAMILIES[name].computes == known[tells])
 
 
 def _activation(args: dict, family: str) -> str | None:
     """None where nobody recorded it: a model that was adopted says so by None."""
     if not args:
         return None
-    if family == LLAMA:
+    if FAMILIES[family].gated:
         return "silu" if args.get("swiglu") else None
     if args.get("use_legacy_models", not args.get("use_mcore_models")):
         if args.get("openai_gelu"):

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, Architecture
+from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
 from parammap.errors import RefusedError
-from parammap.families import WORD_EMBEDDING
-from parammap.families.gpt import ROWS_OF_TABLE
+from parammap.families import CORE, FAMILIES, WORD_EMBEDDING
+from parammap.families.family import ROTARY, Family
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.megatron import import_optimizer, registration
-from parammap.frameworks.megatron.architecture import LLAMA3_SCALING
+from parammap.frameworks.megatron.architecture import LLAMA3_SCALING, computed
 from parammap.frameworks.megatron.architecture import of as describe
 from parammap.frameworks.megatron.reshard import resharded
 from parammap.frameworks.megatron.specification import LOCAL, TRANSFORMER_ENGINE, Specification
@@ -45,12 +45,12 @@ DIVISIBLE_BY = 128
 #: the frameworks whose checkpoints are Megatron's already
 NATIVE = ("megatron", "megatron-dist", "mindspore")
 _RANK = (0, 0, 0)
-#: by family and activation: whether bias and activation are fused
+#: by whether the MLP is gated, and activation: whether bias and activation are fused
 _FUSED = {
-    (GPT2, "gelu_new"): True,
-    (GPT2, "gelu"): False,
-    (GPT2, None): None,
-    (LLAMA, "silu"): False,
+    (False, "gelu_new"): True,
+    (False, "gelu"): False,
+    (False, None): None,
+    (True, "silu"): False,
 }
 #: other names of GELU by tanh (transformers, activations.py)
 _ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
@@ -63,7 +63,7 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
 
     Raises RefusedError for a model that Megatron-LM cannot compute, for one of which nobody
     recorded how it computes, and for an optimizer that Megatron-LM's cannot be."""
-    architecture = architecture_for(source, (GPT2, LLAMA), NAME)
+    architecture = architecture_for(source, computed(), NAME)
     states = SourceTensors(source)
     _check(source, architecture, states.names())
     stepped = source.with_optimizer
@@ -73,7 +73,7 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
         **(import_optimizer.args(source) if stepped else {}),
     }
     specification = Specification.of(args)
-    tensors = list(_tensors(states, args, specification))
+    tensors = list(_tensors(architecture.family, states, args, specification))
     specs = [tensor.spec for tensor in tensors]
     iteration = source.iteration if stepped else 0
     if stepped:
@@ -133,11 +133,13 @@ class _Tensor:
     first: str
 
 
-def _tensors(states: SourceTensors, args: dict, specification: Specification) -> Iterator[_Tensor]:
+def _tensors(
+    family: str, states: SourceTensors, args: dict, specification: Specification
+) -> Iterator[_Tensor]:
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that
     the model computes in."""
     used: set[str] = set()
-    for canonical, kind, name in _table(states.source.num_layers, specification):
+    for canonical, kind, name in _table(family, states.source.num_layers, specification):
         _, atoms = states.parts(canonical, kind)
         if there := [atom for atom in atoms if (MAIN_PARAM, atom) in states.tensors]:
             if missing := sorted(set(atoms) - set(there)):
@@ -163,22 +165,16 @@ def _tensors(states: SourceTensors, args: dict, specification: Specification) ->
         )
 
 
-def _table(num_layers: int, specification: Specification) -> Iterator[tuple[str, str, str]]:
+def _table(
+    family: str, num_layers: int, specification: Specification
+) -> Iterator[tuple[str, str, str]]:
     """(canonical name, arrangement, megatron-core's name) of all that a dense model may have, layer
     by layer, in the order of named_parameters(), by which buckets are filled."""
-    rows = [
-        (canonical, kind, specification.name_of(core))
-        for canonical, (kind, _, core, _) in ROWS_OF_TABLE.items()
-        if core and "{e}" not in canonical
-    ]
     table = {}
-    for canonical, kind, name in rows:
-        for w in ("weight", "bias") if "{w}" in canonical else ("",):
-            for i in range(num_layers) if "{i}" in canonical else ("",):
-                one, own = (
-                    text.replace("{w}", w).replace("{i}", str(i)) for text in (canonical, name)
-                )
-                table[own] = one, kind
+    for row in FAMILIES[family].tables[CORE].values():
+        for i in range(num_layers) if "{i}" in row.canonical else (None,):
+            name = specification.name_of(row.names).format(i=i)
+            table[name] = row.canonical.format(i=i), row.arrangement
     yield from ((*table[name], name) for name in registration.in_order(table))
 
 
@@ -188,7 +184,7 @@ def _table(num_layers: int, specification: Specification) -> Iterator[tuple[str,
 
 def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
     """Refuse what Megatron-LM cannot compute, and what nobody recorded."""
-    needed = ("heads", "positions", *(["rope_theta"] * (model.family == LLAMA)))
+    needed = ("heads", "positions", *(["rope_theta"] * (_family(model).positions == ROTARY)))
     unknown = [field for field in needed if getattr(model, field) is None]
     if unknown:
         raise RefusedError(
@@ -202,11 +198,12 @@ def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
     layers = {"q": "layers.0.attention.q.bias" in names, **biased}
     linear = set(biased.values())
     reasons = {
-        f"its activation is {model.activation}": (model.family, _activation(model)) not in _FUSED,
+        f"its activation is {model.activation}": (_family(model).gated, _activation(model))
+        not in _FUSED,
         f"has biases of {', '.join(name for name, has in layers.items() if has)} alone": len(linear)
         > 1
         or (linear == {True} and not layers["q"]),
-        "its biases and GELU cannot be fused, as it has none": model.family == GPT2
+        "its biases and GELU cannot be fused, as it has none": not _family(model).gated
         and linear == {False},
         f"stretches its rotary positions by {model.rope_scaling}": _scaling(model) is None,
     }
@@ -220,7 +217,11 @@ def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
 
 
 def _fc1(model: Architecture) -> str:
-    return "mlp.gate" if model.family == LLAMA else "mlp.fc1"
+    return "mlp.gate" if _family(model).gated else "mlp.fc1"
+
+
+def _family(model: Architecture) -> Family:
+    return FAMILIES[model.family]
 
 
 def _activation(model: Architecture) -> str | None:
@@ -247,7 +248,8 @@ def _scaling(model: Architecture) -> dict | None:
 
 def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dict:
     """What Megatron-LM would have saved of such a run at one rank."""
-    names, is_llama = states.names(), model.family == LLAMA
+    names, family = states.names(), _family(model)
+    is_rotary = family.positions == ROTARY
     words, dtype = (
         states.tensor(MAIN_PARAM, WORD_EMBEDDING),
         import_optimizer.model_dtype(states, WORD_EMBEDDING),
@@ -265,15 +267,15 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
         "seq_length": model.positions,
         "encoder_seq_length": model.positions,
         "max_position_embeddings": model.positions,
-        "position_embedding_type": "rope" if is_llama else "learned_absolute",
-        "add_position_embedding": not is_llama,
-        "use_rotary_position_embeddings": is_llama,
-        "rotary_base": _plain(model.rope_theta) if is_llama else 10000,
+        "position_embedding_type": "rope" if is_rotary else "learned_absolute",
+        "add_position_embedding": not is_rotary,
+        "use_rotary_position_embeddings": is_rotary,
+        "rotary_base": _plain(model.rope_theta) if is_rotary else 10000,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "rope_scaling_factor": 8.0,
         **_scaling(model),
-        "normalization": "RMSNorm" if is_llama else "LayerNorm",
+        "normalization": family.norm,
         "norm_epsilon": model.eps,
         "apply_layernorm_1p": False,
         "apply_residual_connection_post_layernorm": False,
@@ -281,18 +283,18 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
         "qk_layernorm": "layers.0.attention.q_norm.weight" in names,
         "add_bias_linear": "layers.0.mlp.fc2.bias" in names,
         "add_qkv_bias": "layers.0.attention.q.bias" in names,
-        "swiglu": is_llama,
+        "swiglu": family.gated,
         "squared_relu": False,
         "openai_gelu": False,
         "onnx_safe": None,
-        "bias_gelu_fusion": _FUSED[model.family, _activation(model)],
-        "bias_swiglu_fusion": is_llama,
+        "bias_gelu_fusion": _FUSED[family.gated, _activation(model)],
+        "bias_swiglu_fusion": family.gated,
         "untie_embeddings_and_output_weights": "output.weight" in names,
         "num_experts": None,
         "vocab_size": words.rows,
         "padded_vocab_size": -(-words.rows // DIVISIBLE_BY) * DIVISIBLE_BY,
         "make_vocab_size_divisible_by": DIVISIBLE_BY,
-        "tokenizer_type": None if is_llama else "GPT2BPETokenizer",
+        "tokenizer_type": None if is_rotary else "GPT2BPETokenizer",
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
@@ -329,7 +331,7 @@ def _plain(number: float) -> float:
 
 def _notes(model: Architecture, args: dict, source: Checkpoint) -> Iterator[str]:
     flags = [f"--norm-epsilon {model.eps}"] if model.eps is not None else []
-    flags += [f"--rotary-base {args['rotary_base']}"] if model.family == LLAMA else []
+    flags += [f"--rotary-base {args['rotary_base']}"] if _family(model).positions == ROTARY else []
     flags += ["--no-bias-gelu-fusion"] if _activation(model) == "gelu" else []
     flags += ["--qk-layernorm"] if args["qk_layernorm"] else []
     flags += ["--use-rope-scaling", f"--rope-scaling-factor {args['rope_scaling_factor']}"] * args[

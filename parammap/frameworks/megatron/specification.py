@@ -12,7 +12,7 @@ core/models/backends.py, core/extensions/transformer_engine_spec_provider.py."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from parammap.checkpoint import extra_states
@@ -69,7 +69,7 @@ class Specification:
             impl, SEQUENTIAL if impl == LOCAL else GROUPED
         )  # from core 0.17 on, local layers have no grouped GEMM
 
-    def name_of(self, names: list[str]) -> str:
+    def name_of(self, names: Sequence[str]) -> str:
         """The model's name of a dense tensor among those that a family's table has: that of local
         layers is the first, and that of Transformer Engine's the last."""
         return names[0 if self.impl == LOCAL else -1]

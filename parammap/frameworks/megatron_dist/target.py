@@ -159,7 +159,9 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
     if unknown := sorted(
         held.found.name
         for held in weights.values()
-        if held.row is None or held.kind == QKV_DOWN or not _core_names(held.row)
+        if held.row is None
+        or held.kind == QKV_DOWN
+        or not families.names_of(held.row.canonical, families.CORE)
     ):
         raise RefusedError(
             f"{source.folder}: no key of format torch_dist is known for {len(unknown)} tensors: "
@@ -227,19 +229,12 @@ class _Stacks:
         return name, tuple(number for number, _ in numbers), tuple(size for _, size in numbers)
 
 
-def _core_names(row: families.Row) -> list[str]:
-    for canonical, (_, _, core, _) in families.ROWS.items():
-        for w in ("weight", "bias"):
-            if canonical.replace("{w}", w) == row.canonical:
-                return [name.replace("{w}", w) for name in core]
-    return []
-
-
 def _core_name(held: StoredTensor, keeps_norm: bool, latent: bool) -> str:
     """The name, with global numbers, by which keys are made: norms are called as Transformer
     Engine's layers fuse them, but for those before a mixture of experts (`keeps_norm`) and before
     `latent` attention, which are apart."""
-    first, *_, last = [*_core_names(held.row), *_core_names(held.row)[-1:]]
+    names = families.names_of(held.row.canonical, families.CORE)
+    first, last = names[0], names[-1]
     is_apart = (keeps_norm and ".post_attention_norm." in held.row.canonical) or (
         latent and ".input_norm." in held.row.canonical
     )

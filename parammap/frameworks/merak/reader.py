@@ -5,7 +5,7 @@ A file's `model` names a tensor `module.{M}.` and transformers' name, M counting
 whole pipeline; a stage is whatever its file holds. `tied_modules.*` names the word embedding, or
 the head that is tied to it, a second time.
 
-Sources: Merak d72efe5, v2.2.2; see families/merak.py, files.py and zero.py for each part.
+Sources: Merak d72efe5, v2.2.2; see families/gpt2.py, files.py and zero.py for each part.
 """
 
 from __future__ import annotations

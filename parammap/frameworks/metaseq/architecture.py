@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from parammap.checkpoint.architecture import OPT, ROWS_BEFORE_POSITIONS, Architecture
+from parammap.checkpoint.architecture import OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING
 from parammap.frameworks.metaseq import reader as metaseq
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import MAIN_PARAM
@@ -62,7 +62,7 @@ def of(source: Checkpoint) -> Architecture:
         groups=heads,
         ffn=states.tensor(MAIN_PARAM, "layers.0.mlp.fc1.weight").rows,
         vocab=states.tensor(MAIN_PARAM, WORD_EMBEDDING).rows,
-        positions=table.rows - ROWS_BEFORE_POSITIONS[OPT] if table else None,
+        positions=table.rows - FAMILIES[OPT].rows_before_positions if table else None,
         activation=ACTIVATIONS[activation],
         eps=_EPS,
         tied=HEAD not in states.names(),

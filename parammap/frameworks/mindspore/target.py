@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parammap import families
-from parammap.checkpoint import extra_states
+from parammap.checkpoint import completeness, extra_states
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import StoredTensor
 from parammap.errors import RefusedError
@@ -28,12 +28,6 @@ from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, Te
 
 FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
 NAMES = ("mindspore", "megatron")
-#: the names LayerNorm and RMSNorm give their parameters (MindSpeed-Core-MS,
-#: mindspeed_ms/legacy/model/norm.py)
-_NORM_NAMES = {
-    True: {"norm_weight": "gamma", "norm_bias": "beta"},
-    False: {"norm_weight": "weight"},
-}
 #: the renames of MindSpeed-Core-MS's own convert_pt2ckpt.py, for the list of names on which the two
 #: differ
 _THEIR_NAMES = {
@@ -97,15 +91,18 @@ def output(source: Checkpoint, options: Options) -> Output:
 
 
 def _check_names(source: Checkpoint, options: Options) -> None:
-    missing = families.missing({held.canonical for held in source.index.held}, source.num_layers)
-    if missing and options.names == "mindspore":
-        raise RefusedError(
-            f"{source.folder}: no complete GPT-like model: {shorten_names(missing)} missing; "
-            "with --names megatron it is converted as it is"
-        )
     if options.names == "mindspore":
+        if missing := completeness.missing(source, whole_layers=True):
+            raise RefusedError(
+                f"{source.folder}: no complete GPT-like model: {shorten_names(missing)} missing; "
+                "with --names megatron it is converted as it is"
+            )
         unknown = sorted(
-            {h.found.name for h in source.index.held if h.row is None or h.row.mindspore is None}
+            {
+                held.found.name
+                for held in source.index.held
+                if held.row is None or not families.names_of(held.row.canonical, families.MINDSPORE)
+            }
         )
         if unknown:
             raise RefusedError(
@@ -130,15 +127,18 @@ class _Namer:
 
     def __init__(self, source: Checkpoint, options: Options) -> None:
         self.options = options
-        layer_norm = any(held.canonical == "final_norm.bias" for held in source.index.held)
-        self.norm_names = _NORM_NAMES[layer_norm]
+        #: norms have a name as LayerNorm's, the first, and one as RMSNorm's (MindSpeed-Core-MS,
+        #: mindspeed_ms/legacy/model/norm.py)
+        has_layer_norm = any(held.canonical == "final_norm.bias" for held in source.index.held)
+        self.which = 0 if has_layer_norm else -1
         self.unlike: dict[str, str] = {}
 
     def name(self, held: StoredTensor) -> str:
         layer, expert = held.layer, families.expert_of(held.found.name)
         if self.options.names == "megatron":
             return families.renumber(held.found.name, layer, None)
-        name = held.row.mindspore.format(i=layer, e=expert, **self.norm_names)
+        names = families.names_of(held.row.canonical, families.MINDSPORE)
+        name = names[self.which].format(i=layer, e=expert)
         parts = families.renumber(held.found.name, layer, None).split(".")
         theirs = ".".join(_THEIR_NAMES.get(part, part) for part in parts)
         if theirs != name:

@@ -12,8 +12,7 @@ from pathlib import Path
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING, rows_of
-from parammap.families.hugging_face import BUFFERS, PREFIX
+from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING, rows_of
 from parammap.frameworks.transformers import files, model
 from parammap.frameworks.transformers.files import Weights
 from parammap.frameworks.transformers.model import ADAPTER, CONFIG, Model
@@ -60,7 +59,7 @@ def read(
         None,
         None,
         Sizes(known.heads, known.groups, known.vocab),
-        gated=False,
+        gated=FAMILIES[described.family].gated,
         tied=known.tied,
     )
     index = Index(
@@ -91,7 +90,7 @@ def read(
 
 def _checked(described: Model, weights: Weights) -> tuple[dict[str, Stored], list[str]]:
     """The model's tensors, and the names of those that are none of its parameters."""
-    prefix = PREFIX[described.family]
+    prefix = described.terms.prefix
     prefix = prefix if any(name.startswith(prefix) for name in weights.tensors) else ""
     expected = {
         one.name if one.canonical == HEAD else prefix + one.name: one.lying
@@ -101,7 +100,7 @@ def _checked(described: Model, weights: Weights) -> tuple[dict[str, Stored], lis
     dropped = sorted(
         name
         for name in weights.tensors
-        if name.endswith(BUFFERS[described.family]) and name not in allowed
+        if name.endswith(described.terms.buffers) and name not in allowed
     )
     tensors = {name: stored for name, stored in weights.tensors.items() if name not in dropped}
     for names, what in (

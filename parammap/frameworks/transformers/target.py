@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, Architecture
+from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING, rows_of
-from parammap.families.opt import BUFFERS
+from parammap.families import FAMILIES as KNOWN
+from parammap.families import HEAD, WORD_EMBEDDING, rows_of, with_dialect
 from parammap.formats import safetensors, torch_zip
 from parammap.formats.frames import FrameBuilder, Literal
 from parammap.frameworks.architecture import architecture_of, check_family
@@ -34,7 +34,7 @@ from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import MAIN_PARAM, Extent, Stored, TensorSpec
 
-FAMILIES = (GPT2, OPT, LLAMA, BLOOM)
+FAMILIES = with_dialect("transformers")
 #: the library's default of max_shard_size
 MAX_SHARD_NBYTES = 5 * 10**9
 #: what else a folder may hold that goes with the model whatever its weights' layout
@@ -79,7 +79,8 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     """Plan the folder. Raises RefusedError for a model that transformers' families do not compute,
     or that lacks tensors."""
     own = architecture_of(target, options.activation)
-    check_family(target, own.family, FAMILIES, "transformers")
+    check_family(target, own.family, with_dialect("transformers"), "transformers")
+    buffers = KNOWN[own.family].buffers
     states = SourceTensors(target)
     if own.heads is None and any(".attention.qkv." in name for name in states.names()):
         raise RefusedError(
@@ -88,7 +89,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
             "values are told apart; convert a checkpoint that has its arguments or layout files"
         )
     own = completed(own, load(options.config)) if options.config else own
-    parameters = list(states.parameters(own.family, BUFFERS))
+    parameters = list(states.parameters(own.family, buffers))
     model = _model(target, replace(own, vocab=states.vocab_rows), states, options)
     _check(target, model, parameters)
     tensors = {
@@ -107,7 +108,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         [],
         {"transformers": {"model_type": model.config.get("model_type"), "format": options.format}},
         roles=(MAIN_PARAM,),
-        ignorable=BUFFERS,
+        ignorable=buffers,
     )
 
 

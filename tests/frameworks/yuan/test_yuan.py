@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from convert.repartition import main as repartition
-from parammap import families
+from parammap.checkpoint import completeness
 from parammap.cli.main import main
 from parammap.frameworks import registry
 from parammap.frameworks.megatron.facts import Facts
@@ -417,17 +418,14 @@ def test_atoms_are_what_the_model_computes_with():
 
 
 def test_what_a_complete_model_has():
-    names = {held.canonical for held in registry.read(SOURCE, weights_only=True).index.held}
-    assert families.missing(names, 6) == []
-    assert families.missing(names - {"layers.2.attention.qk.weight"}, 6) == [
-        "layers.2.attention.qk.weight"
-    ]
-    gpt = {
-        name.replace("attention.qk", "attention.qkv")
-        for name in names
-        if ".filter." not in name and ".attention.v." not in name
-    }
-    assert families.missing(gpt, 6) == []
+    source, name = registry.read(SOURCE, weights_only=True), "layers.2.attention.qk.weight"
+    assert completeness.missing(source, whole_layers=True) == []
+    kept = [held for held in source.index.held if held.canonical != name]
+    assert completeness.missing(replace(source, index=replace(source.index, held=kept))) == [name]
+    kept = [held for held in source.index.held if "layers.2.attention" not in held.canonical]
+    assert completeness.missing(
+        replace(source, index=replace(source.index, held=kept)), whole_layers=True
+    ) == ["layers.2.attention"]
 
 
 def test_the_vocabulary_is_padded_alike_in_every_layout():
