@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 #: the column of the names in transformers' files, which make a dialect for each family: config.json
@@ -31,9 +31,12 @@ class Cell:
     arrangement: str | None = None
     transposed: bool = False
 
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        return (self.names,) if isinstance(self.names, str) else self.names
+
     def renamed(self, change: Callable[[str], str]) -> Cell:
-        names = (self.names,) if isinstance(self.names, str) else self.names
-        return replace(self, names=tuple(map(change, names)))
+        return replace(self, names=tuple(map(change, self.all_names)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +157,14 @@ class Family:
     norm: str | None = None
     positions: str | None = None
     gated: bool = False
-    #: by dialect and canonical name, what the tables say
-    tables: Mapping[str, Mapping[str, Row]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tables", dict(self._tables()))
+        if unarranged := [
+            one.canonical
+            for one in self._joined
+            if not one.arrangement and not all(cell.arrangement for cell in one.cells.values())
+        ]:
+            raise ValueError(f"{self.name}: {', '.join(unarranged)} has no arrangement")
         if (TRANSFORMERS in self.dialects) != (self.config is not None):
             raise ValueError(f"{self.name}: transformers' names and config.json go together")
 
@@ -167,14 +173,27 @@ class Family:
         """What its models compute: norm, positions, and whether the MLP is gated."""
         return self.norm, self.positions, self.gated
 
-    @property
+    @cached_property
     def dialects(self) -> tuple[str, ...]:
         """The columns of its table: what tells which frameworks have its models."""
-        return tuple(dict.fromkeys(column for one in self._joined() for column in one.cells))
+        return tuple(dict.fromkeys(column for one in self._joined for column in one.cells))
 
-    def dialect(self, column: str) -> str:
-        """The dialect that a column of its table is of."""
-        return self.name if column == TRANSFORMERS else column
+    @cached_property
+    def tables(self) -> dict[str, dict[str, Row]]:
+        """What its table says, by dialect and canonical name."""
+        return {
+            self.name if column == TRANSFORMERS else column: {
+                one.canonical: Row(
+                    one.canonical,
+                    cell.arrangement or one.arrangement or "",
+                    cell.transposed,
+                    cell.all_names,
+                )
+                for one in self._joined
+                if (cell := one.cells.get(column))
+            }
+            for column in self.dialects
+        }
 
     def prefix(self, dialect: str) -> str:
         """The pattern of what may stand before the names of a dialect of its table."""
@@ -182,6 +201,7 @@ class Family:
             return re.escape(self.config.prefix)
         return self.prefixes.get(dialect, "")
 
+    @cached_property
     def _joined(self) -> list[TableRow]:
         """The rows of all its tables, of weight and bias apart."""
         joined: dict[str, TableRow] = {}
@@ -193,18 +213,6 @@ class Family:
                 {**one.cells, **known.cells},
             )
         return list(joined.values())
-
-    def _tables(self) -> Iterator[tuple[str, dict[str, Row]]]:
-        for column in self.dialects:
-            rows = {}
-            for one in self._joined():
-                if cell := one.cells.get(column):
-                    arrangement = cell.arrangement or one.arrangement
-                    if arrangement is None:
-                        raise ValueError(f"{self.name}: {one.canonical} has no arrangement")
-                    names = (cell.names,) if isinstance(cell.names, str) else cell.names
-                    rows[one.canonical] = Row(one.canonical, arrangement, cell.transposed, names)
-            yield self.dialect(column), rows
 
 
 def _expanded(rows: Iterable[TableRow]) -> Iterator[TableRow]:

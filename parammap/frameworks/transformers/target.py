@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from parammap import families
 from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import FAMILIES as KNOWN
 from parammap.families import HEAD, WORD_EMBEDDING, rows_of, with_dialect
 from parammap.formats import safetensors, torch_zip
 from parammap.formats.frames import FrameBuilder, Literal
@@ -80,7 +80,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     or that lacks tensors."""
     own = architecture_of(target, options.activation)
     check_family(target, own.family, with_dialect("transformers"), "transformers")
-    buffers = KNOWN[own.family].buffers
+    buffers = families.FAMILIES[own.family].buffers
     states = SourceTensors(target)
     if own.heads is None and any(".attention.qkv." in name for name in states.names()):
         raise RefusedError(
