@@ -12,7 +12,7 @@ import transformers
 from parammap import families
 from parammap.cli.main import main
 from parammap.families import Family, in_layer, row
-from parammap.tensors.arrangement import SHARD_0
+from parammap.tensors.arrangement import REPLICATED, SHARD_0
 from tests.support import paths
 from tests.support.conversions import digests
 from tests.support.transformers_folders import TOKENS, convert, files_of, loaded, refused, saved
@@ -130,6 +130,13 @@ def test_a_family_that_contradicts_another_is_refused():
     with pytest.raises(ValueError, match="config.json"):
         family(rows=(row("norm.weight", SHARD_0, transformers="norm.weight"),))
     assert list(families.FAMILIES) == ["gpt2", "opt", "llama", "bloom", "mixture", "yuan"]
+
+
+def test_its_own_rows_count_before_those_that_it_shares():
+    other = row("layers.{i}.norm.weight", REPLICATED, core="other.weight", legacy="norm.weight")
+    (own,) = family(shares=((other,),)).tables["core"].values()
+    assert (own.arrangement, own.names) == (SHARD_0, ("decoder.layers.{i}.norm.weight",))
+    assert family(shares=((other,),)).dialects == ("core", "legacy")
 
 
 def test_names_are_looked_up_anew():
