@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 
 from parammap.arguments import positive
 from parammap.cli.main import run
-from parammap.frameworks.mindspore.target import FRAMES
+from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.combine_shards import combine
 
 
@@ -51,13 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--src-format",
         default="ckpt",
-        choices=sorted(FRAMES),
+        choices=sorted(FORMATS),
         help="format to read (default: %(default)s)",
     )
     add(
         "--dst-format",
         default="ckpt",
-        choices=sorted(FRAMES),
+        choices=sorted(FORMATS),
         help="format to write (default: %(default)s)",
     )
     add(

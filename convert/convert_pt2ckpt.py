@@ -18,6 +18,7 @@ from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.frameworks.mindspore import target as mindspore
+from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 from parammap.tensors.layout import RANK_ORDER
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the weights of model_optim_rng.pt, as Float32",
     )
     add("--file-prefix", default="network")
-    add("--format", default="ckpt", choices=sorted(mindspore.FRAMES))
+    add("--format", default="ckpt", choices=sorted(FORMATS))
     add(
         "--dist-opt-content",
         nargs="+",

@@ -1,5 +1,6 @@
-"""Containers: one module per file format. A container knows bytes and nothing of models.
+"""File formats: one module and one record each (see format.py), which registry.py lists. A format
+knows bytes and nothing of models.
 
-Every container offers `read(path)`, which touches headers only and says where each tensor's bytes
-lie, and `frame(…)`, which says, before a single byte is written, which bytes an output file
-consists of (see `frames`)."""
+Reading touches headers only and says where each tensor's bytes lie; a frame says, before a single
+byte is written, which bytes an output file consists of (see frames.py). A folder of torch_dist and
+MessagePack's trees are no files of tensors: their modules stand alone."""

@@ -9,6 +9,7 @@ pickles of protocol 2 (`fix_imports`)."""
 from __future__ import annotations
 
 from parammap.errors import RefusedError
+from parammap.formats import standard_library
 from parammap.formats.pickles import GETATTR, Global, Opaque, renamed
 
 #: enumerations: Python pickles their members as a call with the value or, in some releases, as
@@ -88,35 +89,7 @@ _TORCH_STORAGES = frozenset(
 )
 #: classes, functions and constants by module
 GLOBALS: dict[str, frozenset[str]] = {
-    "_codecs": frozenset({"encode"}),
-    "_io": frozenset({"BytesIO"}),
-    "argparse": frozenset({"Namespace"}),
-    "builtins": frozenset(
-        {
-            "Ellipsis",
-            "bool",
-            "bytearray",
-            "bytes",
-            "complex",
-            "dict",
-            "float",
-            "frozenset",
-            "int",
-            "list",
-            "object",
-            "range",
-            "set",
-            "slice",
-            "str",
-            "tuple",
-        }
-    ),
-    "collections": frozenset({"Counter", "OrderedDict", "defaultdict", "deque"}),
-    "copyreg": frozenset({"_reconstructor"}),
-    "datetime": frozenset({"date", "datetime", "time", "timedelta", "timezone"}),
-    "pathlib": frozenset({"Path", "PosixPath", "PurePath", "PurePosixPath"}),
-    "signal": frozenset({"SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"}),
-    "types": frozenset({"SimpleNamespace"}),
+    **standard_library.WRITTEN,
     **dict.fromkeys(
         ("numpy.core.multiarray", "numpy._core.multiarray"), frozenset({"_reconstruct", "scalar"})
     ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 from typing import Literal as OneOf
 
-from parammap.tensors.logical import TensorSpec
+from parammap.tensors.logical import Stored, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,14 @@ class Crc:
 
 
 Segment = Literal | Hole | Crc
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An output file: its segments, and the tensors that their holes count."""
+
+    segments: list[Segment]
+    tensors: list[TensorSpec | Stored]
 
 
 def place(segments: Iterable[Segment]) -> Iterator[tuple[int, Segment]]:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from parammap.errors import RefusedError
+from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, Stored, TensorSpec
 
@@ -295,3 +296,12 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+FORMAT = FlatFormat(
+    name="ckpt",
+    suffixes=(".ckpt",),
+    entries=read,
+    structure=lambda path, offset: "a record's header: name, dims and type",
+    frame=frame,
+)

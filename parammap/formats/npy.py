@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from parammap.errors import RefusedError
+from parammap.formats.format import Format
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
 
@@ -83,3 +84,12 @@ def _header(stream: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtype]
     if version not in _HEADERS:
         raise ValueError(f"version {version}")
     return _HEADERS[version](stream)
+
+
+FORMAT = Format(
+    name="npy",
+    suffixes=(".npy",),
+    magic=npy_format.MAGIC_PREFIX,
+    entries=lambda path: {path.name: read(path)},
+    structure=lambda path, offset: "the header: dtype, order and shape",
+)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parammap.errors import RefusedError
+from parammap.formats.standard_library import may_be_read
 
 MAX_PICKLE_NBYTES = 1 << 30
 
@@ -77,49 +78,6 @@ class Opaque:
 
 class Size(tuple):
     """A torch.Size."""
-
-
-#: standard library globals that stay inert; None stands for every name of the module
-_INERT: dict[str, frozenset[str] | None] = {
-    "argparse": frozenset({"Namespace"}),
-    "builtins": frozenset(
-        {
-            "Ellipsis",
-            "bool",
-            "bytearray",
-            "bytes",
-            "complex",
-            "dict",
-            "float",
-            "frozenset",
-            "getattr",
-            "int",
-            "list",
-            "object",
-            "range",
-            "set",
-            "slice",
-            "str",
-            "tuple",
-            "type",
-        }
-    ),
-    "_codecs": frozenset({"encode"}),
-    "collections": frozenset({"Counter", "OrderedDict", "defaultdict", "deque"}),
-    "copyreg": frozenset({"_reconstructor"}),
-    "datetime": None,
-    "decimal": frozenset({"Decimal"}),
-    "enum": None,
-    "fractions": frozenset({"Fraction"}),
-    "functools": frozenset({"partial"}),
-    "io": frozenset({"BytesIO", "StringIO"}),
-    "_io": frozenset({"BytesIO", "StringIO"}),
-    "pathlib": None,
-    "re": frozenset({"_compile"}),
-    "signal": frozenset({"SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "Signals"}),
-    "types": frozenset({"SimpleNamespace"}),
-    "uuid": frozenset({"UUID"}),
-}
 
 
 class _Refusal(Exception):
@@ -339,9 +297,8 @@ def renamed(module: str, name: str) -> Global:
 
 def _checked(target: Global) -> Global:
     top = target.module.partition(".")[0]
-    allowed = _INERT.get(top, frozenset())
-    listed = allowed is None or target.module == top and target.name in allowed
     through_module = not sys.stdlib_module_names.isdisjoint(target.name.split(".")[:-1])
-    if through_module or top in sys.stdlib_module_names and not listed:
+    is_standard = top in sys.stdlib_module_names
+    if through_module or is_standard and not may_be_read(target.module, target.name):
         raise _Refusal(f"names {target}, which no checkpoint needs")
     return target

@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from parammap.errors import RefusedError
+from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, Stored, TensorSpec
 
@@ -181,3 +182,12 @@ def _check_contiguous(file: str, tensors: Mapping[str, Stored], start: int, size
             f"{file}: has {size} bytes, its header needs {position}; the file is truncated or "
             f"damaged"
         )
+
+
+FORMAT = FlatFormat(
+    name="safetensors",
+    suffixes=(".safetensors",),
+    entries=read,
+    structure=lambda path, offset: "the header, in JSON",
+    frame=frame,
+)

@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 
 from parammap.errors import RefusedError
 from parammap.formats import pickle_writer, pickles, torch_zip
-from parammap.formats.frames import FrameBuilder
+from parammap.formats.format import TreeFormat, subscripts
+from parammap.formats.frames import Frame, FrameBuilder
 from parammap.formats.pickles import Opaque
-from parammap.formats.torch_zip import Frame, Storage
+from parammap.formats.torch_zip import Storage
 from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -47,7 +48,7 @@ def is_legacy(path: str | os.PathLike) -> bool:
 
 def read_either(path: str | os.PathLike) -> Any:
     """The pickled object of a torch.save of either kind, with a Stored in place of each tensor."""
-    return read(path) if is_legacy(path) else torch_zip.read(path, kind=_Views)
+    return read(path) if is_legacy(path) else torch_zip.read(path, kind=torch_zip.Views)
 
 
 def read(path: str | os.PathLike) -> Any:
@@ -164,40 +165,7 @@ def _storages(
     return records
 
 
-class _Views(torch_zip.Reader):
-    """Resolves tensors that may be strided matrices."""
-
-    def _box(
-        self,
-        extent: Extent,
-        dtype: str,
-        offset: int,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-    ) -> Stored:
-        if (
-            len(shape) != 2
-            or 0 in shape
-            or torch_zip._is_contiguous(shape, stride)
-            or 1 not in stride
-        ):
-            return super()._box(extent, dtype, offset, shape, stride)
-        start, itemsize = extent.offset + offset * ITEMSIZE[dtype], ITEMSIZE[dtype]
-        inner = int(stride[1] == 1)
-        if stride[1 - inner] < shape[inner]:
-            return super()._box(extent, dtype, offset, shape, stride)
-        span = (
-            sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * itemsize
-            + itemsize
-        )
-        if offset < 0 or start + span > extent.offset + extent.nbytes:
-            raise RefusedError(
-                f"{self.file}: a tensor {shape} reaches beyond its storage; the file is damaged"
-            )
-        return Stored(dtype, shape, (Extent(self.file, start, span),), stride)
-
-
-class _Legacy(_Views):
+class _Legacy(torch_zip.Views):
     def storage(self, persistent_id: Any) -> Storage:
         return super().storage(_five(self.file, persistent_id))
 
@@ -236,3 +204,14 @@ class _Storages(torch_zip._Storages):
         made = super().record(tensor)
         storage, *rest = made.args
         return Opaque(made.target, (pickle_writer.PersistentId((*storage.value, None)), *rest))
+
+
+FORMAT = TreeFormat(
+    name="torch-legacy",
+    suffixes=torch_zip.SUFFIXES,
+    magic=_HEAD,
+    entries=lambda path: dict(subscripts(read(path))),
+    structure=lambda path, offset: "a pickle, or the size of a storage",
+    read_tree=read,
+    frame_tree=frame,
+)

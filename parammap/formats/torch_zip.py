@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from parammap.errors import RefusedError
 from parammap.formats import pickle_writer, pickles, zip_records
-from parammap.formats.frames import Segment
+from parammap.formats.format import TreeFormat, subscripts
+from parammap.formats.frames import Frame
 from parammap.formats.pickles import Global, Opaque
 from parammap.formats.zip_records import Record
 from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
@@ -55,6 +56,8 @@ _UNSUPPORTED = (
     "_rebuild_xla_tensor",
 )
 
+#: of files of either kind that torch.save writes
+SUFFIXES = (".pt", ".pth", ".bin")
 _VERSION, _BYTE_ORDER, _FORMAT_VERSION, _STORAGE_ALIGNMENT = b"3\n", b"little", b"1", b"64"
 
 
@@ -247,6 +250,34 @@ class Reader:
         return refuse
 
 
+class Views(Reader):
+    """Resolves tensors that may be strided matrices."""
+
+    def _box(
+        self,
+        extent: Extent,
+        dtype: str,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> Stored:
+        if len(shape) != 2 or 0 in shape or _is_contiguous(shape, stride) or 1 not in stride:
+            return super()._box(extent, dtype, offset, shape, stride)
+        start, itemsize = extent.offset + offset * ITEMSIZE[dtype], ITEMSIZE[dtype]
+        inner = int(stride[1] == 1)
+        if stride[1 - inner] < shape[inner]:
+            return super()._box(extent, dtype, offset, shape, stride)
+        span = (
+            sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * itemsize
+            + itemsize
+        )
+        if offset < 0 or start + span > extent.offset + extent.nbytes:
+            raise RefusedError(
+                f"{self.file}: a tensor {shape} reaches beyond its storage; the file is damaged"
+            )
+        return Stored(dtype, shape, (Extent(self.file, start, span),), stride)
+
+
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return Stored(dtype, shape, ()).nbytes
 
@@ -262,14 +293,6 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         expected *= size
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """An output file: its segments, and the tensors that their holes count."""
-
-    segments: list[Segment]
-    tensors: list[TensorSpec | Stored]
 
 
 def frame(tree: Any, name: str = "archive.pt") -> Frame:
@@ -334,3 +357,24 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def _read_views(path: Path) -> Any:
+    return read(path, kind=Views)
+
+
+def _structure(path: Path, offset: int) -> str:
+    for name, extent in zip_records.read(path).items():
+        if extent.offset <= offset < extent.offset + extent.nbytes:
+            return f"record {name} of the zip archive"
+    return "structure of the zip archive: headers, padding or directory"
+
+
+FORMAT = TreeFormat(
+    name="torch",
+    suffixes=SUFFIXES,
+    entries=lambda path: dict(subscripts(_read_views(path))),
+    structure=_structure,
+    read_tree=_read_views,
+    frame_tree=frame,
+)

@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import MAGIC_PREFIX
 
 from parammap.execute.checks import widen_bits
 from parammap.execute.gather import Files
+from parammap.formats import registry
 from parammap.proof import contents
 from parammap.proof.stream import BAND_BYTES
 from parammap.tensors.logical import Stored
 from parammap.tensors.region import whole
 from parammap.tensors.shard import views_of
 
-_TENSORS = (*contents.PICKLED, ".ckpt", ".safetensors", ".npy")
 #: the key of a tensor of a state dict
 _NAME = re.compile(r"\['([^']+)'\]")
 
@@ -33,12 +32,8 @@ class Total:
 
 
 def holds_tensors(file: Path) -> bool:
-    """Whether a file is of a format that holds tensors, by its ending; numpy's may have another one
-    or none."""
-    if file.suffix in _TENSORS:
-        return True
-    with open(file, "rb") as stream:
-        return stream.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
+    """Whether a file is of a format that holds tensors, by its ending or its first bytes."""
+    return registry.find(file) is not None
 
 
 def entries_of(file: Path) -> list[tuple[str, Stored]]:

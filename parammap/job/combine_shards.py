@@ -16,7 +16,7 @@ from parammap.errors import RefusedError, TaskError
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.frameworks.mindspore import sharded
-from parammap.frameworks.mindspore.target import FRAMES
+from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.staging import Staging
 from parammap.name_list import shorten_names
 from parammap.plan.plan import FileTask, Wanted, WantedFile
@@ -83,7 +83,7 @@ def _group(args: argparse.Namespace, rank: int, path: Path) -> _Group:
     name = f"{combined.files[rank].stem}{sharded.MERGED}.{args.dst_format}"
     file = WantedFile(
         f"rank_{rank}/{name}",
-        tuple(FRAMES[args.dst_format]([one.spec for one in tensors])),
+        tuple(FORMATS[args.dst_format].frame([one.spec for one in tensors])),
         tensors,
     )
     own = re.compile(rf"(?<![A-Za-z])rank_{rank}(?!\d)")

@@ -122,3 +122,26 @@ def test_a_framework_knows_itself_and_megatron_alone(module):
         and (other.split(".") + [""])[2] not in {own, "megatron", *SHARED}
     ]
     assert not others
+
+
+#: what is of one framework by its purpose; and the sidecar, which is Megatron-LM's
+OF_ONE_FRAMEWORK = {
+    "parammap.job.repartition": "megatron",
+    "parammap.job.combine_shards": "mindspore",
+    "parammap.cli.metaseq_scripts": "metaseq",
+    "parammap.inspection.buffers": "megatron",
+    "parammap.inspection.facts": "megatron",
+    "parammap.proof.compare": "megatron",
+}
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if HEIGHT.get(room_of(name), 0) > HEIGHT["frameworks"]]
+)
+def test_the_rooms_above_know_frameworks_by_their_records(module):
+    folders = {
+        other.split(".")[2]
+        for other in imported(MODULES[module])
+        if room_of(other) == "frameworks" and other.count(".") > 2
+    }
+    assert folders <= {OF_ONE_FRAMEWORK.get(module)}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from parammap.formats import torch_zip, zip_records
-from parammap.formats.frames import Hole, place, write
+from parammap.formats.frames import Frame, Hole, place, write
 from parammap.formats.zip_records import Record
 from parammap.tensors.logical import ITEMSIZE, TensorSpec
 from tests.support import paths
@@ -59,7 +59,7 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
-def _write(frame: torch_zip.Frame, path, contents=None) -> str:
+def _write(frame: Frame, path, contents=None) -> str:
     """Fill holes from the source (Stored) or from `contents` (by TensorSpec name)."""
 
     def fill(hole: Hole):

@@ -49,7 +49,7 @@ MERAK = Framework(
                 Flag(
                     "--serialization",
                     "torch's file format (default: zip)",
-                    {"choices": sorted(target.FRAMES)},
+                    {"choices": sorted(target.FORMATS)},
                 ),
                 switch(
                     "--no-parallel-vocab",

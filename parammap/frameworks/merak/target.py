@@ -39,7 +39,7 @@ from parammap.tensors.logical import MAIN_PARAM, TensorSpec
 
 ITERATION, ALL_DP, PLAIN = "iter", "all_dp", "plain"
 FOLDERS, SCHEMES = (RELEASE, ITERATION), (ALL_DP, PLAIN)
-FRAMES = {"zip": torch_zip.frame, "legacy": torch_legacy.frame}
+FORMATS = {"zip": torch_zip.FORMAT, "legacy": torch_legacy.FORMAT}
 #: the tools pad to a multiple of this times tp
 _DIVISOR = 128
 _SAMPLES = ("consumed_train_samples", "consumed_valid_samples")
@@ -192,7 +192,7 @@ class _Writer:
             "iteration": self.target.iteration,
             **self._args(),
         }
-        frame = FRAMES[self.options.serialization](tree, PurePath(path).name)
+        frame = FORMATS[self.options.serialization].frame_tree(tree, PurePath(path).name)
         by_spec = {id(one.spec): one for one in wanted}
         tensors = tuple(
             by_spec[id(leaf)]

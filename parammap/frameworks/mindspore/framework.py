@@ -10,6 +10,7 @@ from parammap.frameworks.megatron.framework import TRANSFORMER_IMPL
 from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron.reshard import resharded
 from parammap.frameworks.mindspore import reader, target
+from parammap.frameworks.mindspore.formats import BY_SUFFIX, FORMATS
 from parammap.frameworks.target import Target
 
 FAMILIES = (GPT2, LLAMA, MIXTURE)
@@ -42,7 +43,7 @@ MINDSPORE = Framework(
                 ),
                 TRANSFORMER_IMPL,
             ),
-            formats=tuple(target.FRAMES),
+            formats=tuple(FORMATS),
             native=NATIVE,
             import_model=import_model,
             resharded=resharded,
@@ -55,7 +56,7 @@ MINDSPORE = Framework(
     inspection=Inspection(
         title="MindSpore",
         keeps_args=True,
-        file_kinds=dict.fromkeys(reader.CONTAINERS, "tensors"),
+        file_kinds=dict.fromkeys(BY_SUFFIX, "tensors"),
         unreadable=None,
     ),
 )

@@ -21,17 +21,17 @@ from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
-from parammap.formats import mindspore_ckpt, safetensors, torch_zip
+from parammap.formats import torch_zip
 from parammap.frameworks.megatron.facts import Facts, args_of, experts_per_rank, is_gated
 from parammap.frameworks.megatron.structure import megatron_naming, specified, structures_of
 from parammap.frameworks.mindspore import scalars as mindspore_scalars
 from parammap.frameworks.mindspore import sharded as mindspore_sharded
+from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.frameworks.mindspore.target import STRUCTURE_KEY
 from parammap.name_list import shorten_names
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
 
-CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 _ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")
 _STATES = (EXP_AVG, EXP_AVG_SQ)
@@ -209,7 +209,7 @@ def _stage_size(source: Path, numbers: list[int], layout: Layout) -> int:
 
 def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[str, float]]:
     """The tensors and the scalars of the newest file in a rank's folder."""
-    wanted = [suffix] if suffix else list(CONTAINERS)
+    wanted = [suffix] if suffix else list(BY_SUFFIX)
     files = [path for path in folder.iterdir() if path.suffix in wanted]
     if not files:
         raise RefusedError(
@@ -218,7 +218,7 @@ def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[
     newest = mindspore_sharded.newest(files)
     entries = {
         name: stored
-        for name, stored in CONTAINERS[newest.suffix].read(newest).items()
+        for name, stored in BY_SUFFIX[newest.suffix].entries(newest).items()
         if isinstance(stored, Stored)
     }
     entries = mindspore_sharded.whole(newest, entries)

@@ -23,11 +23,10 @@ from pathlib import Path
 
 from parammap.checkpoint.sidecar import Bucket, Buffer, Slot
 from parammap.errors import RefusedError
-from parammap.formats import mindspore_ckpt, safetensors
+from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
 
-CONTAINERS = {".ckpt": mindspore_ckpt, ".safetensors": safetensors}
 STRATEGY_FOLDER = "opt_shard_info"
 #: what a combined file's name ends with, before its suffix
 MERGED = "_dp_merged"
@@ -102,7 +101,7 @@ def strategy_files(folder: Path) -> dict[int, Path]:
     return {rank: path for rank, path in paths.items() if path.is_file()}
 
 
-def newest_file(folder: Path, suffixes: tuple[str, ...] = tuple(CONTAINERS)) -> Path:
+def newest_file(folder: Path, suffixes: tuple[str, ...] = tuple(BY_SUFFIX)) -> Path:
     """The file of a rank's folder that was written last, what was combined before left out."""
     if not folder.is_dir():
         raise RefusedError(f"{folder}: missing; copy the whole checkpoint")
@@ -131,7 +130,7 @@ def combined(
     strategy: Strategy,
     folder: Path,
     prefixes: tuple[str, ...] = PREFIXES,
-    suffixes: tuple[str, ...] = tuple(CONTAINERS),
+    suffixes: tuple[str, ...] = tuple(BY_SUFFIX),
 ) -> Combined:
     """Where the whole states of a group lie in the newest files of `folder/rank_N`; `prefixes` are
     the states to take.
@@ -139,7 +138,7 @@ def combined(
     Raises RefusedError for a file that is missing, damaged, of another step or of another run than
     the strategy."""
     files = {rank: newest_file(folder / f"rank_{rank}", suffixes) for rank in strategy.ranks}
-    contents = [CONTAINERS[path.suffix].read(path) for path in files.values()]
+    contents = [BY_SUFFIX[path.suffix].entries(path) for path in files.values()]
     paths = list(files.values())
     _check_same_step(paths, contents)
     shards = {name: [content.get(name) for content in contents] for name in _expected(strategy)}

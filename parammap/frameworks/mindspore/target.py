@@ -16,17 +16,17 @@ from parammap.checkpoint import completeness, extra_states
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import StoredTensor
 from parammap.errors import RefusedError
-from parammap.formats import mindspore_ckpt, safetensors, torch_zip
+from parammap.formats import torch_zip
 from parammap.formats.frames import Literal
 from parammap.frameworks.megatron.specification import check_recorded
 from parammap.frameworks.megatron.structure import leaves
+from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.frameworks.mindspore.scalars import Scalars, scalars_of
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, TensorSpec
 
-FRAMES = {"ckpt": mindspore_ckpt.frame, "safetensors": safetensors.frame}
 NAMES = ("mindspore", "megatron")
 #: the renames of MindSpeed-Core-MS's own convert_pt2ckpt.py, for the list of names on which the two
 #: differ
@@ -169,7 +169,10 @@ def _rank_file(
     _check_unique(source.rank_folders[rank], tensors)
     path = f"rank_{_number(source, rank, options)}/{options.file_prefix}.{options.format}"
     return WantedFile(
-        path, tuple(FRAMES[options.format]([w.spec for w in tensors])), tuple(tensors), Place(*rank)
+        path,
+        tuple(FORMATS[options.format].frame([w.spec for w in tensors])),
+        tuple(tensors),
+        Place(*rank),
     )
 
 

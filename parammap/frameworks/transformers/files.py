@@ -13,11 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from parammap.errors import RefusedError
-from parammap.formats import safetensors, torch_legacy
+from parammap.formats import registry, safetensors, torch_zip
+from parammap.formats.format import FlatFormat, TreeFormat
 from parammap.name_list import shorten_names
 from parammap.tensors.logical import Stored, TensorSpec
 
 SAFETENSORS, BIN = "safetensors", "bin"
+#: by the names that --format has for them
+FORMATS: dict[str, FlatFormat | TreeFormat] = {
+    SAFETENSORS: safetensors.FORMAT,
+    BIN: torch_zip.FORMAT,
+}
 #: by format: the one file of weights, of which shards and index have their names
 NAMES = {SAFETENSORS: "model.safetensors", BIN: "pytorch_model.bin"}
 #: in the order in which the library takes them
@@ -128,9 +134,8 @@ def _check_files(index: Path, names: set[str]) -> None:
 
 
 def _content(file: Path) -> dict[str, Stored]:
-    if file.suffix == ".safetensors":
-        return safetensors.read(file)
-    content = torch_legacy.read_either(file)
+    found = registry.of(file)
+    content = found.read_tree(file) if isinstance(found, TreeFormat) else found.entries(file)
     if not isinstance(content, dict):
         raise RefusedError(
             f"{file}: holds a {type(content).__name__} and no model's tensors by name; check the "

@@ -6,6 +6,7 @@ from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.target import Target
 from parammap.frameworks.transformers import architecture, reader, target
+from parammap.frameworks.transformers.files import FORMATS
 
 TRANSFORMERS = Framework(
     name="transformers",
@@ -30,7 +31,7 @@ TRANSFORMERS = Framework(
                     {"type": target.shard_size, "metavar": "SIZE"},
                 ),
             ),
-            formats=tuple(target.FRAMES),
+            formats=tuple(FORMATS),
             optimizer=False,
         ),
     ),

@@ -23,10 +23,17 @@ from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING, rows_of, with_dialect
-from parammap.formats import safetensors, torch_zip
-from parammap.formats.frames import FrameBuilder, Literal
+from parammap.formats.format import TreeFormat
+from parammap.formats.frames import Frame, FrameBuilder, Literal
 from parammap.frameworks.architecture import architecture_of, check_family
-from parammap.frameworks.transformers.files import BIN, SAFETENSORS, index_name, shard_name, shards
+from parammap.frameworks.transformers.files import (
+    BIN,
+    FORMATS,
+    SAFETENSORS,
+    index_name,
+    shard_name,
+    shards,
+)
 from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile
@@ -173,7 +180,7 @@ def _weights(model: Model, tensors: dict[str, Wanted], options: Options) -> Iter
             tree[head] = words
         files[shard_name(options.format, number, len(parts))] = tree
     for path, tree in files.items():
-        yield FRAMES[options.format](path, tree, wanted)
+        yield _file(path, tree, wanted, options.format)
     if len(files) > 1:
         specs = [one.spec for one in wanted.values()]
         index = {
@@ -186,23 +193,17 @@ def _weights(model: Model, tensors: dict[str, Wanted], options: Options) -> Iter
         yield _json(index_name(options.format), index, sort_keys=True)
 
 
-def _safetensors(path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted]) -> WantedFile:
-    specs = list(tree.values())
-    return WantedFile(
-        path,
-        tuple(safetensors.frame(specs, {"format": "pt"})),
-        tuple(wanted[spec.name] for spec in specs),
-    )
-
-
-def _bin(path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted]) -> WantedFile:
-    frame = torch_zip.frame(tree, path)
+def _file(
+    path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted], kind: str
+) -> WantedFile:
+    form, specs = FORMATS[kind], list(tree.values())
+    if isinstance(form, TreeFormat):
+        frame = form.frame_tree(tree, path)
+    else:
+        frame = Frame(form.frame(specs, metadata={"format": "pt"}), specs)
     return WantedFile(
         path, tuple(frame.segments), tuple(wanted[spec.name] for spec in frame.tensors)
     )
-
-
-FRAMES = {SAFETENSORS: _safetensors, BIN: _bin}
 
 
 def _along(target: Checkpoint, model: Model) -> Iterator[WantedFile]:
