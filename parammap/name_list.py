@@ -1,8 +1,9 @@
-"""Long lists of tensor names for one line of an error: names that differ only in numbers stand
+"""Tensor names in one line of an error: in long lists, names that differ only in numbers stand
 together."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -24,6 +25,12 @@ def shorten_names(names: Iterable[str]) -> str:
     return ", ".join(shown[:_SHOWN]) + (
         f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
     )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What an error says after a name that is not there: the names closest to it, if any are."""
+    near = difflib.get_close_matches(name, list(known), 3)
+    return f"; perhaps {' or '.join(near)}?" if near else ""
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from parammap.cli import reading
 from parammap.errors import RefusedError
-from parammap.proof import verify
+from parammap.proof.digests import TensorDigest, tensor_digests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,47 +27,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = reading.read(args.checkpoint, args)
-    entries = [
-        _entry(tensor, summed)
-        for tensor, summed in verify.digests(checkpoint.index, args.workers).items()
-    ]
-    if not entries:
+    found = tensor_digests(checkpoint.index, args.workers)
+    if not found:
         raise RefusedError(f"{args.checkpoint}: holds no tensor")
-    differing = [entry for entry in entries if entry["digests_of_other_copies"]]
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "checkpoint": str(checkpoint.folder),
-                    "framework": checkpoint.framework,
-                    "iteration": checkpoint.iteration,
-                    "digests": entries,
-                },
-                indent=1,
-            )
-        )
+        facts = {
+            "checkpoint": str(checkpoint.folder),
+            "framework": checkpoint.framework,
+            "iteration": checkpoint.iteration,
+            "digests": [_entry(one) for one in found],
+        }
+        print(json.dumps(facts, indent=1))
     else:
-        print(
-            "\n".join(
-                f"{e['digest']}  {e['role']:12}  {e['dtype']:8}  {e['name']} {e['shape']}"
-                for e in entries
-            )
-        )
-        for e in differing:
-            print(
-                f"{e['name']} ({e['role']}): the ranks' copies differ: "
-                f"{', '.join(e['digests_of_other_copies'])} as well"
-            )
-    return 1 if differing else 0
+        print("\n".join(_lines(found)))
+    return 1 if any(one.others for one in found) else 0
 
 
-def _entry(tensor: verify.Tensor, summed: verify.Summed) -> dict:
-    first, *others = summed.digests
+def _lines(found: list[TensorDigest]) -> Iterator[str]:
+    for one in found:
+        yield f"{one.digest}  {one.state:12}  {one.dtype:8}  {one.name} {list(one.shape)}"
+    for one in found:
+        if one.others:
+            yield (
+                f"{one.name} ({one.state}): the ranks' copies differ: {', '.join(one.others)} as "
+                "well"
+            )
+
+
+def _entry(one: TensorDigest) -> dict[str, Any]:
     return {
-        "role": tensor.role,
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "digest": f"{first:016x}",
-        "digests_of_other_copies": [f"{one:016x}" for one in sorted({*others} - {first})],
+        "role": one.state,
+        "name": one.name,
+        "dtype": one.dtype,
+        "shape": list(one.shape),
+        "digest": one.digest,
+        "digests_of_other_copies": list(one.others),
     }

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from parammap import __version__
 from parammap.cli import convert, diff, digest, formats, inspect, locate, patch, verify
 from parammap.errors import RefusedError, TaskError
+from parammap.version import __version__
 
 COMMANDS = {
     "convert": convert,

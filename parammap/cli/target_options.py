@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from parammap.errors import RefusedError
@@ -21,30 +22,48 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 def of(args: argparse.Namespace) -> Any:
     """The options of the target that `args.to` names. Raises RefusedError for a flag that is not
     one of its own, and for a value that it does not take."""
-    target, given = registry.target(args.to), {}
-    for flag, targets in _flags():
-        value = getattr(args, flag.option)
-        if value is not None and args.to not in targets:
+    given = [(flag, getattr(args, flag.option)) for flag, _ in _flags()]
+    return _options(
+        registry.target(args.to),
+        [(flag, value) for flag, value in given if value is not None],
+        args.weights_only,
+    )
+
+
+def options_of(to: str, given: Mapping[str, object], *, weights_only: bool) -> Any:
+    """The options of a target; `given` are values by the names of its flags (max_shard_size),
+    `weights_only` says whether it is without the optimizer's states. Raises RefusedError for what
+    is no option of it, and for a value that its flag does not take."""
+    target, known = registry.target(to), {flag.keyword: flag for flag, _ in _flags()}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise RefusedError(f"{unknown[0]}: means nothing with --to {to}; leave it out")
+    parsed = [(known[name], known[name].parse(value)) for name, value in given.items()]
+    return _options(target, [one for one in parsed if one[1] is not None], weights_only)
+
+
+def _options(target: Target, given: Iterable[tuple[Flag, Any]], weights_only: bool) -> Any:
+    targets, taken = {flag.name: its for flag, its in _flags()}, {}
+    for flag, value in given:
+        if target.name not in targets[flag.name]:
             raise RefusedError(
-                f"{flag.name}: means nothing with --to {args.to}, only with "
-                f"{', '.join(targets)}; leave it out"
+                f"{flag.name}: means nothing with --to {target.name}, only with "
+                f"{', '.join(targets[flag.name])}; leave it out"
             )
-        if value is not None:
-            given[flag.option] = value
-    _check(args, target)
-    return target.options(**given)
+        taken[flag.option] = value
+    _check(target, taken, weights_only)
+    return target.options(**taken)
 
 
-def _check(args: argparse.Namespace, target: Target) -> None:
-    if args.format and args.format not in target.formats:
+def _check(target: Target, taken: Mapping[str, Any], weights_only: bool) -> None:
+    format, dtype, alone = taken.get("format"), taken.get("dtype"), target.weights_only_dtypes
+    if format and format not in target.formats:
         raise RefusedError(
-            f"--format {args.format}: is no format of --to {target.name}, only "
+            f"--format {format}: is no format of --to {target.name}, only "
             f"{', '.join(target.formats)} are"
         )
-    alone = target.weights_only_dtypes
-    if args.dtype and alone is not None and not (args.weights_only and args.dtype in alone):
+    if dtype and alone is not None and not (weights_only and dtype in alone):
         raise RefusedError(
-            f"--dtype {args.dtype}: an optimizer's states keep their dtype; {', '.join(alone)} "
+            f"--dtype {dtype}: an optimizer's states keep their dtype; {', '.join(alone)} "
             f"goes with --to {target.name} --weights-only"
         )
 

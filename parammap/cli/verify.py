@@ -7,8 +7,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from parammap.cli import reading
+from parammap.cli.positions import positions
 from parammap.errors import RefusedError
 from parammap.proof.compare import Difference
 from parammap.proof.repair import repair
@@ -100,24 +102,12 @@ def _show(verdict: Verdict, args: argparse.Namespace, output: Path) -> None:
     )
 
 
-def _entry(found: Difference) -> dict:
+def _entry(found: Difference) -> dict[str, Any]:
     """`a` and `b` are two ranks' copies of one tensor."""
     return {
         "name": found.a.name,
         "role": found.a.role,
         "elements": found.elements,
         "largest_difference": found.largest,
-        "first": [
-            {
-                "row": at.row,
-                "column": at.column,
-                "a": at.a,
-                "b": at.b,
-                "file_a": at.place_a[0],
-                "offset_a": at.place_a[1],
-                "file_b": at.place_b[0],
-                "offset_b": at.place_b[1],
-            }
-            for at in found.positions
-        ],
+        "first": positions(found),
     }

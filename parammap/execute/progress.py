@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from multiprocessing import get_context
+from typing import TextIO
 
 _BAR = 24
 _PLAIN_SECONDS = 10.0
@@ -14,9 +15,12 @@ _PLAIN_SECONDS = 10.0
 class Progress:
     """Counts the bytes that all worker processes have written, out of `total`."""
 
-    def __init__(self, total: int, done: int = 0, stream=None) -> None:
+    def __init__(
+        self, total: int, done: int = 0, stream: TextIO | None = None, is_quiet: bool = False
+    ) -> None:
         self.total, self.resumed = total, done
         self.stream = stream or sys.stderr
+        self.is_quiet = is_quiet
         self.terminal = self.stream.isatty()
         self.written = get_context("fork").Value("q", done)
         self.started = self.shown = time.monotonic()
@@ -31,6 +35,8 @@ class Progress:
         self.show()
 
     def show(self, last: bool = False) -> None:
+        if self.is_quiet:
+            return
         now = time.monotonic()
         if not last and now - self.shown < (0.2 if self.terminal else _PLAIN_SECONDS):
             return

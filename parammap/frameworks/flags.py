@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from parammap.errors import RefusedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +22,32 @@ class Flag:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def keyword(self) -> str:
+        """Its name as an argument of a function."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+    @property
     def option(self) -> str:
-        return str(self.facts.get("dest") or self.name.removeprefix("--").replace("-", "_"))
+        return str(self.facts.get("dest") or self.keyword)
+
+    def parse(self, value: object) -> Any:
+        """What a program gives, as argparse makes it of text: None stays None, a switch is True or
+        False, a list is written with commas. Raises RefusedError for what argparse refuses."""
+        if value is None:
+            return None
+        if "const" in self.facts:
+            if isinstance(value, bool):
+                return self.facts["const"] if value else None
+            raise RefusedError(f"{self.name}: is True or False and not {value!r}")
+        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        try:
+            parsed = self.facts.get("type", str)(text)
+        except (ArgumentTypeError, ValueError) as error:
+            raise RefusedError(f"{self.name} {text}: {error}") from error
+        choices = self.facts.get("choices")
+        if choices and parsed not in choices:
+            raise RefusedError(f"{self.name} {text}: choose one of {', '.join(choices)}")
+        return parsed
 
 
 def switch(name: str, help: str, *, sets: bool = True, **facts: Any) -> Flag:

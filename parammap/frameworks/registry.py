@@ -34,6 +34,8 @@ _FRAMEWORKS = [
     METASEQ,
     MEGATRON,
 ]
+#: what can be left out of a checkpoint
+DROPPABLE = {"experts"}
 
 
 def register(framework: Framework) -> None:
@@ -116,6 +118,8 @@ def read(
     `metadata_from` is where metaseq's flat parameters are described whose files lost it, or a
     config.json of what Merak saved without one; `ema` asks for the averaged weights in metaseq's
     files. Raises RefusedError if it is no checkpoint, damaged, or of other sizes."""
+    if unknown := drop - DROPPABLE:
+        raise RefusedError(f"drop {', '.join(sorted(unknown))}: only experts can be left out")
     sizes = sizes or {}
     found = recognized(source)
     lent = {"metadata_from": metadata_from, "ema": ema}

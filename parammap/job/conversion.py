@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parammap import __version__
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.owners import MANIFEST_KEY
@@ -31,6 +30,7 @@ from parammap.plan.plan import FileTask, Output, Plan
 from parammap.plan.planner import OWN, Planner
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM
+from parammap.version import __version__
 
 #: measured private memory of a worker beyond its buffers: the interpreter's and numpy's own pages
 _WORKER_BYTES = 12 << 20
@@ -215,6 +215,7 @@ def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:
         progress = Progress(
             sum(task.streamed for task in plan.tasks),
             sum(t.streamed for t in plan.tasks if t.path in done),
+            is_quiet=request.quiet,
         )
         outcomes = _begin(left, staging.out, progress, request)
     except RefusedError:

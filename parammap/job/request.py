@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parammap.plan.planner import REFUSE
+from parammap.errors import RefusedError
+from parammap.plan.planner import FIRST, MEAN, REFUSE
+
+#: what a user can have made of copies that ranks keep and that differ
+REPLICAS = (REFUSE, FIRST, MEAN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +18,9 @@ class Request:
     """What the user asked for. `sizes` are the layout wanted of the output, `source_sizes` what the
     user says of the source's, where named, and likewise `stage_layers` and `source_stage_layers`.
     `only_tp` and `only_pp` name the output's ranks to write (empty: all); `options` are those of
-    the target framework (None: its defaults)."""
+    the target framework (None: its defaults). `quiet`: no progress is shown.
+
+    Raises RefusedError for a size or number of workers below 1, and for what is no choice."""
 
     source: Path
     target: Path
@@ -42,9 +48,19 @@ class Request:
     overwrite: bool = False
     dry_run: bool = False
     verbose: bool = False
+    quiet: bool = False
     workers: int = 2
     ray: str | None = None
     timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        counts = {**self.sizes, "workers": self.workers}
+        counts |= {"make_vocab_size_divisible_by": self.vocab_divisible_by or 1}
+        for name, count in counts.items():
+            if count < 1:
+                raise RefusedError(f"{name} {count}: is not 1 or more")
+        if self.replicas not in REPLICAS:
+            raise RefusedError(f"replicas {self.replicas}: choose one of {', '.join(REPLICAS)}")
 
 
 @dataclass(frozen=True, slots=True)

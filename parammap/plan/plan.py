@@ -3,13 +3,21 @@ makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from parammap.formats.frames import Hole, Segment
 from parammap.tensors.layout import Place
-from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    ITEMSIZE,
+    MAIN_PARAM,
+    Stored,
+    Tensor,
+    TensorSpec,
+)
 from parammap.tensors.region import Region
 from parammap.tensors.shard import Shard
 from parammap.tensors.view import View, row_major
@@ -27,6 +35,23 @@ class Wanted:
     spec: TensorSpec
     parts: tuple[Shard, ...] = ()
     source: Stored | None = None
+
+
+def placed(part: Shard, spec: TensorSpec) -> Shard:
+    """A part with its view in the tensor as it is written."""
+    return part if part.view.dtype == spec.dtype else replace(part, view=part.view.cast(spec.dtype))
+
+
+def narrowed(wanted: Wanted, region: Region) -> Wanted:
+    """A region of a tensor that is made of parts, as a tensor of its own."""
+    spec = replace(wanted.spec, shape=region.sizes)
+    parts, step = [placed(part, spec) for part in wanted.parts], ITEMSIZE[spec.dtype]
+    sizes = zip(wanted.spec.shape, region.offsets, region.sizes, strict=True)
+    for size, start, count in reversed(list(sizes)):
+        low, high = start * step, (start + count) * step
+        parts = [one for part in parts for one in part.strip(size * step, low, high)]
+        step *= count
+    return Wanted(spec, tuple(parts))
 
 
 def in_a_row(shards: Iterable[Shard]) -> tuple[Shard, ...]:
@@ -86,7 +111,8 @@ class Output:
     """What a framework's writer asks for: the files, each rank's source folder with its file or
     folder in the output, the links to make (link, existing file), and what is worth saying in the
     manifest. `roles` are the states that it has room for, `needless` the names of tensors that no
-    model computes with, and `extra_states` those that are kept, by name and place."""
+    model computes with, and `extra_states` those that are kept, by name and place. `aliases` are names
+    under which a state dict has a tensor of another name once more."""
 
     files: list[WantedFile]
     converted: list[tuple[Path, str]]
@@ -95,6 +121,7 @@ class Output:
     roles: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
     ignorable: frozenset[str] = frozenset()
     extra_states: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

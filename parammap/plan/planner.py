@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from parammap.checkpoint.index import Index, is_padding
 from parammap.errors import RefusedError
-from parammap.plan.plan import FileTask, Fill, Plan, Wanted, WantedFile, panels
+from parammap.plan.plan import FileTask, Fill, Plan, Wanted, WantedFile, panels, placed
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import Tensor, TensorSpec
@@ -48,13 +48,15 @@ class Planner:
                 file.path,
                 file.segments,
                 tuple(w.spec for w in file.tensors),
-                tuple(tuple(self._fills(w, file.place or Place())) for w in file.tensors),
+                tuple(tuple(self.fills(w, file.place or Place())) for w in file.tensors),
             )
             for file in files
         ]
         return Plan(tasks, self._unused())
 
-    def _fills(self, wanted: Wanted, place: Place) -> list[Fill]:
+    def fills(self, wanted: Wanted, place: Place) -> list[Fill]:
+        """What fills a tensor that the rank at `place` holds, in order of the targets. Raises
+        RefusedError where the source does not hold just its elements."""
         spec = wanted.spec
         if wanted.source is not None:
             return [Fill(place, view) for view, place in views_of(wanted.source) if view.numel]
@@ -64,7 +66,7 @@ class Planner:
             fill
             for part in wanted.parts
             if part.region.numel
-            for fill in self._of(_placed(part, spec), place)
+            for fill in self._of(placed(part, spec), place)
         ]
         if (numel := sum(fill.target.numel for fill in fills)) != math.prod(spec.shape):
             raise RefusedError(f"{spec.name}: {numel} source elements for shape {list(spec.shape)}")
@@ -84,7 +86,9 @@ class Planner:
     def _filled(self, part: Shard, tensor: Tensor, place: Place) -> Iterator[Fill]:
         """A part filled with the shards of the source, cut where those of its model copy end."""
         if part.tensor != tensor:
-            raise RefusedError(f"{part.tensor.name} ({part.tensor.role}) is {tensor} in the source")
+            raise RefusedError(
+                f"{part.tensor.name} ({part.tensor.role}) is {tensor!r} in the source"
+            )
         held = list(self.index.shards.overlapping(tensor, part.region))
         copy = self._tensors.get((self.model_copies.get(tensor.role), tensor.name))
         holding = [
@@ -198,8 +202,3 @@ def _check_once(spec: TensorSpec, fills: list[Fill]) -> None:
                 "defect of ParamMap, please report it"
             )
         position = stop
-
-
-def _placed(part: Shard, spec: TensorSpec) -> Shard:
-    """A part with its view in the tensor as it is written."""
-    return part if part.view.dtype == spec.dtype else replace(part, view=part.view.cast(spec.dtype))

@@ -138,7 +138,7 @@ class Pair:
 
     @property
     def elements(self) -> int:
-        return self.a.rows * self.a.cols
+        return self.a.numel
 
 
 @dataclass(slots=True)
@@ -338,7 +338,7 @@ def told(found: Difference) -> str:
         return f"{found.apart} in output and source"
     return (
         (f"{found.apart}; " if found.apart else "")
-        + f"{found.elements} of {found.a.rows * found.a.cols} elements differ, by at most "
+        + f"{found.elements} of {found.a.numel} elements differ, by at most "
         f"{found.largest:.9g}; first: " + "; ".join(map(_told_stretch, found.stretches()))
     )
 

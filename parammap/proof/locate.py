@@ -3,7 +3,6 @@ what it is."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import os
@@ -20,6 +19,7 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import StoredTensor, is_transposed
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
+from parammap.name_list import suggest
 from parammap.proof.compare import values
 from parammap.proof.contents import entries_of, structure_at
 from parammap.tensors.layout import Place
@@ -122,11 +122,7 @@ def _named(checkpoint: Checkpoint, name: str) -> list[tuple[StoredTensor, Tensor
     known = {tensor.name for tensor in checkpoint.index.shards} | {
         held.found.name for held in checkpoint.index.held
     }
-    near = difflib.get_close_matches(name, known, 3)
-    raise RefusedError(
-        f"{checkpoint.folder}: holds no {name}"
-        + (f"; perhaps {' or '.join(near)}?" if near else "")
-    )
+    raise RefusedError(f"{checkpoint.folder}: holds no {name}{suggest(name, known)}")
 
 
 def _readings(checkpoint: Checkpoint, name: str) -> Iterator[tuple[set[str], str]]:

@@ -23,9 +23,7 @@ class Layout:
     order: str = RANK_ORDER
 
     def __str__(self) -> str:
-        return " ".join(
-            f"{f.name}{getattr(self, f.name)}" for f in fields(self) if f.name != "order"
-        )
+        return " ".join(f"{name}{getattr(self, name)}" for name in SIZES)
 
     def global_rank(self, tp: int, pp: int, dp: int = 0, cp: int = 0) -> int:
         """The rank at these coordinates, in the order tp-cp-ep-dp-pp; `ep` is the fast part of
@@ -52,6 +50,10 @@ class Layout:
             for pp in stages
             for size in (dense, experts)
         }
+
+
+#: the names of a layout's sizes
+SIZES = tuple(field.name for field in fields(Layout) if field.name != "order")
 
 
 @dataclass(frozen=True, slots=True)

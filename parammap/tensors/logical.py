@@ -98,3 +98,10 @@ class Tensor:
     @property
     def matrix(self) -> tuple[int, int]:
         return self.rows, self.cols
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.role})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from parammap.tensors.logical import Stored, Tensor
-from parammap.tensors.region import Region
+from parammap.tensors.region import Region, whole
 from parammap.tensors.view import View, row_major
 
 
@@ -49,6 +49,35 @@ class Shard:
         """What of it lies at bytes [low, high)."""
         if self.region.numel:
             yield from map(self.cut, self.view.within(low, high))
+
+    def strip(self, wide: int, low: int, high: int) -> Iterator[Shard]:
+        """What of it lies at bytes [low, high) of each `wide` bytes of a tensor, as parts of the
+        tensor that has these alone, one after the other."""
+        view, narrow = self.view, high - low
+        if not narrow:
+            return
+        inner = [axis for axis, stride in enumerate(view.strides) if stride < wide]
+        line = View(
+            "",
+            view.offset % wide,
+            view.dtype,
+            tuple(view.shape[axis] for axis in inner),
+            tuple(view.strides[axis] for axis in inner),
+        )
+        rows = {axis in inner for axis, size in enumerate(view.shape[:-1]) if size > 1}
+        if line.offset + line.span > wide or len(rows) > 1:
+            for start in range(view.offset // wide * wide, view.offset + view.span, wide):
+                for part in self.within(start, start + wide):
+                    yield from part.strip(wide, low, high)
+            return
+        strides = tuple(s // wide * narrow + s % wide for s in view.strides)
+        for there in line.within(low, high):
+            box = whole(view.shape)
+            for axis, offset, size in zip(inner, there.offsets, there.sizes, strict=True):
+                box = box.narrow(axis, offset, offset + size)
+            kept, cut = view.narrow(box), self.cut(box)
+            offset = kept.offset // wide * narrow + kept.offset % wide - low
+            yield replace(cut, view=merged(kept._replace(offset=offset, strides=strides)))
 
     def at(self, file: str, offset: int) -> Shard:
         """The same shard of a tensor whose first byte lies at `offset` of `file`."""

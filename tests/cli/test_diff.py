@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from parammap.cli.main import main
 from parammap.proof import stream
 from tests.support import paths
-from tests.support.goldens import GOLDENS, truth
+from tests.support.goldens import GOLDENS, joined, truth
 from tests.support.logical import content_offset, flip
 
 DATA = paths.TESTS / "data" / "megatron"
@@ -21,28 +21,6 @@ NAME = "cac60ce4_patched_legacy_tp2pp2"
 GOLDEN = DATA / NAME
 PADDED = DATA / "cac60ce4_patched_legacy_pp2dp3_untied_padded"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_JOINED_ALONG = {
-    "qkv_proj.weight": 0,
-    "qkv_proj.bias": 0,
-    "mapping.weight": 0,
-    "mapping.bias": 0,
-    "word_embeddings.weight": 0,
-    "output_layer.weight": 0,
-    "out_proj.weight": 1,
-    "projection.weight": 1,
-}
-
-
-def joined(golden=GOLDEN):
-    """A golden's whole state as a run without parallelism would hold it: {MindSpore name:
-    array}."""
-    ranks, result = truth(golden, GOLDENS[golden.name][0]), {}
-    for pp in (0, 1):
-        for name, first in ranks[0, pp].items():
-            pieces = [first] + ([ranks[1, pp][name]] if (1, pp) in ranks else [])
-            along = _JOINED_ALONG.get(".".join(name.split(".")[-2:]))
-            result[name] = first if along is None else np.concatenate(pieces, axis=along)
-    return result
 
 
 def save_whole(folder, arrays, **args):
@@ -75,7 +53,7 @@ def band(request, monkeypatch):
 def whole(tmp_path):
     """That state as a MindSpore checkpoint of one rank, whose arguments do not say that its head is
     the embedding."""
-    return save_whole(tmp_path / "whole", joined())
+    return save_whole(tmp_path / "whole", joined(GOLDEN))
 
 
 def run(capsys, *arguments):
@@ -85,14 +63,14 @@ def run(capsys, *arguments):
 
 
 def edit(whole, change):
-    arrays = joined()
+    arrays = joined(GOLDEN)
     change(arrays)
     save_file(arrays, whole / "rank_0/network.safetensors")
 
 
 def test_layouts_and_frameworks_compare_equal(whole, band, tmp_path, capsys):
     assert main(["convert", str(GOLDEN), str(tmp_path / "out"), "--to", "mindspore"]) == 0
-    elements = sum(array.size for array in joined().values())
+    elements = sum(array.size for array in joined(GOLDEN).values())
     for a, b in ((GOLDEN, whole), (whole, GOLDEN), (whole, tmp_path / "out")):
         status, facts = run(capsys, "diff", a, b)
         assert (
@@ -124,7 +102,10 @@ def test_a_bit_is_found_in_any_layout(whole, band, capsys):
     """In the columns of the second tensor parallel rank; the digest of that tensor alone
     changes."""
     before = run(capsys, "digest", whole)[1]["digests"]
-    name, array = "exp_avg_sq.language_model.encoder.layers.3.attention.out_proj.weight", joined()
+    name, array = (
+        "exp_avg_sq.language_model.encoder.layers.3.attention.out_proj.weight",
+        joined(GOLDEN),
+    )
     file, flat = whole / "rank_0/network.safetensors", 11 * 64 + 40
     flip(file, content_offset(file, name, b"") + 4 * flat + 2, 7)
     status, facts = run(capsys, "diff", GOLDEN, whole)

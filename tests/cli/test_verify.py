@@ -146,7 +146,7 @@ def test_an_equal_output_is_proved_and_says_how_much(output, capsys):
 
 def test_two_rows_swapped_by_a_wrong_plan_are_caught(tmp_path, monkeypatch, capsys):
     """The copier's own digests are those of the source; only reading the output again can tell."""
-    planned = planner.Planner._fills
+    planned = planner.Planner.fills
 
     def swap(self, wanted, place):
         if wanted.spec.name == "exp_avg.language_model.encoder.layers.2.attention.qkv_proj.weight":
@@ -167,7 +167,7 @@ def test_two_rows_swapped_by_a_wrong_plan_are_caught(tmp_path, monkeypatch, caps
             wanted = dataclasses.replace(wanted, parts=swapped)
         return planned(self, wanted, place)
 
-    monkeypatch.setattr(planner.Planner, "_fills", swap)
+    monkeypatch.setattr(planner.Planner, "fills", swap)
     out = convert(GOLDEN, tmp_path / "out", "mindspore")
     status, found = run(capsys, "verify", out)
     assert status == 1 and names(found["problems"]) == {"layers.2.attention.q.weight (exp_avg)"}

@@ -33,6 +33,17 @@ GOLDENS = {
     ),
 }
 
+_JOINED_ALONG = {
+    "qkv_proj.weight": 0,
+    "qkv_proj.bias": 0,
+    "mapping.weight": 0,
+    "mapping.bias": 0,
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "out_proj.weight": 1,
+    "projection.weight": 1,
+}
+
 
 def mindspore_name(name: str, layers: list[int], layer_norm: bool) -> str:
     """A Megatron legacy parameter's name as MindSpeed-Core-MS's model has it."""
@@ -77,4 +88,16 @@ def truth(golden: Path, layers: dict) -> dict[tuple[int, int], dict[str, np.ndar
                 for name, shape, start, end, _ in live["params"]:
                     key = mindspore_name(name, layers[rank["pp"], live["chunk"]], layer_norm=True)
                     arrays[prefix + key] = flat[start:end].reshape(shape)
+    return result
+
+
+def joined(golden: Path) -> dict[str, np.ndarray]:
+    """A golden's whole state as a run without parallelism would hold it: {MindSpore name:
+    array}."""
+    ranks, result = truth(golden, GOLDENS[golden.name][0]), {}
+    for pp in (0, 1):
+        for name, first in ranks[0, pp].items():
+            pieces = [first] + ([ranks[1, pp][name]] if (1, pp) in ranks else [])
+            along = _JOINED_ALONG.get(".".join(name.split(".")[-2:]))
+            result[name] = first if along is None else np.concatenate(pieces, axis=along)
     return result

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "parammap"
 #: rooms from the bottom to the top: what stands in one row knows those above it in this list, and
 #: nothing beside or below itself
 ROWS = [
-    {"arguments", "errors", "name_list", "gc_pause"},
+    {"arguments", "errors", "name_list", "gc_pause", "version"},
     {"tensors"},
     {"families", "formats"},
     {"checkpoint"},
@@ -24,6 +24,7 @@ ROWS = [
     {"inspection"},
     {"job"},
     {"cli"},
+    {"api"},
     {"__main__"},
 ]
 HEIGHT = {room: height for height, row in enumerate(ROWS) for room in row}
@@ -32,7 +33,7 @@ APART = {"hooks", "patches", "schemas"}
 #: what all frameworks share: of what their records are made
 SHARED = {"architecture", "flags", "framework", "target"}
 #: third-party packages that only some users have
-OPTIONAL = {"ray"}
+OPTIONAL = {"ray", "torch"}
 
 
 def _modules() -> dict[str, ast.Module]:

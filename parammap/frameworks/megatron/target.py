@@ -146,7 +146,8 @@ class _Writer:
         self, rank: Coordinates, number: int, tree: object, wanted: dict[TensorSpec, Wanted]
     ) -> object:
         if isinstance(tree, TensorSpec):
-            spec = replace(tree, name=f"{number}.{tree.name}")
+            is_alone = len(self._structures[rank]) == 1
+            spec = tree if is_alone else replace(tree, name=f"{number}.{tree.name}")
             wanted[spec] = Wanted(
                 spec, self._parts(rank, number, tree.name, tree.shape, MAIN_PARAM)
             )

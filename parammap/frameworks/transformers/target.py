@@ -109,13 +109,17 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         )
         for one in parameters
     }
+    head = rows_of(model.family)[HEAD][0]
+    is_tied = HEAD not in tensors and not model.is_base
+    aliases = {head: tensors[WORD_EMBEDDING].spec.name} if is_tied else {}
     return Output(
-        [*_weights(model, tensors, options), *_along(target, model)],
+        [*_weights(list(tensors.values()), aliases, options), *_along(target, model)],
         [(folder, "") for folder in target.rank_folders.values()],
         [],
         {"transformers": {"model_type": model.config.get("model_type"), "format": options.format}},
         roles=(MAIN_PARAM,),
         ignorable=buffers,
+        aliases=aliases,
     )
 
 
@@ -166,18 +170,18 @@ def _class_of(model: Model) -> str:
     return model.type.base if model.is_base else model.type.causal
 
 
-def _weights(model: Model, tensors: dict[str, Wanted], options: Options) -> Iterator[WantedFile]:
-    """The files of weights and, if there are several, their index."""
-    wanted = {one.spec.name: one for one in tensors.values()}
-    words, head = tensors[WORD_EMBEDDING].spec, rows_of(model.family)[HEAD][0]
-    is_aliased = options.format == BIN and HEAD not in tensors and not model.is_base
+def _weights(
+    tensors: list[Wanted], aliases: dict[str, str], options: Options
+) -> Iterator[WantedFile]:
+    """The files of weights, aliases in pickles alone, and, if there are several, their index."""
+    wanted = {one.spec.name: one for one in tensors}
     files = {}
     for number, specs in enumerate(
         parts := shards([one.spec for one in wanted.values()], options.max_shard_size)
     ):
         tree = {spec.name: spec for spec in specs}
-        if is_aliased and words.name in tree:
-            tree[head] = words
+        if options.format == BIN:
+            tree |= {name: tree[other] for name, other in aliases.items() if other in tree}
         files[shard_name(options.format, number, len(parts))] = tree
     for path, tree in files.items():
         yield _file(path, tree, wanted, options.format)

@@ -1,0 +1,1 @@
+"""What `import parammap` offers to Python programs (docs/api.md)."""

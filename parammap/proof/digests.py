@@ -1,0 +1,127 @@
+"""The digests of logical tensors, read from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from parammap.checkpoint.index import Index
+from parammap.execute.checks import cast_bits, widen_bits
+from parammap.execute.gather import Files
+from parammap.proof.stream import copies_of, in_processes, read_views
+from parammap.tensors.digest import MASK, cells_digest
+from parammap.tensors.logical import Tensor
+from parammap.tensors.region import Region
+from parammap.tensors.shard import Shard
+
+#: bytes that a worker process is given at a time
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDigest:
+    """The digest of a logical tensor, in hexadecimal, the same in every framework, layout and file
+    format; `others` are those of ranks' copies that differ from the first one."""
+
+    state: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    others: tuple[str, ...] = ()
+
+
+def tensor_digests(index: Index, workers: int = 1) -> list[TensorDigest]:
+    """The digest of every logical tensor, in the order of the files."""
+    return [
+        TensorDigest(
+            tensor.role,
+            tensor.name,
+            tensor.dtype,
+            tensor.shape,
+            f"{first:016x}",
+            tuple(f"{one:016x}" for one in sorted({*others} - {first})),
+        )
+        for tensor, summed in digests(index, workers).items()
+        for first, *others in [summed.digests]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """One copy of one region of the `tensor`-th tensor."""
+
+    tensor: int
+    number: int
+    shard: Shard
+
+
+@dataclass(slots=True)
+class Summed:
+    """The digest of each copy of a tensor that ranks keep, and how many elements a cast back would
+    not keep exactly."""
+
+    digests: list[int]
+    inexact: int = 0
+
+
+def digests(
+    index: Index, workers: int = 1, dtypes: dict[Tensor, str] | None = None
+) -> dict[Tensor, Summed]:
+    """The digests of every logical tensor, read from disk; those in `dtypes` as if they still were
+    of that dtype."""
+    dtypes, tensors = dtypes or {}, list(index.shards)
+    shares = [
+        _Share(number, copy, shard)
+        for number, tensor in enumerate(tensors)
+        for shards in index.shards[tensor].values()
+        for copy, shard in enumerate(sorted(shards, key=lambda shard: shard.replica))
+    ]
+    sums: dict[tuple[int, Region, int], int] = {}
+    result = {tensor: Summed([0] * copies_of(regions)) for tensor, regions in index.shards.items()}
+    for batch in in_processes(
+        lambda batch: _digests_of(batch, dtypes), list(_batches(shares)), workers
+    ):
+        for share, digest, inexact in batch:
+            key = share.tensor, share.shard.region, share.number
+            sums[key] = sums.get(key, 0) + digest
+            result[tensors[share.tensor]].inexact += inexact
+    for number, tensor in enumerate(tensors):
+        for region, shards in index.shards[tensor].items():
+            totals = result[tensor].digests
+            for copy in range(len(totals)):
+                totals[copy] = (totals[copy] + sums[number, region, copy % len(shards)]) & MASK
+    return result
+
+
+def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
+    batch, nbytes = [], 0
+    for share in shares:
+        batch.append(share)
+        nbytes += share.shard.region.numel * share.shard.view.itemsize
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
+
+
+def _digests_of(batch: list[_Share], dtypes: dict[Tensor, str]) -> list[tuple[_Share, int, int]]:
+    with Files() as files:
+        return [
+            (share, *_digest_of(share.shard, files, dtypes.get(share.shard.tensor)))
+            for share in batch
+        ]
+
+
+def _digest_of(shard: Shard, files: Files, dtype: str | None) -> tuple[int, int]:
+    total = inexact = 0
+    for cells, (bits,) in read_views([shard.view], shard.region, files):
+        if dtype is not None:
+            narrow = cast_bits(bits, dtype)
+            inexact += int(np.count_nonzero(widen_bits(narrow, dtype) != bits))
+            bits = narrow
+        total += cells_digest(bits, cells)
+    return total, inexact
