@@ -19,12 +19,30 @@ if __package__ in (None, ""):
 from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.frameworks.mindspore.formats import FORMATS
-from parammap.job.combine_shards import combine
+from parammap.job.combine_shards import Combination, combine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    return run(lambda: combine(args))
+    return run(lambda: _combine(args))
+
+
+def _combine(args: argparse.Namespace) -> int:
+    lines = combine(
+        Combination(
+            strategy_dir=args.strategy_dir,
+            checkpoint_dir=args.checkpoint_dir,
+            output_dir=args.output_dir,
+            source_format=args.src_format,
+            target_format=args.dst_format,
+            ranks=args.rank_section and tuple(args.rank_section),
+            for_all_ranks=args.copy_to_all_dp_ranks,
+            weights_only=args.no_save_optim,
+            workers=args.max_proccess_limit,
+        )
+    )
+    print("\n".join(lines))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

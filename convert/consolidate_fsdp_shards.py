@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the architecture that the output's configuration names",
     )
     add("--megatron-part", type=int, metavar="N", help="this part alone")
-    add_switch(add, "--no-stitch-megatron", False, "a file for each part")
-    add_switch(add, "--is-ema", False, "the moving average of the weights that training kept")
-    add_switch(add, "--strict", True, "does nothing here: what is missing is always an error")
-    add_common(add)
+    add_switch(parser, "--no-stitch-megatron", False, "a file for each part")
+    add_switch(parser, "--is-ema", False, "the moving average of the weights that training kept")
+    add_switch(parser, "--strict", True, "does nothing here: what is missing is always an error")
+    add_common(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 
 

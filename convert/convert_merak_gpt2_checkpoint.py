@@ -15,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.frameworks.merak.partition import METHODS, UNIFORM, cut_list
@@ -23,7 +23,6 @@ from parammap.frameworks.merak.target import Options
 from parammap.frameworks.transformers import target as transformers
 from parammap.job.conversion import convert
 from parammap.job.request import Request
-from parammap.plan.planner import FIRST, MEAN, REFUSE
 
 TO_TRANSFORMERS, FROM_TRANSFORMERS = "transformers", "transformers_to_merak"
 
@@ -42,20 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json_path", type=Path, help="a config.json that says what the checkpoint does not record"
     )
     add("--convert_type", required=True, choices=["merak", TO_TRANSFORMERS, FROM_TRANSFORMERS])
-    add(
-        "--merak_tp",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="tensor parallel size of the output (default: 1)",
-    )
-    add(
-        "--merak_pp",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="pipeline parallel size of the output (default: 1)",
-    )
+    running.add_merak_sizes(parser)
     add("--partition_method", choices=METHODS, default=UNIFORM, help="(default: %(default)s)")
     add(
         "--custom_partition",
@@ -64,15 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="0,N,…",
         help="the first module of each stage, and their number",
     )
-    add(
-        "--replicas",
-        choices=[REFUSE, FIRST, MEAN],
-        default=REFUSE,
-        help="what to take where ranks keep different copies (default: %(default)s)",
-    )
-    add("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an output folder that has content")
-    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    running.add_arguments(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 
 
@@ -105,8 +83,7 @@ def _convert(args: argparse.Namespace) -> int:
             dry_run=args.dry_run,
         )
     )
-    print("\n".join(report.lines))
-    return report.status
+    return running.tell(report)
 
 
 def _check_config(source: Path, given: Path | None) -> None:

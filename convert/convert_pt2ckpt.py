@@ -15,6 +15,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parammap.arguments import positive
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.frameworks.mindspore import target as mindspore
@@ -120,10 +121,7 @@ def _convert(args: argparse.Namespace) -> int:
             timeout=args.process_timeout,
         )
     )
-    for source, path in report.converted:
-        print(f"convert '{source}' to '{args.ms_path / path}' successfully.")
-    print("\n".join(report.lines))
-    return report.status
+    return running.tell(report, args.ms_path)
 
 
 if __name__ == "__main__":

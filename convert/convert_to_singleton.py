@@ -27,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("location", type=Path, help="the folder with the parts: reshard*.pt, or else raw ones")
     add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
     add_switch(
-        add,
+        parser,
         "--drop-metaseq-req",
         False,
         "leave out the data loader's state, which needs metaseq to load",
     )
-    add_common(add)
+    add_common(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 
 

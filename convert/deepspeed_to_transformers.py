@@ -14,12 +14,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.frameworks.merak.target import Options
 from parammap.job.conversion import convert
 from parammap.job.request import Request
-from parammap.plan.planner import FIRST, MEAN, REFUSE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,20 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a save folder of Megatron-DeepSpeed, or that of one step",
     )
     add("--output_folder", type=Path, required=True, help="the folder to make")
-    add(
-        "--merak_tp",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="tensor parallel size of the output (default: 1)",
-    )
-    add(
-        "--merak_pp",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="pipeline parallel size of the output (default: 1)",
-    )
+    running.add_merak_sizes(parser)
     add("--for_release", action="store_true", help="zero the counters of consumed samples")
     add(
         "--config",
@@ -57,14 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(
         "--activation", choices=["gelu", "gelu_new"], help="of a checkpoint that does not record it"
     )
-    add(
-        "--replicas",
-        choices=[REFUSE, FIRST, MEAN],
-        default=REFUSE,
-        help="what to take where ranks keep different copies (default: %(default)s)",
-    )
-    add("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an output folder that has content")
+    running.add_arguments(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 
 
@@ -79,13 +58,13 @@ def _convert(args: argparse.Namespace) -> int:
             replicas=args.replicas,
             workers=args.workers,
             overwrite=args.overwrite,
+            dry_run=args.dry_run,
             options=Options(
                 for_release=args.for_release, config=args.config, activation=args.activation
             ),
         )
     )
-    print("\n".join(report.lines))
-    return report.status
+    return running.tell(report)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,25 @@ their end."""
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from parammap.arguments import positive
+from parammap.cli import running
 from parammap.cli.main import run
-from parammap.job.repartition import NUMBERS, SIZES, repartition
-from parammap.plan.planner import FIRST, MEAN, REFUSE
+from parammap.errors import RefusedError
+from parammap.job.repartition import NUMBERS, Repartition, repartition
+from parammap.name_list import shorten_names
+
+_SIZES = {"tensor_model_parallel_size": "tp", "pipeline_model_parallel_size": "pp"}
+#: what is in the names of flags that say what to do, not what the model is like
+_OURS = re.compile("target|generate|parallel-(size|blocks)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,11 +35,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         for arg in (sys.argv[1:] if argv is None else argv)
     ]
     args, others = _parser().parse_known_args(argv)
-    return run(
-        lambda: repartition(
-            args, [other.partition("=")[0] for other in others if other.startswith("--")]
+    flags = [other.partition("=")[0] for other in others if other.startswith("--")]
+    return run(lambda: _repartition(args, flags))
+
+
+def _repartition(args: argparse.Namespace, others: list[str]) -> int:
+    if unknown := [flag for flag in others if _OURS.search(flag)]:
+        raise RefusedError(
+            f"{shorten_names(unknown)}: no such flag; --help lists those that there are"
+        )
+    report = repartition(
+        Repartition(
+            source=args.load,
+            target=args.save,
+            sizes=_given(args, _SIZES),
+            target_sizes=_given(args, {f"target_{name}": size for name, size in _SIZES.items()}),
+            stage_layers=args.pipeline_model_parallel_blocks or (),
+            target_stage_layers=args.target_pipeline_model_parallel_blocks or (),
+            numbers=_given(args, {name: name for name in (*NUMBERS, "target_num_layers")}),
+            only_tp=args.tensor_generate_layer,
+            only_pp=args.pipeline_generate_layer,
+            weights_only=args.no_load_optim,
+            replicas=args.replicas,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            dry_run=args.dry_run,
         )
     )
+    ignored = [f"not needed: {shorten_names(others)}"] if others else []
+    return running.tell(replace(report, lines=[*ignored, *report.lines]))
+
+
+def _given(args: argparse.Namespace, names: dict[str, str]) -> dict[str, int]:
+    """Those of the flags that were given, by what they are called here."""
+    return {ours: value for name, ours in names.items() if (value := getattr(args, name))}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,12 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     for flags, kind, what in (
         (("--load", "--save"), Path, "the checkpoint to read, the folder to make"),
         (
-            [f"--{name}" for name in (*SIZES.values(), *NUMBERS, "target_num_layers")],
+            [f"--{name}" for name in (*_SIZES, *NUMBERS, "target_num_layers")],
             positive,
             "checked where given",
         ),
         (
-            [f"--target_{name}" for name in SIZES.values()],
+            [f"--target_{name}" for name in _SIZES],
             positive,
             "of the output (default: the source's)",
         ),
@@ -62,18 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         for flag in flags:
             parser.add_argument(flag.replace("_", "-"), type=kind, required=kind is Path, help=what)
-    parser.add_argument(
-        "--workers", type=positive, default=2, help="processes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--replicas",
-        choices=[REFUSE, FIRST, MEAN],
-        default=REFUSE,
-        help="what to take where ranks keep different copies (default: %(default)s)",
-    )
+    running.add_arguments(parser)
     for flag, what in (
         ("--no-load-optim", "the weights alone"),
-        ("--overwrite", "replace what the folder to make holds"),
         ("--process-checkpoint", "does nothing here"),
     ):
         parser.add_argument(flag, action="store_true", help=what)

@@ -33,24 +33,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--num-output-shards", type=positive, default=1, metavar="N", help="(default: %(default)s)")
     add_switch(
-        add,
+        parser,
         "--unflatten-weights",
         None,
         "whole tensors under their own names, for one shard (default: then True)",
     )
-    add_switch(add, "--skip-optimizer-state", False, "the weights alone")
+    add_switch(parser, "--skip-optimizer-state", False, "the weights alone")
     add(
         "--output-dtype",
         choices=DTYPES,
         help="dtype of the weights, not of optimizer states (default: as they are)",
     )
     add_switch(
-        add,
+        parser,
         "--drop-metaseq-req",
         False,
         "leave out the data loader's state, which needs metaseq to load",
     )
-    add_common(add)
+    add_common(parser)
     return run(lambda: _reshard(parser.parse_args(argv)))
 
 

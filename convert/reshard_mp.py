@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--part", type=int, metavar="N", help="this part of the output alone")
     add_switch(
-        add, "--drop-optimizer-state", False, "the weights alone; whole tensors always go alone"
+        parser, "--drop-optimizer-state", False, "the weights alone; whole tensors always go alone"
     )
     add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
-    add_common(add)
+    add_common(parser)
     return run(lambda: _reshard(parser.parse_args(argv)))
 
 

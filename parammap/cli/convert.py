@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from parammap.arguments import positive
-from parammap.cli import target_options
+from parammap.cli import running, target_options
 from parammap.frameworks import registry
 from parammap.job.conversion import convert
 from parammap.job.request import Request
-from parammap.plan.planner import FIRST, MEAN, REFUSE
 
 SIZES = {
     "tp": "tensor",
@@ -53,15 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="convert although optimizer slices are permuted",
     )
-    add("--overwrite", action="store_true", help="replace an output folder that has content")
-    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
-    add(
-        "--workers",
-        type=positive,
-        default=min(2, os.cpu_count() or 1),
-        metavar="N",
-        help="processes (default: %(default)s)",
-    )
+    running.add_arguments(parser, workers=min(2, os.cpu_count() or 1))
     add(
         "--ray",
         metavar="ADDRESS",
@@ -84,13 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="pad the vocabulary's rows to a multiple of this times tp",
-    )
-    sizes.add_argument(
-        "--replicas",
-        choices=[REFUSE, FIRST, MEAN],
-        default=REFUSE,
-        help="what to take in another layout where ranks keep different copies (default: "
-        "%(default)s)",
     )
 
 
@@ -126,5 +110,4 @@ def run(args: argparse.Namespace) -> int:
             ray=args.ray,
         )
     )
-    print("\n".join(report.lines))
-    return report.status
+    return running.tell(report)

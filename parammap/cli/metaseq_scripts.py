@@ -6,19 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-from parammap.arguments import positive
 from parammap.checkpoint.manifest import MANIFEST
+from parammap.cli import running
 from parammap.errors import RefusedError
 from parammap.execute.durable import sync
 from parammap.frameworks.metaseq.target import Options
 from parammap.job.conversion import convert
 from parammap.job.request import Report, Request
-from parammap.plan.planner import FIRST, MEAN, REFUSE
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 #: what follows a checkpoint's name in the names of its files (metaseq, checkpoint_utils.py)
@@ -57,13 +55,16 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1")
 
 
-def add_switch(add: Callable, flag: str, default: bool | None, what: str) -> None:
+def add_switch(parser: argparse.ArgumentParser, flag: str, default: bool | None, what: str) -> None:
     """A flag that may stand alone or be followed by True or False."""
-    add(flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=what)
+    parser.add_argument(
+        flag, type=boolean, nargs="?", const=True, default=default, metavar="BOOL", help=what
+    )
 
 
-def add_common(add: Callable) -> None:
+def add_common(parser: argparse.ArgumentParser) -> None:
     """What all of these entry points have beside the scripts' own flags."""
+    add = parser.add_argument
     add(
         "--sidecar",
         type=Path,
@@ -76,15 +77,7 @@ def add_common(add: Callable) -> None:
         metavar="SRC",
         help="what flat files without shard_metadata were made from",
     )
-    add(
-        "--replicas",
-        choices=[REFUSE, FIRST, MEAN],
-        default=REFUSE,
-        help="what to take where parts keep different copies (default: %(default)s)",
-    )
-    add("--workers", type=positive, default=2, metavar="N", help="processes (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace files of the same names")
-    add("--dry-run", action="store_true", help="print what would be written, and write nothing")
+    running.add_arguments(parser, "parts", "files of the same names")
 
 
 def write(
@@ -120,8 +113,7 @@ def write(
             dry_run=args.dry_run,
         )
     )
-    print("\n".join(report.lines))
-    return report.status
+    return running.tell(report)
 
 
 def convert_into(request: Request) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -28,6 +27,23 @@ from parammap.tensors.logical import Stored, TensorSpec
 _OPTIMIZER_SCALARS = ("learning_rate", "weight_decay", "epoch", "state", "default_generator")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """What a user asks for: the groups described below `strategy_dir` (whose first rank is in
+    `ranks`, if that is given), of the files of `checkpoint_dir` in format `source_format`, into
+    `output_dir` in `target_format`. `for_all_ranks`: a link for each other rank of a group."""
+
+    strategy_dir: Path
+    checkpoint_dir: Path
+    output_dir: Path
+    source_format: str = "ckpt"
+    target_format: str = "ckpt"
+    ranks: tuple[int, int] | None = None
+    for_all_ranks: bool = False
+    weights_only: bool = False
+    workers: int = 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Group:
     """One data parallel group: its output file, the other ranks' copies of it as (link, file), what
@@ -38,64 +54,67 @@ class _Group:
     lines: list[str]
 
 
-def combine(args: argparse.Namespace) -> int:
-    groups = [_group(args, rank, path) for rank, path in _strategies(args).items()]
+def combine(request: Combination) -> list[str]:
+    """Write each group's file, all or none, and say what each holds. Raises RefusedError (nothing
+    was written) or TaskError (nothing was added to the output folder)."""
+    groups = [_group(request, rank, path) for rank, path in _strategies(request).items()]
     tasks = Planner(Index([], Layout())).plan([group.file for group in groups]).tasks
     links = [link for group in groups for link in group.links]
     outputs = [task.path for task in tasks] + [link for link, _ in links]
-    _check_free(args.output_dir, outputs)
-    _execute(args, tasks, links, outputs)
-    print("\n".join(line for group in groups for line in group.lines))
-    return 0
+    _check_free(request.output_dir, outputs)
+    _execute(request, tasks, links, outputs)
+    return [line for group in groups for line in group.lines]
 
 
-def _strategies(args: argparse.Namespace) -> dict[int, Path]:
-    first, end = args.rank_section or (0, sys.maxsize)
+def _strategies(request: Combination) -> dict[int, Path]:
+    first, end = request.ranks or (0, sys.maxsize)
     if first >= end:
         raise RefusedError(
             f"--rank-section: {first} {end} is empty; END is the first rank that is left out"
         )
     found = {
         rank: path
-        for rank, path in sharded.strategy_files(args.strategy_dir).items()
+        for rank, path in sharded.strategy_files(request.strategy_dir).items()
         if first <= rank < end
     }
     if not found:
-        section = f" of ranks {first} to {end - 1}" if args.rank_section else ""
+        section = f" of ranks {first} to {end - 1}" if request.ranks else ""
         raise RefusedError(
-            f"{args.strategy_dir}: holds no rank_N/dist_opt_shard_info_rank_N-0_0.json{section}; "
+            f"{request.strategy_dir}: holds no rank_N/dist_opt_shard_info_rank_N-0_0.json{section}; "
             f"name "
             "the folder that the training run wrote with --strategy-dir"
         )
     return found
 
 
-def _group(args: argparse.Namespace, rank: int, path: Path) -> _Group:
+def _group(request: Combination, rank: int, path: Path) -> _Group:
     strategy = sharded.read_strategy(path, rank)
-    prefixes = sharded.PREFIXES[:1] if args.no_save_optim else sharded.PREFIXES
-    combined = sharded.combined(strategy, args.checkpoint_dir, prefixes, (f".{args.src_format}",))
+    prefixes = sharded.PREFIXES[:1] if request.weights_only else sharded.PREFIXES
+    combined = sharded.combined(
+        strategy, request.checkpoint_dir, prefixes, (f".{request.source_format}",)
+    )
     others = {
         name: stored
         for name, stored in combined.others.items()
-        if not (args.no_save_optim and _is_of_optimizer(name))
+        if not (request.weights_only and _is_of_optimizer(name))
     }
     tensors = tuple(_wanted(name, stored) for name, stored in (combined.states | others).items())
-    name = f"{combined.files[rank].stem}{sharded.MERGED}.{args.dst_format}"
+    name = f"{combined.files[rank].stem}{sharded.MERGED}.{request.target_format}"
     file = WantedFile(
         f"rank_{rank}/{name}",
-        tuple(FORMATS[args.dst_format].frame([one.spec for one in tensors])),
+        tuple(FORMATS[request.target_format].frame([one.spec for one in tensors])),
         tensors,
     )
     own = re.compile(rf"(?<![A-Za-z])rank_{rank}(?!\d)")
     links = [
         (f"rank_{other}/{own.sub(f'rank_{other}', name)}", file.path)
         for other in strategy.ranks
-        if other != rank and args.copy_to_all_dp_ranks
+        if other != rank and request.for_all_ranks
     ]
     lines = [
-        f"{args.output_dir / file.path}: {len(tensors)} tensors of {len(strategy.ranks)} ranks"
+        f"{request.output_dir / file.path}: {len(tensors)} tensors of {len(strategy.ranks)} ranks"
     ]
-    lines += [f"{args.output_dir / link}: the same" for link, _ in links]
+    lines += [f"{request.output_dir / link}: the same" for link, _ in links]
     lines += [
         f"  left out: {shorten_names(names)}: {why}"
         for names, why in (
@@ -128,7 +147,7 @@ def _check_free(folder: Path, outputs: list[str]) -> None:
 
 
 def _execute(
-    args: argparse.Namespace,
+    request: Combination,
     tasks: list[FileTask],
     links: list[tuple[str, str]],
     outputs: list[str],
@@ -136,7 +155,8 @@ def _execute(
     """Write all files into a staging folder inside the output folder, then move them to their
     places."""
     staging = Staging(
-        args.output_dir / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
+        request.output_dir
+        / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
         _fingerprint(tasks),
         overwrite=False,
     )
@@ -144,28 +164,26 @@ def _execute(
         done = staging.open()
     except OSError as error:
         raise RefusedError(
-            f"{args.output_dir}: cannot be written to ({error.strerror}); choose another folder"
+            f"{request.output_dir}: cannot be written to ({error.strerror}); choose another folder"
         ) from error
     left = [task for task in tasks if task.path not in done]
-    needed, free = sum(task.nbytes for task in left), shutil.disk_usage(args.output_dir).free
+    needed, free = sum(task.nbytes for task in left), shutil.disk_usage(request.output_dir).free
     if needed > free:
         staging.discard()
         raise RefusedError(
-            f"{args.output_dir}: has {free / 1e9:.2f} GB free and the output needs "
+            f"{request.output_dir}: has {free / 1e9:.2f} GB free and the output needs "
             f"{needed / 1e9:.2f} GB more; make room or choose another place"
         )
     progress = Progress(
         sum(task.streamed for task in tasks),
         sum(task.streamed for task in tasks if task.path in done),
     )
-    for outcome in run_tasks(
-        left, staging.out, min(args.max_proccess_limit, len(left)) or 1, progress
-    ):
+    for outcome in run_tasks(left, staging.out, min(request.workers, len(left)) or 1, progress):
         staging.record(outcome)
         progress.show()
     progress.show(last=True)
     staging.link(links)
-    _move(staging.out, args.output_dir, outputs)
+    _move(staging.out, request.output_dir, outputs)
     staging.discard()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
@@ -11,75 +12,85 @@ from parammap.frameworks import registry
 from parammap.frameworks.megatron import reader as megatron
 from parammap.frameworks.megatron.facts import args_of
 from parammap.job.conversion import convert
-from parammap.job.request import Request
-from parammap.name_list import shorten_names
+from parammap.job.request import Report, Request
+from parammap.plan.planner import REFUSE
 
-SIZES = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size"}
-
+#: what a user may say of the model, which is checked
 NUMBERS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
 
 
-def repartition(args: argparse.Namespace, others: list[str]) -> int:
-    there = {size: getattr(args, name) for size, name in SIZES.items() if getattr(args, name)}
-    source = registry.read(args.load, weights_only=True, sizes=there)
-    _check(args, others, source)
-    wanted = {
-        size: getattr(args, f"target_{name}") or getattr(source.layout, size)
-        for size, name in SIZES.items()
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repartition:
+    """What a user asks for. `sizes` and `target_sizes` are tp and pp of source and output, where
+    named, `stage_layers` and `target_stage_layers` the layers of their stages; `numbers` are those
+    of NUMBERS, and target_num_layers, that were given. `only_tp` and `only_pp` are the ranks to
+    write (None: all)."""
+
+    source: Path
+    target: Path
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    target_sizes: Mapping[str, int] = field(default_factory=dict)
+    stage_layers: tuple[int, ...] = ()
+    target_stage_layers: tuple[int, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    only_tp: tuple[int, ...] | None = None
+    only_pp: tuple[int, ...] | None = None
+    weights_only: bool = False
+    replicas: str = REFUSE
+    workers: int = 2
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def repartition(request: Repartition) -> Report:
+    """Write the checkpoint in other partitions. Raises RefusedError (nothing was written) or
+    TaskError (nothing was published)."""
+    source = registry.read(request.source, weights_only=True, sizes=dict(request.sizes))
+    _check(request, source)
+    there = {"tp": source.layout.tp, "pp": source.layout.pp}
+    wanted = {**there, **request.target_sizes}
     without = not any(
         (folder / megatron.OPTIMIZER_FILE).is_file() for folder in source.rank_folders.values()
     )
     report = convert(
         Request(
-            source=args.load,
-            target=args.save,
+            source=request.source,
+            target=request.target,
             to="megatron",
             sizes=wanted,
-            source_sizes=there,
-            stage_layers=args.target_pipeline_model_parallel_blocks or (),
-            source_stage_layers=args.pipeline_model_parallel_blocks or (),
-            only_pp=_only(args.pipeline_generate_layer, source.layout.pp, wanted["pp"]),
-            only_tp=_only(args.tensor_generate_layer, source.layout.tp, wanted["tp"]),
-            weights_only=args.no_load_optim or without,
-            replicas=args.replicas,
-            workers=args.workers,
-            overwrite=args.overwrite,
+            source_sizes=dict(request.sizes),
+            stage_layers=request.target_stage_layers,
+            source_stage_layers=request.stage_layers,
+            only_pp=_only(request.only_pp, there["pp"], wanted["pp"]),
+            only_tp=_only(request.only_tp, there["tp"], wanted["tp"]),
+            weights_only=request.weights_only or without,
+            replicas=request.replicas,
+            workers=request.workers,
+            overwrite=request.overwrite,
+            dry_run=request.dry_run,
         )
     )
-    notes = (
-        [f"{args.load}: no {megatron.OPTIMIZER_FILE} there: the weights alone"] if without else []
-    )
-    print(
-        "\n".join(
-            [*notes, *([f"not needed: {shorten_names(others)}"] if others else []), *report.lines]
-        )
-    )
-    return report.status
+    if not without:
+        return report
+    note = f"{request.source}: no {megatron.OPTIMIZER_FILE} there: the weights alone"
+    return replace(report, lines=[note, *report.lines])
 
 
-def _check(args: argparse.Namespace, others: list[str], source: Checkpoint) -> None:
-    if unknown := [
-        flag for flag in others if re.search("target|generate|parallel-(size|blocks)", flag)
-    ]:
-        raise RefusedError(
-            f"{shorten_names(unknown)}: no such flag; --help lists those that there are"
-        )
+def _check(request: Repartition, source: Checkpoint) -> None:
     saved = args_of(next(iter(source.rank_metadata.values())))
-    for name, number in (
-        {name: saved.get(name) for name in NUMBERS} | {"target_num_layers": source.num_layers}
-    ).items():
-        if number not in (None, getattr(args, name) or number):
+    known = {name: saved.get(name) for name in NUMBERS} | {"target_num_layers": source.num_layers}
+    for name, number in known.items():
+        if number not in (None, given := request.numbers.get(name, number)):
             raise RefusedError(
-                f"{args.load}: --{name.replace('_', '-')} is {number} there and not "
-                f"{getattr(args, name)}; "
+                f"{request.source}: --{name.replace('_', '-')} is {number} there and not {given}; "
                 "leave it out"
             )
-    if not args.no_load_optim and any(
+    if not request.weights_only and any(
         "fp32_from_fp16_params" in (m.get("optimizer") or ()) for m in source.rank_metadata.values()
     ):
         raise RefusedError(
-            f"{args.load}: its optimizer is not a distributed one; --no-load-optim leaves it behind"
+            f"{request.source}: its optimizer is not a distributed one; --no-load-optim leaves it "
+            "behind"
         )
 
 
@@ -90,7 +101,6 @@ def _only(named: tuple[int, ...] | None, source: int, target: int) -> frozenset[
     if source != target or not set(named) < set(range(source)):
         raise RefusedError(
             f"{','.join(map(str, named))}: no part of 0 to {source - 1}, or these are not the "
-            f"output's "
-            f"0 to {target - 1}: name all of the source's, or none"
+            f"output's 0 to {target - 1}: name all of the source's, or none"
         )
     return frozenset(named)
