@@ -261,7 +261,7 @@ def is_padding(tensor: Tensor) -> bool:
     return tensor.name.endswith(f".{PADDING}")
 
 
-class Shards(Mapping):
+class Shards(Mapping[Tensor, dict[Region, list[Shard]]]):
     """The shards of each logical tensor by region, by row, where equal regions are replicas; made
     when asked for, some are kept, so that only who holds what is kept for good."""
 
@@ -348,8 +348,8 @@ class Index:
 
     held: list[StoredTensor]
     layout: Layout
-    shards: Mapping[Tensor, dict[Region, list[Shard]]] | None = None
     holders: dict[Tensor, list[StoredTensor]] = field(default_factory=dict)
+    shards: Shards = field(init=False)
 
     def __post_init__(self) -> None:
         known: dict[tuple[str, str], Tensor] = {}
@@ -364,8 +364,7 @@ class Index:
                         "these files are of different runs"
                     )
                 self.holders.setdefault(first, []).append(held)
-        if self.shards is None:
-            self.shards = Shards(self.holders, self.layout)
+        self.shards = Shards(self.holders, self.layout)
 
     def check_complete(self) -> None:
         """Refuse unless the shards of every logical tensor cover each of its elements exactly

@@ -8,6 +8,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from parammap.arguments import positive
 from parammap.cli import reading
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(run: Run) -> dict:
+def _entry(run: Run) -> dict[str, Any]:
     """`index` and `rows` × `columns` count in the logical tensor seen as a matrix."""
     return {
         "tensor": run.tensor.name,
@@ -109,7 +110,7 @@ def _line(run: Run) -> str:
     )
 
 
-def _answer(answer: Answer) -> dict:
+def _answer(answer: Answer) -> dict[str, Any]:
     return {
         "file": answer.file,
         "offset": answer.offset,

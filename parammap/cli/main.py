@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"parammap {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        text = module.__doc__.partition("\n\n")[0].split("`: ")[-1]
+        text = (module.__doc__ or "").partition("\n\n")[0].split("`: ")[-1]
         command = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         command.set_defaults(run=module.run)
         module.add_arguments(command)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, what: str = "", prefix: str =
     add_metadata(add, what, prefix)
 
 
-def add_metadata(add: Callable, what: str = "", prefix: str = "") -> None:
+def add_metadata(add: Callable[..., argparse.Action], what: str = "", prefix: str = "") -> None:
     """The flag for flat files of metaseq's that lost their metadata."""
     of = f" of {what}" if what else ""
     add(

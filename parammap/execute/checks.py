@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import numpy as np
 
+from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Tensor
 from parammap.tensors.region import Cells
 from parammap.tensors.shard import Shard
@@ -29,6 +30,10 @@ _LEAST_CORRELATION, _LEAST_ELEMENTS = 0.3, 64
 _SEARCH_BYTES = 1 << 20
 
 
+#: row, column, and what is told of an element: values, its file
+Shown: TypeAlias = tuple[float | str, ...]
+
+
 @dataclass(slots=True)
 class Elements:
     """Some elements of a tensor: how many, and the `positions` of the first ones, each (row,
@@ -36,9 +41,9 @@ class Elements:
 
     tensor: Tensor
     count: int = 0
-    positions: list[tuple] = field(default_factory=list)
+    positions: list[Shown] = field(default_factory=list)
 
-    def merge(self, other: Elements) -> None:
+    def merge(self, other: Self) -> None:
         self.count += other.count
         self.positions = (self.positions + other.positions)[:SHOWN_POSITIONS]
 
@@ -67,7 +72,7 @@ class Misfit(Elements):
         spread = max((aa - a * a) * (bb - b * b), 0.0) ** 0.5
         return (ab - a * b) / spread if spread else 0.0
 
-    def merge(self, other: Misfit) -> None:
+    def merge(self, other: Self) -> None:
         Elements.merge(self, other)
         self.sums = tuple(x + y for x, y in zip(self.sums, other.sums, strict=True))
         self.window = self.window or other.window
@@ -103,7 +108,7 @@ _EXPONENT = {
 _OVERFLOW = {"bfloat16": 0x4780, "float32": 0x477FF000}
 
 
-def non_finite(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> NonFinite | None:
+def non_finite(tensor: Tensor, cells: Cells, bits: Array, file: str) -> NonFinite | None:
     """What of these elements is not finite; None if all is."""
     mask = _EXPONENT.get(tensor.dtype)
     return (
@@ -113,7 +118,7 @@ def non_finite(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> Non
     )
 
 
-def overflown(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> Overflown | None:
+def overflown(tensor: Tensor, cells: Cells, bits: Array, file: str) -> Overflown | None:
     """What of these elements, of a float32 or bfloat16 tensor, is finite but not so in float16;
     None if nothing is."""
     sizes = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
@@ -123,9 +128,7 @@ def overflown(tensor: Tensor, cells: Cells, bits: np.ndarray, file: str) -> Over
     )
 
 
-def unequal(
-    tensor: Tensor, cells: Cells, first: np.ndarray, other: np.ndarray, file: str
-) -> Unequal | None:
+def unequal(tensor: Tensor, cells: Cells, first: Array, other: Array, file: str) -> Unequal | None:
     """Compare the bits of two copies of some elements; None if they are equal."""
     return _marked(
         Unequal,
@@ -137,7 +140,7 @@ def unequal(
 
 
 def _marked(
-    kind: type[Found], tensor: Tensor, cells: Cells, wrong: np.ndarray, tell: Callable[[int], tuple]
+    kind: type[Found], tensor: Tensor, cells: Cells, wrong: Array, tell: Callable[[int], Shown]
 ) -> Found | None:
     """The elements that are True in `wrong`, with what `tell` says of the first ones; None if none
     is."""
@@ -151,12 +154,12 @@ def _marked(
     )
 
 
-def _value_at(bits: np.ndarray, element: int, dtype: str) -> float:
+def _value_at(bits: Array, element: int, dtype: str) -> float:
     """The value of an element of an array of bits, counted row-major."""
     return value_of(bits[np.unravel_index(element, bits.shape)].reshape(1), dtype)
 
 
-def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
+def mean_bits(copies: list[Array], dtype: str) -> Array:
     """The bits of the copies' mean, taken in float64 and rounded through float32; where all are
     equal, those very bits."""
     first = copies[0]
@@ -166,7 +169,7 @@ def mean_bits(copies: list[np.ndarray], dtype: str) -> np.ndarray:
 
 
 def compare(
-    tensor: Tensor, main: np.ndarray, cells: Cells, model: np.ndarray, model_dtype: str
+    tensor: Tensor, main: Array, cells: Cells, model: Array, model_dtype: str
 ) -> Misfit | None:
     """Compare the bits of a float32 main weight with the model's bits in `model_dtype`; None if all
     fit."""
@@ -179,7 +182,7 @@ def compare(
     )
     if not len(wrong):
         return None
-    positions = [
+    positions: list[Shown] = [
         (
             *cells.position(i, shape),
             value_of(cast[i : i + 1], model_dtype),
@@ -197,40 +200,45 @@ def compare(
     )
 
 
-def _sums(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
+def _sums(a: Array, b: Array) -> tuple[float, ...]:
     """Σa, Σb, Σab, Σaa, Σbb."""
     return tuple(float(total) for total in (a.sum(), b.sum(), a @ b, a @ a, b @ b))
 
 
-def cast_bits(main: np.ndarray, dtype: str) -> np.ndarray:
+def cast_bits(main: Array, dtype: str) -> Array:
     """The bits of float32 values (given as uint32) rounded to nearest even into `dtype`, as
     unsigned integers."""
     return _CASTS[dtype](main)
 
 
-def cast(bits: np.ndarray, source: str, target: str) -> np.ndarray:
+def cast(bits: Array, source: str, target: str) -> Array:
     """The bits of floating-point values of dtype `source` as bits of dtype `target`, rounded to
     nearest even."""
     return cast_bits(widen_bits(bits, source), target)
 
 
-def _to_bfloat16(main: np.ndarray) -> np.ndarray:
+def _to_bfloat16(main: Array) -> Array:
     rounded = main + (np.uint32(0x7FFF) + ((main >> np.uint32(16)) & np.uint32(1)))
     nan = (main & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
     if nan.any():
         rounded[nan] = main[nan] | np.uint32(0x00400000)
-    return (rounded >> np.uint32(16)).astype(np.uint16)
+    made: Array = (rounded >> np.uint32(16)).astype(np.uint16)
+    return made
 
 
-def _to_float16(main: np.ndarray) -> np.ndarray:
+def _to_float16(main: Array) -> Array:
     with np.errstate(over="ignore"):
         return main.view(np.float32).astype(np.float16).view(np.uint16)
 
 
-_CASTS = {"bfloat16": _to_bfloat16, "float16": _to_float16, "float32": lambda main: main}
+_CASTS: dict[str, Callable[[Array], Array]] = {
+    "bfloat16": _to_bfloat16,
+    "float16": _to_float16,
+    "float32": lambda main: main,
+}
 
 
-def widen_bits(bits: np.ndarray, dtype: str) -> np.ndarray:
+def widen_bits(bits: Array, dtype: str) -> Array:
     """The bits of `dtype` values as the bits of the same values in float32; shape [n], uint32."""
     if dtype == "bfloat16":
         return bits.astype(np.uint32) << np.uint32(16)
@@ -239,15 +247,16 @@ def widen_bits(bits: np.ndarray, dtype: str) -> np.ndarray:
     return bits
 
 
-def _values(bits: np.ndarray, dtype: str) -> np.ndarray:
-    return widen_bits(bits, dtype).view(np.float32).astype(np.float64)
+def _values(bits: Array, dtype: str) -> Array:
+    made: Array = widen_bits(bits, dtype).view(np.float32).astype(np.float64)
+    return made
 
 
-def _is_nan(bits: np.ndarray, dtype: str) -> np.ndarray:
+def _is_nan(bits: Array, dtype: str) -> Array:
     return np.isnan(_values(bits, dtype))
 
 
-def value_of(bits: np.ndarray, dtype: str) -> float:
+def value_of(bits: Array, dtype: str) -> float:
     return float(_values(bits, dtype)[0])
 
 

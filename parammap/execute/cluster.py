@@ -7,6 +7,7 @@ believed dead spoils nothing."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -90,7 +91,7 @@ def _connect(address: str) -> ModuleType:
     _check_answers(address)
     package = {"py_modules": [str(Path(__file__).parents[1])], "excludes": ["__pycache__"]}
     try:
-        ray.init(address, runtime_env=package, log_to_driver=False, logging_level="CRITICAL")
+        ray.init(address, runtime_env=package, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many types, by way of connecting
         raise _unreachable(address, str(error)) from error
     return ray
@@ -128,7 +129,8 @@ class _Job:
 
     def __init__(self, ray: ModuleType, address: str, tasks: list[FileTask], staging: Path) -> None:
         self.ray, self.address, self.staging = ray, address, staging.absolute()
-        self.waiting, self.sent = deque(tasks), {}
+        self.waiting = deque(tasks)
+        self.sent: dict[object, FileTask] = {}
         self.stamps = {file: _stamp(file) for task in tasks for file in task.files()}
         self.scratch = _new_scratch(self.staging.parent)
         home = "/" if all(map(os.path.isabs, self.stamps)) else os.getcwd()
@@ -179,7 +181,7 @@ class _Job:
 
     def _outcome(self, task: FileTask, reference: object) -> Outcome:
         try:
-            outcome = self.ray.get(reference)
+            outcome: Outcome | TaskError = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError:
             raise
         except self.ray.exceptions.RayError as error:

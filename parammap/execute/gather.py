@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Self
 
 import numpy as np
 
 from parammap.errors import RefusedError
+from parammap.tensors.arrays import Array
 from parammap.tensors.digest import bits_dtype
 from parammap.tensors.view import View, row_major
 
@@ -46,10 +48,10 @@ class Reader:
         self.scratch = memoryview(bytearray(BUFFER_BYTES))
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -78,9 +80,7 @@ class Reader:
                 every[tuple(slice(None) if stride else slice(1) for stride in source.strides)],
             )
 
-    def bits(
-        self, source: View, like: View | None = None, memory: Memory | None = None
-    ) -> np.ndarray:
+    def bits(self, source: View, like: View | None = None, memory: Memory | None = None) -> Array:
         """The bits of a view, in an array in whose memory they lie as those of `like` do
         (row-major, if it is None)."""
         place = source.packed(like) if like else row_major(source.shape, source.dtype)
@@ -167,7 +167,7 @@ class Files(Reader):
             ) from error
 
 
-def array_of(buffer: memoryview, view: View) -> np.ndarray:
+def array_of(buffer: memoryview, view: View) -> Array:
     """The bits of a view of a buffer, as an array that shares its memory."""
     return np.ndarray(view.shape, bits_dtype(view.dtype), buffer, view.offset, view.strides)
 

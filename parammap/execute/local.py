@@ -86,7 +86,7 @@ class _Shared:
     progress: Progress
 
 
-_shared: _Shared | None = None
+_shared: _Shared
 
 
 def _share(shared: _Shared) -> None:
@@ -130,9 +130,7 @@ def run_batch(
                 out = _Output(
                     scratch / uuid4().hex if scratch else target.with_name(f"{target.name}.tmp")
                 )
-                outcomes.append(
-                    out.fill(lambda out=out, task=task: Writer(task, out, report).write())
-                )
+                outcomes.append(out.fill(Writer(task, out, report).write))
                 published.append((target, disk.submit(out.publish, target)))
     for target, done in published:
         with _told(target):

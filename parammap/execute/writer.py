@@ -3,16 +3,16 @@ checked on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import BinaryIO
+from typing import NamedTuple
 
 import numpy as np
 
 from parammap.errors import TaskError
 from parammap.execute.checks import (
-    Elements,
+    Found,
     Misfit,
     NonFinite,
     Overflown,
@@ -27,6 +27,7 @@ from parammap.execute.checks import (
 from parammap.execute.gather import BUFFER_BYTES, Memory, Reader, array_of
 from parammap.formats import frames
 from parammap.plan.plan import FileTask, Fill, panels
+from parammap.tensors.arrays import Array
 from parammap.tensors.digest import MASK, cells_digest
 from parammap.tensors.logical import ITEMSIZE, Tensor
 from parammap.tensors.region import Cells, Region, cells_of
@@ -57,13 +58,27 @@ def _as(tensor: Tensor, dtype: str) -> Tensor:
     return replace(tensor, dtype=dtype)
 
 
+class _Known(NamedTuple):
+    """Which cells of which logical tensor some elements are, and the file that they are read
+    from."""
+
+    tensor: Tensor
+    cells: Cells
+    file: str
+
+    def narrow(self, box: Region) -> _Known:
+        """Those that a box of the array of them holds."""
+        return _Known(self.tensor, self.cells.narrow(box), self.file)
+
+
 class _Filling:
-    """A fill, the cells of its elements (of a row that is repeated, always the same), and the axes
-    along which it is taken apart where something that is read lies in another order."""
+    """A fill, what is known of its elements (of a row that is repeated, always the same cells), and
+    the axes along which it is taken apart where something that is read lies in another order."""
 
     def __init__(self, fill: Fill) -> None:
-        self.fill, self.cells = fill, None
-        self.axes = next(
+        self.fill = fill
+        self.known: _Known | None = None
+        self.axes: Sequence[int] = next(
             (
                 view.order
                 for view in fill.reads
@@ -71,10 +86,11 @@ class _Filling:
             ),
             (),
         )
-        if fill.region:
-            self.cells = cells_of(fill.region, fill.target.shape)
+        if fill.tensor and fill.region and fill.source:
+            cells = cells_of(fill.region, fill.target.shape)
             if 0 in fill.source.strides:
-                self.cells = self.cells._replace(steps=(0,) * len(self.cells.steps))
+                cells = cells._replace(steps=(0,) * len(cells.steps))
+            self.known = _Known(fill.tensor, cells, fill.source.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +115,13 @@ class _Panel:
 class Writer:
     """Writes one task's file front to back."""
 
-    def __init__(self, task: FileTask, out: BinaryIO, report: Callable[[int], None]) -> None:
+    def __init__(self, task: FileTask, out: frames.Sink, report: Callable[[int], None]) -> None:
         self.task, self.out, self.report = task, out, report
         self.unreported = 0
         self.outcome = Outcome(task.path, task.nbytes)
         #: the tensor that is being written, its panels, and its name for errors
-        self.tensor, self.panels, self.dtype = -1, [], ""
+        self.tensor, self.dtype = -1, ""
+        self.panels: list[_Panel] = []
         self.reader = Reader(self._cut)
         self.tile, self.uncast, self.repeated = (Memory() for _ in range(3))
 
@@ -156,27 +173,27 @@ class Writer:
             else (box,)
         ):
             target, source = fill.target.narrow(piece).at("", -low), fill.source.narrow(piece)
-            cells = filling.cells and filling.cells.narrow(piece)
+            known = filling.known and filling.known.narrow(piece)
             if source.dtype == self.dtype:
                 self.reader.read(source, tile, target)
-                if cells:
-                    self._observe(fill, piece, cells, array_of(tile, target))
+                if known:
+                    self._observe(fill, piece, known, array_of(tile, target))
                 continue
             bits = self.reader.bits(source, target, self.uncast)
-            if cells:
-                self._observe(fill, piece, cells, bits)
+            if known:
+                self._observe(fill, piece, known, bits)
             made = cast(bits, source.dtype, self.dtype)
             array_of(tile, target)[...] = made
-            if fill.counted:
-                self._digest(_as(fill.tensor, self.dtype), fill, cells, made)
+            if known and fill.counted:
+                self._digest(_as(known.tensor, self.dtype), fill, known.cells, made)
 
     # -----------------------------------------------------------------------------------------------------
     # what is checked
 
-    def _observe(self, fill: Fill, piece: Region, cells: Cells, bits: np.ndarray) -> None:
+    def _observe(self, fill: Fill, piece: Region, known: _Known, bits: Array) -> None:
         """Compare and digest a piece of what was read; `bits` become the mean of the replicas,
         where that is wanted."""
-        tensor, outcome, target = fill.tensor, self.outcome, fill.target
+        (tensor, cells, file), outcome, target = known, self.outcome, fill.target
         if fill.model_copy:
             model = self.reader.bits(fill.model_copy.narrow(piece), target, self.repeated)
             _take(outcome.misfits, compare(tensor, bits, cells, model, fill.model_copy.dtype))
@@ -190,12 +207,12 @@ class Writer:
             if fill.mean:
                 np.copyto(bits, mean_bits([first, *others], tensor.dtype))
         if fill.counted:
-            _take(outcome.non_finite, non_finite(tensor, cells, bits, fill.source.file))
+            _take(outcome.non_finite, non_finite(tensor, cells, bits, file))
             self._digest(tensor, fill, cells, bits)
         if self.dtype == "float16" != tensor.dtype:
-            _take(outcome.overflown, overflown(tensor, cells, bits, fill.source.file))
+            _take(outcome.overflown, overflown(tensor, cells, bits, file))
 
-    def _digest(self, tensor: Tensor, fill: Fill, cells: Cells, bits: np.ndarray) -> None:
+    def _digest(self, tensor: Tensor, fill: Fill, cells: Cells, bits: Array) -> None:
         """Add the digest of what was read of a tensor, or of what that is written as."""
         digest, count = self.outcome.digests.get((tensor, fill.replica), (0, 0))
         self.outcome.digests[tensor, fill.replica] = (
@@ -204,7 +221,7 @@ class Writer:
         )
 
 
-def _take(known: dict, found: Elements | None) -> None:
+def _take(known: dict[Tensor, Found], found: Found | None) -> None:
     """Add what was found to what is known."""
     if found and known.setdefault(found.tensor, found) is not found:
         known[found.tensor].merge(found)

@@ -10,10 +10,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 from typing import Literal as OneOf
+from typing import Protocol, TypeAlias
 
 from parammap.tensors.logical import Stored, TensorSpec
+
+Chunk: TypeAlias = bytes | memoryview
+
+
+class Sink(Protocol):
+    """What a file is written to, front to back."""
+
+    def write(self, data: Chunk, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +150,7 @@ class Checksums:
         return self._values[crc.start, crc.end].to_bytes(crc.nbytes, crc.byteorder)
 
 
-def write(
-    segments: Sequence[Segment], fill: Callable[[Hole], Iterable[bytes]], out: BinaryIO
-) -> None:
+def write(segments: Sequence[Segment], fill: Callable[[Hole], Iterable[Chunk]], out: Sink) -> None:
     """Write a file from its start; `fill` yields the bytes of a hole, in order and in chunks of any
     size.
 
@@ -162,8 +168,8 @@ def write(
 
 
 def _chunks(
-    segment: Segment, fill: Callable[[Hole], Iterable[bytes]], checksums: Checksums
-) -> Iterable[bytes]:
+    segment: Segment, fill: Callable[[Hole], Iterable[Chunk]], checksums: Checksums
+) -> Iterable[Chunk]:
     if isinstance(segment, Hole):
         return fill(segment)
     return [segment.data if isinstance(segment, Literal) else checksums.encode(segment)]

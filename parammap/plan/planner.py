@@ -76,21 +76,20 @@ class Planner:
 
     def _of(self, part: Shard, place: Place) -> Iterator[Fill]:
         """What fills a part of an output tensor."""
-        if part.tensor is None:
+        tensor = part.tensor
+        if tensor is None:
             yield Fill(part.view, None)
-        elif is_padding(part.tensor):
-            yield from self._padding(part, place)
+        elif is_padding(tensor):
+            yield from self._padding(part, tensor, place)
         else:
-            yield from self._filled(part, self._known(part.tensor.role, part.tensor.name), place)
+            yield from self._filled(part, self._known(tensor.role, tensor.name), place)
 
     def _filled(self, part: Shard, tensor: Tensor, place: Place) -> Iterator[Fill]:
         """A part filled with the shards of the source, cut where those of its model copy end."""
         if part.tensor != tensor:
-            raise RefusedError(
-                f"{part.tensor.name} ({part.tensor.role}) is {tensor!r} in the source"
-            )
+            raise RefusedError(f"{part.tensor} is {tensor!r} in the source")
         held = list(self.index.shards.overlapping(tensor, part.region))
-        copy = self._tensors.get((self.model_copies.get(tensor.role), tensor.name))
+        copy = self._tensors.get((self.model_copies.get(tensor.role, ""), tensor.name))
         holding = [
             (low, shards, copies)
             for region, shards in held
@@ -122,17 +121,18 @@ class Planner:
                     self.replicas == MEAN,
                 )
 
-    def _padding(self, part: Shard, place: Place) -> Iterator[Fill]:
+    def _padding(self, part: Shard, tensor: Tensor, place: Place) -> Iterator[Fill]:
         """Rows of a vocabulary's padding: the source's as far as they go, then copies of its last
         row (as Megatron-LM's tools/checkpoint pads, core_r0.6.0 … 0.16), which enter no digest."""
-        role, name = part.tensor.role, part.tensor.name
+        role, name = tensor.role, tensor.name
         padding, ((row, col), (rows, cols)) = (
             self._tensors.get((role, name)),
             (part.region.offsets, part.region.sizes),
         )
         kept = max(min(rows, (padding.rows if padding else 0) - row), 0)
-        for there, (target,) in fitted(Region((row, col), (kept, cols)), [part]) if kept else ():
-            yield from self._filled(Shard(padding, there, target), padding, place)
+        if padding and kept:
+            for there, (target,) in fitted(Region((row, col), (kept, cols)), [part]):
+                yield from self._filled(Shard(padding, there, target), padding, place)
         if kept == rows:
             return
         last = padding or self._known(role, name.removesuffix(f".{PADDING}"))

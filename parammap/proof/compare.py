@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import TypeAlias
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from parammap.execute.gather import Files
 from parammap.families import HEAD, WORD_EMBEDDING
 from parammap.frameworks.megatron.facts import Facts
 from parammap.proof.stream import Copy, bands, copies_of, in_processes, tiles
+from parammap.tensors.arrays import Array
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, Tensor
 from parammap.tensors.region import Cells, Region, cells_of
 
@@ -29,6 +31,8 @@ STATE_KEYS = ("optimizer", "opt_param_scheduler")
 Key = tuple[str, str]
 #: gives the file and byte offset of the element at a row and column
 Place = Callable[[int, int], tuple[str, int]]
+#: (bits of a, bits of b, values of a, values of b, whether across a cast): which elements differ
+Wrong: TypeAlias = Callable[[Array, Array, Array, Array, bool], Array]
 _FLOATS = {"float64": np.float64, "float32": np.float32, "float16": np.float16}
 _CASTS = set(permutations(("float32", "float16", "bfloat16"), 2))
 
@@ -72,9 +76,9 @@ class Difference:
 
     def add(
         self,
-        wrong: np.ndarray,
-        a: np.ndarray,
-        b: np.ndarray,
+        wrong: Array,
+        a: Array,
+        b: Array,
         cells: Cells,
         places: tuple[Place, Place],
     ) -> None:
@@ -164,7 +168,7 @@ def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
     found_a, only_a = _counterparts(mine, theirs, is_tied(b))
     found_b, only_b = _counterparts(theirs, mine, is_tied(a))
     pairs = dict.fromkeys(
-        [*(Pair(*both) for both in found_a), *(Pair(*reversed(both)) for both in found_b)]
+        [*(Pair(own, its) for own, its in found_a), *(Pair(its, own) for own, its in found_b)]
     )
     pairing = Pairing([one for one in pairs if not _pads_otherwise(one)], only_a, only_b)
     pairing.padding = [one.a for one in pairs if _pads_otherwise(one)]
@@ -248,7 +252,9 @@ def _difference(a: Index, b: Index, pair: Pair, tolerance: Tolerance | None) -> 
     )
     if not same_bits and tolerance is None:
         found.apart = f"{pair.a.dtype} and {pair.b.dtype}"
-    wrong = _wrong_bits if same_bits and tolerance is None else _Wrong(tolerance or Tolerance())
+    wrong: Wrong = (
+        _wrong_bits if same_bits and tolerance is None else _Wrong(tolerance or Tolerance())
+    )
     regions = a.shards[pair.a], b.shards[pair.b]
     with Files() as files:
         for number in range(max(map(copies_of, regions))):
@@ -258,7 +264,9 @@ def _difference(a: Index, b: Index, pair: Pair, tolerance: Tolerance | None) -> 
     return found if found.elements or found.apart else None
 
 
-def _compare(pair: Pair, copies: tuple[Copy, Copy], wrong, files: Files, found: Difference) -> None:
+def _compare(
+    pair: Pair, copies: tuple[Copy, Copy], wrong: Wrong, files: Files, found: Difference
+) -> None:
     copy_a, copy_b = copies
     for band, bits_a, bits_b in read_both(pair, copy_a, copy_b, files):
         dtype_b = pair.a.dtype if pair.cast else pair.b.dtype
@@ -278,7 +286,7 @@ def _compare(pair: Pair, copies: tuple[Copy, Copy], wrong, files: Files, found: 
 
 def read_both(
     pair: Pair, copy_a: Copy, copy_b: Copy, files: Files
-) -> Iterator[tuple[Region, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Region, Array, Array]]:
     """The bits of both, band by band; b's in a's dtype where they are compared across a cast."""
     itemsize = max(ITEMSIZE[pair.a.dtype], ITEMSIZE[pair.b.dtype])
     cut = tiles if copy_a.is_transposed or copy_b.is_transposed else bands
@@ -291,18 +299,17 @@ def read_both(
         )
 
 
-def recast(bits: np.ndarray, dtype: str, to: str) -> np.ndarray:
+def recast(bits: Array, dtype: str, to: str) -> Array:
     """The bits of `dtype` values as the bits of the same values in `to`, rounded to nearest
     even."""
     return bits if dtype == to else cast(bits, dtype, to)
 
 
-def _wrong_bits(
-    bits_a: np.ndarray, bits_b: np.ndarray, a: np.ndarray, b: np.ndarray, cast: bool
-) -> np.ndarray:
+def _wrong_bits(bits_a: Array, bits_b: Array, a: Array, b: Array, cast: bool) -> Array:
     """Bit by bit; across a cast a NaN is a NaN, since frameworks do not agree which one it
     becomes."""
-    return (bits_a != bits_b) & ~(np.isnan(a) & np.isnan(b)) if cast else bits_a != bits_b
+    differs: Array = bits_a != bits_b
+    return differs & ~(np.isnan(a) & np.isnan(b)) if cast else differs
 
 
 class _Wrong:
@@ -311,14 +318,15 @@ class _Wrong:
     def __init__(self, tolerance: Tolerance) -> None:
         self.tolerance = tolerance
 
-    def __call__(self, bits_a, bits_b, a: np.ndarray, b: np.ndarray, cast: bool) -> np.ndarray:
+    def __call__(self, bits_a: Array, bits_b: Array, a: Array, b: Array, cast: bool) -> Array:
         a, b = a.astype(np.float64), b.astype(np.float64)
         with np.errstate(invalid="ignore"):
             close = np.abs(a - b) <= self.tolerance.atol + self.tolerance.rtol * np.abs(b)
-        return ~(close | (a == b) | (np.isnan(a) & np.isnan(b)))
+        same: Array = close | (a == b) | (np.isnan(a) & np.isnan(b))
+        return ~same
 
 
-def values(bits: np.ndarray, dtype: str) -> np.ndarray:
+def values(bits: Array, dtype: str) -> Array:
     """The values of elements given as bits, in a numpy dtype that holds them exactly; shape as
     `bits`."""
     if dtype == "bfloat16":
@@ -326,7 +334,7 @@ def values(bits: np.ndarray, dtype: str) -> np.ndarray:
     return bits.view(_FLOATS.get(dtype) or np.dtype(dtype))
 
 
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
+def _largest(a: Array, b: Array) -> float:
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.abs(a.astype(np.float64) - b.astype(np.float64))
     return float(np.max(distance, initial=0.0, where=~np.isnan(distance)))

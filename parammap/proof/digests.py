@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,11 +51,12 @@ def tensor_digests(index: Index, workers: int = 1) -> list[TensorDigest]:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """One copy of one region of the `tensor`-th tensor."""
+    """One copy of one region of the `tensor`-th tensor, to be digested as if it were of `dtype`."""
 
     tensor: int
     number: int
     shard: Shard
+    dtype: str | None
 
 
 @dataclass(slots=True)
@@ -68,22 +69,23 @@ class Summed:
 
 
 def digests(
-    index: Index, workers: int = 1, dtypes: dict[Tensor, str] | None = None
+    index: Index,
+    workers: int = 1,
+    dtypes: dict[Tensor, str] | None = None,
+    only: Iterable[Tensor] | None = None,
 ) -> dict[Tensor, Summed]:
-    """The digests of every logical tensor, read from disk; those in `dtypes` as if they still were
-    of that dtype."""
-    dtypes, tensors = dtypes or {}, list(index.shards)
+    """The digests of every logical tensor, or of some, read from disk; those in `dtypes` as if they
+    still were of that dtype."""
+    dtypes, tensors = dtypes or {}, list(index.shards if only is None else only)
     shares = [
-        _Share(number, copy, shard)
+        _Share(number, copy, shard, dtypes.get(tensor))
         for number, tensor in enumerate(tensors)
         for shards in index.shards[tensor].values()
         for copy, shard in enumerate(sorted(shards, key=lambda shard: shard.replica))
     ]
     sums: dict[tuple[int, Region, int], int] = {}
-    result = {tensor: Summed([0] * copies_of(regions)) for tensor, regions in index.shards.items()}
-    for batch in in_processes(
-        lambda batch: _digests_of(batch, dtypes), list(_batches(shares)), workers
-    ):
+    result = {tensor: Summed([0] * copies_of(index.shards[tensor])) for tensor in tensors}
+    for batch in in_processes(_digests_of, list(_batches(shares)), workers):
         for share, digest, inexact in batch:
             key = share.tensor, share.shard.region, share.number
             sums[key] = sums.get(key, 0) + digest
@@ -108,12 +110,9 @@ def _batches(shares: list[_Share]) -> Iterator[list[_Share]]:
         yield batch
 
 
-def _digests_of(batch: list[_Share], dtypes: dict[Tensor, str]) -> list[tuple[_Share, int, int]]:
+def _digests_of(batch: list[_Share]) -> list[tuple[_Share, int, int]]:
     with Files() as files:
-        return [
-            (share, *_digest_of(share.shard, files, dtypes.get(share.shard.tensor)))
-            for share in batch
-        ]
+        return [(share, *_digest_of(share.shard, files, share.dtype)) for share in batch]
 
 
 def _digest_of(shard: Shard, files: Files, dtype: str | None) -> tuple[int, int]:

@@ -108,13 +108,13 @@ def _named(checkpoint: Checkpoint, name: str) -> list[tuple[StoredTensor, Tensor
     so, with None."""
     for roles, rest in _readings(checkpoint, name):
         held_of_roles = [held for held in checkpoint.index.held if held.found.role in roles]
-        atoms = [
+        atoms: list[tuple[StoredTensor, Tensor | None]] = [
             (held, tensor)
             for held in held_of_roles
             for tensor in dict.fromkeys(part.tensor for part in held.parts)
-            if tensor.name == rest
+            if tensor and tensor.name == rest
         ]
-        stored = [
+        stored: list[tuple[StoredTensor, Tensor | None]] = [
             (held, None) for held in held_of_roles if rest in (held.found.name, held.canonical)
         ]
         if atoms or stored:
@@ -212,6 +212,8 @@ def _runs_in(held: StoredTensor, shards: list[Shard], region: Region) -> Iterato
 
 def _run(held: StoredTensor, shard: Shard) -> Run:
     view = shard.view
+    if shard.tensor is None:
+        raise ValueError("a gap holds no element of a tensor")
     key, element, _ = _entry_at(view.file, view.offset) or ("", 0, None)
     return Run(
         shard.tensor,
@@ -266,7 +268,9 @@ def _element_at(stored: Stored, offset: int, position: int) -> int | None:
 def value_at(file: str, offset: int, dtype: str) -> float | int:
     """The value of one element on disk."""
     with Files() as files:
-        return values(files.bits(row_major((1,), dtype, file, offset)), dtype)[0].item()
+        found = values(files.bits(row_major((1,), dtype, file, offset)), dtype)
+    value: float | int = found[0].item()
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -311,7 +315,7 @@ def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
 def _run_at(held: StoredTensor, shard: Shard, offset: int) -> Run | None:
     """The element of a shard that lies at a byte; None if there is none."""
     index = shard.view.index_at(offset)
-    return index and _run(held, shard.cut(Region(index, (1,) * len(index))))
+    return _run(held, shard.cut(Region(index, (1,) * len(index)))) if index else None
 
 
 def _other(offset: int, stored: Stored, shards: list[Shard]) -> str:
@@ -320,7 +324,8 @@ def _other(offset: int, stored: Stored, shards: list[Shard]) -> str:
     inside = sorted(
         (shard.view.offset, shard.tensor.name)
         for shard in shards
-        if any(e.offset <= shard.view.offset < e.offset + e.nbytes for e in stored.extents)
+        if shard.tensor
+        and any(e.offset <= shard.view.offset < e.offset + e.nbytes for e in stored.extents)
     )
     if not inside:
         return "scalar" if stored.numel == 1 else "a tensor that is no part of the training state"

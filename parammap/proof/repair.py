@@ -30,6 +30,7 @@ from parammap.proof.verify import (
     verify,
     wrong_archives,
 )
+from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Extent
 from parammap.tensors.region import Region
 
@@ -118,8 +119,8 @@ def _rewrite(pair: Pair, output: Index, source: Index, checksums: _Checksums) ->
                     _write_band(there, band, bits, checksums)
 
 
-def _write_band(copy: Copy, band: Region, bits: np.ndarray, checksums: _Checksums) -> None:
-    content = memoryview(bits).cast("B")
+def _write_band(copy: Copy, band: Region, bits: Array, checksums: _Checksums) -> None:
+    content = bits.data.cast("B")
     for view, there in copy.parts(band):
         for run in view.runs():
             part = view.narrow(run)
@@ -129,8 +130,8 @@ def _write_band(copy: Copy, band: Region, bits: np.ndarray, checksums: _Checksum
             )
 
 
-def _write_at(file: str, offset: int, content: np.ndarray) -> None:
-    data = memoryview(content.reshape(-1).view(np.uint8))
+def _write_at(file: str, offset: int, content: Array) -> None:
+    data = content.reshape(-1).view(np.uint8).data
     try:
         descriptor = os.open(file, os.O_WRONLY)
         try:
@@ -216,4 +217,5 @@ def _places_of_crc(extent: Extent, name: str) -> Iterator[int]:
 def _directory_entry(file: str, position: int) -> int:
     """The length of a directory's entry: 46 bytes, the name, the extra field and the comment."""
     with open(file, "rb") as stream:
-        return 46 + sum(struct.unpack("<3H", os.pread(stream.fileno(), 6, position + 28)))
+        lengths: tuple[int, ...] = struct.unpack("<3H", os.pread(stream.fileno(), 6, position + 28))
+    return 46 + sum(lengths)

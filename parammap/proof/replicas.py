@@ -7,7 +7,7 @@ import numpy as np
 
 from parammap.checkpoint.index import Index
 from parammap.execute.gather import Files
-from parammap.proof.compare import Difference, values
+from parammap.proof.compare import Difference, Place, values
 from parammap.proof.stream import in_processes, read_views
 from parammap.tensors.logical import Tensor
 from parammap.tensors.shard import Shard, fitted
@@ -58,5 +58,5 @@ def _differences(index: Index, tensor: Tensor) -> list[Difference]:
     return list(by_rank.values())
 
 
-def _place(shard: Shard):
+def _place(shard: Shard) -> Place:
     return lambda row, col: (shard.view.file, shard.place_of(row, col))

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from parammap.errors import TaskError
 from parammap.execute.gather import Files, Memory, array_of
+from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Tensor
 from parammap.tensors.region import Cells, Region, cells_of, whole
 from parammap.tensors.shard import Shard, fitted
@@ -23,7 +22,8 @@ BAND_BYTES = 256 << 10
 #: a square tile, in which the rows of what lies transposed are long enough to be read one by one
 TILE_BYTES = 4 << 20
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def bands(region: Region, itemsize: int) -> Iterator[Region]:
@@ -50,7 +50,7 @@ def _cut(region: Region, rows: int, cols: int) -> Iterator[Region]:
 
 def read_views(
     views: Sequence[View], region: Region, files: Files
-) -> Iterator[tuple[Cells, list[np.ndarray]]]:
+) -> Iterator[tuple[Cells, list[Array]]]:
     """What views of equal shape hold of a region, all in the order in which the first one's
     elements lie, piece by piece: which cells each is, and the bits of each view; these hold until
     the next piece."""
@@ -95,9 +95,9 @@ class Copy:
         whole_band = Shard(self.tensor, band, row_major(band.sizes, self.tensor.dtype))
         for shard in self.shards[first:end]:
             if part := shard.region.intersect(band):
-                yield from (tuple(views) for _, views in fitted(part, (shard, whole_band)))
+                yield from ((its, there) for _, (its, there) in fitted(part, (shard, whole_band)))
 
-    def read(self, band: Region, files: Files) -> np.ndarray:
+    def read(self, band: Region, files: Files) -> Array:
         """The bits of a region of the tensor, row-major; shape [elements], until the next read."""
         place = row_major((band.numel,), self.tensor.dtype)
         buffer = self._memory.of(place.span)
@@ -124,7 +124,8 @@ def copies_of(regions: dict[Region, list[Shard]]) -> int:
     return max(map(len, regions.values()))
 
 
-_work: Callable | None = None
+#: what worker processes inherit
+_work: Callable[[Any], Any]
 
 
 def in_processes(
@@ -143,8 +144,8 @@ def in_processes(
     except BrokenProcessPool as error:
         raise TaskError("a worker process was killed, perhaps for want of memory") from error
     finally:
-        _work = None
+        del _work
 
 
-def _call(item: Item) -> Result:
+def _call(item: Any) -> Any:
     return _work(item)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.index import Index, is_padding
+from parammap.checkpoint.index import is_padding
 from parammap.checkpoint.manifest import MANIFEST
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
@@ -84,6 +85,32 @@ class Request:
     workers: int = 1
 
 
+class DigestEntry(TypedDict):
+    """What a manifest says of a logical tensor."""
+
+    role: str
+    name: str
+    dtype: str
+    shape: list[int]
+    digest: str
+    digests_of_other_copies: NotRequired[list[str]]
+
+
+class Scalars(TypedDict):
+    """The content of small tensors, in hexadecimal, and the files that hold them."""
+
+    files: list[str]
+    values: dict[str, str]
+
+
+class ReadingOptions(TypedDict, total=False):
+    """How a conversion read its source, and what it cast the weights to."""
+
+    weights_only: bool
+    drop: list[str]
+    cast: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a conversion wrote down of its output, in whose folder `root` it lies: digests of the
@@ -91,10 +118,10 @@ class Manifest:
 
     root: Path
     files: dict[str, int]
-    digests: dict[tuple[str, str], dict]
-    casts: dict[tuple[str, str, str], dict]
-    scalars: list[dict]
-    options: dict
+    digests: dict[tuple[str, str], DigestEntry]
+    casts: dict[tuple[str, str, str], DigestEntry]
+    scalars: list[Scalars]
+    options: ReadingOptions
 
     @classmethod
     def of(cls, output: Path) -> Manifest | None:
@@ -178,7 +205,7 @@ def verify(request: Request) -> Verdict:
     if request.replicas:
         _compare_replicas(output, request, verdict)
     if request.against:
-        _compare(output, request, manifest, casts, verdict)
+        _compare(output, read_source(request, manifest), request, manifest, casts, verdict)
     elif verdict.rounded:
         verdict.notes.append(
             f"{len(verdict.rounded)} tensors were rounded by a cast, so no digest of the source "
@@ -198,27 +225,23 @@ def verify(request: Request) -> Verdict:
 
 def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The output; one that was made of weights alone is read so, as it has no sidecar."""
-    own = (
-        {"metadata_from": request.output_metadata_from}
-        if request.against
-        else {
-            "iteration": request.iteration,
-            "sidecar": request.sidecar,
-            "metadata_from": request.output_metadata_from or request.metadata_from,
-        }
-    )
+    is_alone = request.against is None
     return registry.read(
         request.output,
-        drop=request.drop,
+        iteration=request.iteration if is_alone else None,
+        sidecar=request.sidecar if is_alone else None,
+        metadata_from=request.output_metadata_from or (request.metadata_from if is_alone else None),
         weights_only=request.weights_only
         or bool(manifest and manifest.options.get("weights_only")),
-        **own,
+        drop=request.drop,
     )
 
 
 def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The source, read with the flags given, else with those of the conversion."""
-    options = manifest.options if manifest else {}
+    if request.against is None:
+        raise RefusedError(f"{request.output}: name its source: --against SRC")
+    options: ReadingOptions = manifest.options if manifest else {}
     return registry.read(
         request.against,
         iteration=request.iteration,
@@ -244,7 +267,7 @@ def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
     complete without them. That it lacks nothing else, its reader found."""
     if output.layout.pp == 1 or not is_tied(output):
         return
-    ranks: dict[bool, set[tuple]] = {False: set(), True: set()}
+    ranks: dict[bool, set[tuple[str, int, int]]] = {False: set(), True: set()}
     for held in output.index.held:
         if held.canonical == families.WORD_EMBEDDING:
             ranks[held.is_tied_head].add(
@@ -344,17 +367,13 @@ def _wrong_digests(
         for tensor in cast.keys() - narrow.keys()
         if list(tensor.shape) == known[tensor]["shape"]
     }
-    chosen = Index(
-        [],
-        output.layout,
-        {tensor: output.index.shards[tensor] for tensor in known if tensor not in verdict.rounded},
-    )
-    for tensor, found in digests(chosen, workers, narrow).items():
+    chosen = [tensor for tensor in known if tensor not in verdict.rounded]
+    for tensor, found in digests(output.index, workers, narrow, chosen).items():
         yield from _wrong_digest(tensor, found, known[tensor], narrow, verdict)
 
 
 def _wrong_digest(
-    tensor: Tensor, found: Summed, entry: dict, narrow: dict[Tensor, str], verdict: Verdict
+    tensor: Tensor, found: Summed, entry: DigestEntry, narrow: dict[Tensor, str], verdict: Verdict
 ) -> Iterator[Problem]:
     name = f"{tensor.name} ({tensor.role})"
     if list(tensor.shape) != entry["shape"]:
@@ -409,12 +428,12 @@ def _compare_replicas(output: Checkpoint, request: Request, verdict: Verdict) ->
 
 def _compare(
     output: Checkpoint,
+    source: Checkpoint,
     request: Request,
     manifest: Manifest | None,
     casts: set[str],
     verdict: Verdict,
 ) -> None:
-    source = read_source(request, manifest)
     absent = source.index.roles() - output.index.roles()
     left_out = absent - {role for role, _ in manifest.digests} if manifest else set()
     if left_out:

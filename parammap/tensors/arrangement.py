@@ -153,7 +153,7 @@ class Arrangement:
         """The length of each axis (or letters) of a tensor of which a rank holds `shape`: of its
         share, or, if it is cut as a whole, of the whole."""
         ranks, shares = (tp, 1) if self.is_cut_as_a_whole else (1, tp)
-        known = {
+        known: dict[Axis, int] = {
             letter: size // shares if letter in self.tp else size
             for letter, size in _known(sizes).items()
         }
@@ -182,7 +182,7 @@ class Arrangement:
         if (
             rest
             or size < 0
-            or ("n" in letters and sizes.heads % sizes.groups)
+            or ("n" in letters and sizes.heads and sizes.groups and sizes.heads % sizes.groups)
             or unknown & {"a", "b"}
         ):
             names = [name for name, _ in self.parts]
@@ -263,7 +263,7 @@ def _parsed(pattern: str) -> tuple[Axis, ...]:
 def _known(sizes: Sizes) -> dict[str, int]:
     known = {
         "g": sizes.groups,
-        "n": sizes.heads and sizes.heads // sizes.groups,
+        "n": sizes.heads and sizes.groups and sizes.heads // sizes.groups,
         "v": sizes.vocab,
         "a": sizes.q_down,
         "b": sizes.kv_down,
@@ -273,12 +273,19 @@ def _known(sizes: Sizes) -> dict[str, int]:
 
 _HEADS = (("attention heads", "gn"), ("query groups", "g"))
 _ATTENTION = "{count} × {tp} rows do not fit {sizes.heads} heads in {sizes.groups} groups: {parts}"
-_FC1 = {
-    "tp": "f",
-    "dim": 1,
-    "uncut": (("columns of each expert's gate and up", "f"),),
-    "unfit": "{count} columns are not {experts} experts' {both}",
-}
+
+
+def _experts_fc1(pattern: str) -> Arrangement:
+    """megatron-core, GroupedMLP.weight1, whatever its shape says."""
+    return Arrangement(
+        pattern,
+        "f",
+        dim=1,
+        uncut=(("columns of each expert's gate and up", "f"),),
+        unfit="{count} columns are not {experts} experts' {both}",
+    )
+
+
 ARRANGEMENTS = {
     REPLICATED: Arrangement("r h"),
     Q_DOWN: Arrangement("r h", uncut=(("rows", "r"),)),
@@ -311,8 +318,7 @@ ARRANGEMENTS = {
         unfit="{count} × {tp} rows are not the {sizes.q_down} and {sizes.kv_down} that the "
         "arguments say",
     ),
-    # megatron-core, GroupedMLP.weight1, whatever its shape says
-    EXPERTS_FC1: Arrangement("e h [gate: f | up: f]", **_FC1),
+    EXPERTS_FC1: _experts_fc1("e h [gate: f | up: f]"),
     # megatron-core, GroupedMLP.weight2
     EXPERTS_FC2: Arrangement(
         "e [fc2: f] h",
@@ -321,7 +327,7 @@ ARRANGEMENTS = {
         unfit="{count} rows are not those of {experts} experts",
     ),
 }
-_UNGATED_FC1 = Arrangement("e h [fc1: f]", **_FC1)
+_UNGATED_FC1 = _experts_fc1("e h [fc1: f]")
 # transformers, Phi3Attention's qkv_proj, where several heads share a group of keys and values
 _GROUPED_QKV = Arrangement("[q: gnd | k: gd | v: gd] h", "g", uncut=_HEADS, unfit=_ATTENTION)
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from parammap.tensors.arrays import Array
 from parammap.tensors.logical import ITEMSIZE
 from parammap.tensors.region import Cells, Region
 
@@ -45,7 +46,7 @@ def bits_dtype(dtype: str) -> type:
     return _BITS[ITEMSIZE[dtype]]
 
 
-def cells_digest(bits: np.ndarray, cells: Cells) -> int:
+def cells_digest(bits: Array, cells: Cells) -> int:
     """The share of some elements in their tensor's digest; `bits` are unsigned integers, in an
     array of any strides."""
     if bits.size > _TILE:
@@ -72,7 +73,7 @@ def cells_digest(bits: np.ndarray, cells: Cells) -> int:
     return int(np.dot(np.einsum("rc,c->r", mixed.reshape(len(rows), cols), columns), rows)) & MASK
 
 
-def _row_weights(shape: tuple[int, ...], cells: Cells) -> np.ndarray:
+def _row_weights(shape: tuple[int, ...], cells: Cells) -> Array:
     """The numbers of the rows of an array's axes of rows, row-major; shape [rows]."""
     count = sum((size - 1) * step for size, step in zip(shape, cells.steps, strict=True)) + 1
     weights = _weights(_ROW_SEED, cells.row, count)
@@ -83,7 +84,7 @@ def _row_weights(shape: tuple[int, ...], cells: Cells) -> np.ndarray:
     ).reshape(-1)
 
 
-def _mix(bits: np.ndarray) -> np.ndarray:
+def _mix(bits: Array) -> Array:
     """The mixed elements, in a row-major array of the same shape, until the next call of this
     thread."""
     width, factor, shift = _MIX_64 if bits.itemsize == 8 else _MIX_32
@@ -100,7 +101,7 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return wide.reshape(bits.shape)
 
 
-def _weights(seed: int, start: int, count: int) -> np.ndarray:
+def _weights(seed: int, start: int, count: int) -> Array:
     """`count` odd pseudo-random numbers of `seed` from number `start` on; shape [count], uint64."""
     if start + count > _TABLED_WEIGHTS:
         return _splitmix(seed, start, count)
@@ -108,11 +109,11 @@ def _weights(seed: int, start: int, count: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _weight_table(seed: int) -> np.ndarray:
+def _weight_table(seed: int) -> Array:
     return _splitmix(seed, 0, _TABLED_WEIGHTS)
 
 
-def _splitmix(seed: int, start: int, count: int) -> np.ndarray:
+def _splitmix(seed: int, start: int, count: int) -> Array:
     """`count` odd numbers of the splitmix64 sequence of `seed`, from its `start`-th on; shape
     [count], uint64."""
     x = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(

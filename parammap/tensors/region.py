@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parammap.tensors.arrays import Array
+
 
 class Region(NamedTuple):
     """A box of a tensor: the element that it begins at and its size, axis by axis.
@@ -85,7 +87,7 @@ def covers(regions: list[Region], shape: tuple[int, int]) -> bool:
     return counts is not None and bool(counts.all())
 
 
-def _counts(regions: list[Region], shape: tuple[int, int]) -> np.ndarray | None:
+def _counts(regions: list[Region], shape: tuple[int, int]) -> Array | None:
     """How many regions hold each cell of the grid that all their edges make; None if some region
     reaches outside."""
     edges = [
@@ -135,4 +137,5 @@ def cells_of(region: Region, shape: tuple[int, ...]) -> Cells:
     for size in reversed(shape[:-1]):
         steps.append(step)
         step *= size
-    return Cells(*region.offsets, tuple(reversed(steps)))
+    row, col = region.offsets
+    return Cells(row, col, tuple(reversed(steps)))
