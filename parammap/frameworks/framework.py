@@ -38,8 +38,8 @@ class Inspection:
     error; None: a checkpoint of which the whole cannot be read has no weights that can be.
 
     `layout` describes the sizes of a layout in words, `flat_parameters` the parameters as FSDP
-    holds them, by each rank's files, `sidecar` the files beside a checkpoint's own, and `optimizer`
-    a rank's metadata: its `groups`, `name` and `loss_scale`. None: as Megatron-LM has it."""
+    holds them, by each rank's files, and `sidecar` the files beside a checkpoint's own. None: as
+    Megatron-LM has it."""
 
     title: str = ""
     as_trained: bool = False
@@ -52,7 +52,6 @@ class Inspection:
         Callable[[Checkpoint, dict[Coordinates, list[Path]]], list[dict[str, Any]]] | None
     ) = None
     sidecar: Callable[[Checkpoint, list[Path]], dict[str, Any] | None] | None = None
-    optimizer: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

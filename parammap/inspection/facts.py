@@ -20,7 +20,7 @@ from parammap.frameworks import registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.frameworks.framework import Inspection
 from parammap.frameworks.megatron.facts import Facts
-from parammap.frameworks.megatron.param_groups import param_groups
+from parammap.inspection import training_state
 from parammap.inspection.buffers import RELEASES, Optimizers
 from parammap.inspection.kinds import KINDS, kind_of
 from parammap.name_list import shorten_names
@@ -56,18 +56,6 @@ _ARCHITECTURE_FACTS = {
     "positions": "max_position_embeddings",
     "activation": "activation",
 }
-_GROUP_FACTS = (
-    "lr",
-    "step",
-    "weight_decay",
-    "betas",
-    "eps",
-    "lr_mult",
-    "wd_mult",
-    "max_lr",
-    "min_lr",
-    "is_expert_parallel",
-)
 _ROLE_ORDER = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
 
 
@@ -132,7 +120,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     """The facts of a checkpoint as JSON knows them; element counts and offsets in elements, sizes
     in bytes."""
     checkpoint, whole = reading.best, reading.whole
-    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
+    facts = Facts.of_checkpoint(checkpoint)
     files = _files_of_ranks(whole)
     optimizers = Optimizers.of(checkpoint)
     flat_parameters = _asked(checkpoint).flat_parameters
@@ -149,6 +137,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
         "model": _model(facts, whole),
         "parameters": _parameters(whole, facts),
         "states": _states(reading),
+        "progress": training_state.progress(checkpoint.training_state),
         "optimizer": _optimizer(reading, optimizers),
         "buffers": optimizers.buffers(),
         "flat_parameters": flat_parameters(checkpoint, files) if flat_parameters else [],
@@ -399,34 +388,14 @@ def _read_roles(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
 
 def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
     checkpoint = reading.best
-    meta = next(iter(checkpoint.rank_metadata.values()), {})
-    scheduler, generation = meta.get("opt_param_scheduler"), optimizers.generation()
-    described = _asked(checkpoint).optimizer
-    own = described(meta) if described else {}
+    generation = optimizers.generation()
     return {
         "readable": reading.states is not None and reading.reason is None,
         "reason": reading.reason,
         "generation": generation,
         "written_by": RELEASES.get(generation),
         "states": sorted(reading.states.index.roles() - {MAIN_PARAM}) if reading.states else [],
-        "name": own.get("name"),
-        "loss_scale": own.get("loss_scale"),
-        "groups": [
-            _plain(group, _GROUP_FACTS)
-            for group in param_groups(meta.get("optimizer")) or own.get("groups", [])
-        ],
-        "scheduler": _plain(scheduler, tuple(sorted(scheduler)))
-        if isinstance(scheduler, dict)
-        else None,
-    }
-
-
-def _plain(values: dict, names: tuple[str, ...]) -> dict[str, Any]:
-    """Those of the values that are numbers, words or lists of numbers."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name in names
-        if isinstance(value := values.get(name), (bool, int, float, str, tuple))
+        **training_state.optimizer(checkpoint.training_state),
     }
 
 

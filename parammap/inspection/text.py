@@ -77,6 +77,7 @@ def table(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
         ("model", [", ".join(model(facts["model"]))]),
         ("parameters", list(parameters(facts["parameters"]))),
         ("states", [state(one) for one in facts["states"]]),
+        ("progress", list(progress(facts["progress"]))),
         ("optimizer", list(optimizer(facts["optimizer"]))),
         ("buffers", [buffer(one) for one in facts["buffers"]]),
         ("fsdp", list(flats(facts["flat_parameters"]))),
@@ -163,6 +164,16 @@ def state(one: dict[str, Any]) -> str:
         f"{counted(one['tensors'], 'tensor')}, "
         f"{counted(one['elements'], 'element')}, {size(one['bytes'])}"
     )
+
+
+def progress(facts: dict[str, Any]) -> Iterator[str]:
+    counts = {"consumed_samples": "sample", "consumed_tokens": "token"}
+    told = [counted(step, "step") for step in facts["steps"]] + [
+        counted(facts[name], what) for name, what in counts.items() if facts[name]
+    ]
+    if told:
+        dtype = facts["compute_dtype"]
+        yield ", ".join([*told, f"computed in {dtype}"] if dtype else told)
 
 
 def optimizer(facts: dict[str, Any]) -> Iterator[str]:

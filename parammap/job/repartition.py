@@ -77,7 +77,7 @@ def repartition(request: Repartition) -> Report:
 
 
 def _check(request: Repartition, source: Checkpoint) -> None:
-    saved = args_of(next(iter(source.rank_metadata.values())))
+    saved = args_of(source.common_metadata)
     known = {name: saved.get(name) for name in NUMBERS} | {"target_num_layers": source.num_layers}
     for name, number in known.items():
         if number not in (None, given := request.numbers.get(name, number)):
@@ -85,9 +85,7 @@ def _check(request: Repartition, source: Checkpoint) -> None:
                 f"{request.source}: --{name.replace('_', '-')} is {number} there and not {given}; "
                 "leave it out"
             )
-    if not request.weights_only and any(
-        "fp32_from_fp16_params" in (m.get("optimizer") or ()) for m in source.rank_metadata.values()
-    ):
+    if not request.weights_only and megatron.has_undistributed_optimizer(source):
         raise RefusedError(
             f"{request.source}: its optimizer is not a distributed one; --no-load-optim leaves it "
             "behind"

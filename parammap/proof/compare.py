@@ -25,8 +25,6 @@ from parammap.tensors.region import Cells, Region, cells_of
 #: a tensor that differs in so many elements at most has each of them listed, one that does in more
 #: the first few
 LISTED = 32
-#: what of a rank's metadata belongs to the training state
-STATE_KEYS = ("optimizer", "opt_param_scheduler")
 #: (role, name) of a logical tensor
 Key = tuple[str, str]
 #: gives the file and byte offset of the element at a row and column
@@ -209,7 +207,7 @@ def as_embedding(key: Key) -> Key:
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether it is known that the output layer is the word embedding."""
-    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
+    facts = Facts.of_checkpoint(checkpoint)
     return bool(facts.tied()) or any(held.is_tied_head for held in checkpoint.index.held)
 
 
@@ -362,33 +360,3 @@ def _told_stretch(positions: list[Position]) -> str:
 
 def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}:{last + 1}"
-
-
-def metadata_differences(a: Checkpoint, b: Checkpoint) -> list[str]:
-    """What the ranks of both say differently of iteration, parameter groups and scheduler.
-
-    Only where the grids are the same: another layout may number the parameter groups otherwise.
-    What one side does not keep at all is not compared."""
-    lines: dict[str, None] = {}
-    if a.rank_metadata and b.rank_metadata and a.iteration != b.iteration:
-        lines[f"iteration: {a.iteration} and {b.iteration}"] = None
-    for rank, meta in (
-        a.rank_metadata.items() if a.rank_metadata.keys() == b.rank_metadata.keys() else ()
-    ):
-        for key in STATE_KEYS:
-            if meta.get(key) is not None and b.rank_metadata[rank].get(key) is not None:
-                lines.update(
-                    dict.fromkeys(_tree_differences(meta[key], b.rank_metadata[rank][key], key))
-                )
-    return list(lines)
-
-
-def _tree_differences(a: object, b: object, path: str) -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            yield from _tree_differences(a.get(key), b.get(key), f"{path}.{key}")
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        for number, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from _tree_differences(one, other, f"{path}[{number}]")
-    elif isinstance(a, (bool, int, float, str, type(None))) and a != b and not (a != a and b != b):
-        yield f"{path}: {a!r} and {b!r}"

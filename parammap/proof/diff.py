@@ -13,9 +13,9 @@ from parammap.proof.compare import (
     Pair,
     Tolerance,
     differences,
-    metadata_differences,
     pair,
 )
+from parammap.proof.training_state import training_state_differences
 from parammap.tensors.logical import Tensor
 
 
@@ -77,7 +77,7 @@ def diff(
         differences(a.index, b.index, pairing.pairs, tolerance, workers),
         pairing.only_a,
         pairing.only_b,
-        metadata_differences(a, b),
+        training_state_differences(a, b),
         [
             f"{one.folder}: {names}: {what}"
             for one in (a, b)

@@ -27,7 +27,6 @@ from parammap.proof.compare import (
     casts_of_weights,
     differences,
     is_tied,
-    metadata_differences,
     pair,
     told,
 )
@@ -35,6 +34,7 @@ from parammap.proof.contents import entries_of
 from parammap.proof.digests import Summed, digests
 from parammap.proof.replicas import unequal
 from parammap.proof.stream import in_processes
+from parammap.proof.training_state import training_state_differences
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, Stored, Tensor
 from parammap.tensors.view import row_major
@@ -447,7 +447,9 @@ def _compare(
     for found in differences(output.index, source.index, pairs, workers=request.workers):
         verdict.wrong.append((expected[found.a, found.b], found))
         verdict.problems.append(Problem(found.name, told(found)))
-    verdict.problems += [Problem("metadata", line) for line in metadata_differences(output, source)]
+    verdict.problems += [
+        Problem("metadata", line) for line in training_state_differences(output, source)
+    ]
 
 
 def _expected_pairs(

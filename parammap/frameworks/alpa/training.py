@@ -39,7 +39,6 @@ from parammap.frameworks.alpa.serving import (
     states_of,
 )
 from parammap.frameworks.architecture import architecture_for
-from parammap.frameworks.megatron.param_groups import param_groups
 from parammap.plan.plan import Output, Wanted, WantedFile, in_a_row, interleaved
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, TensorSpec
@@ -219,20 +218,22 @@ def _leaves(model: Model, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
 
 def _train_state(writer: _Writer, options: Options) -> dict:
     source = writer.states.source
-    step, is_mixed = _steps(source), options.dtype != "float32"
+    state = source.training_state
+    step, is_mixed = source.steps_taken(), options.dtype != "float32"
     adam = {
         "count": lambda path: writer.scalar(path, "int32", step),
         "mu": lambda path: writer.tree(path, EXP_AVG, "float32"),
         "nu": lambda path: writer.tree(path, EXP_AVG_SQ, "float32"),
     }
-    scale = {
+    scale = _FIRST_SCALE if state.loss_scale is None else state.loss_scale
+    dynamic_scale = {
         "fin_steps": lambda path: writer.scalar(path, "int32", 0),
-        "scale": lambda path: writer.scalar(path, "float32", _loss_scale(source)),
+        "scale": lambda path: writer.scalar(path, "float32", scale),
     }
     return writer.walk(
         "state",
         {
-            "dynamic_scale": scale if is_mixed else None,
+            "dynamic_scale": dynamic_scale if is_mixed else None,
             "master_copy": (lambda path: writer.tree(path, MAIN_PARAM, "float32"))
             if is_mixed
             else None,
@@ -321,29 +322,3 @@ def _metadata(spec: TensorSpec) -> bytes:
             "shard_indices": None,
         }
     )
-
-
-def _steps(source: Checkpoint) -> int:
-    """The steps that the optimizer has taken: those whose gradients overflowed are not among
-    them."""
-    steps = set()
-    for meta in source.rank_metadata.values():
-        states = (meta.get("last_optimizer_state") or {}).get("state", {})
-        steps |= {
-            group["step"]
-            for group in [*param_groups(meta.get("optimizer")), *states.values()]
-            if isinstance(group.get("step"), (int, float))
-        }
-    if len(steps) > 1:
-        raise RefusedError(
-            f"{source.folder}: parameters have taken different numbers of steps {sorted(steps)}; "
-            f"optax's "
-            "Adam counts them once for all"
-        )
-    return int(steps.pop()) if steps else source.iteration
-
-
-def _loss_scale(source: Checkpoint) -> float:
-    meta = next(iter(source.rank_metadata.values()), {})
-    scale = (meta.get("last_optimizer_state") or {}).get("loss_scale")
-    return float(scale) if isinstance(scale, (int, float)) else _FIRST_SCALE

@@ -32,7 +32,7 @@ def of(source: Checkpoint) -> Architecture:
 
     Raises RefusedError for a model of which nobody knows what it computes, and for one that
     computes what neither does."""
-    args = args_of(next(iter(source.rank_metadata.values()), {}))
+    args = args_of(source.common_metadata)
     states = (
         SourceTensors(source)
         if (MAIN_PARAM, WORD_EMBEDDING) in {(t.role, t.name) for t in source.index.shards}

@@ -16,14 +16,14 @@ from typing import Any
 
 from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.families import DEEPSPEED, HEAD, WORD_EMBEDDING
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name
 from parammap.frameworks.deepspeed.universal import SCHEDULER, Contents, Parameter
-from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.param_groups import param_groups, steps_taken
+from parammap.frameworks.megatron.training_state import DTYPES
 from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import Sizes
@@ -33,7 +33,7 @@ from parammap.tensors.logical import EXP_AVG, MAIN_PARAM
 _VERSION = "0.19.8"
 _GROUPS = 3
 #: what a group says of Adam, beside how its weights decay
-_GROUP_KEYS = ("lr", "betas", "eps", "bias_correction", "step")
+_GROUP_KEYS = ("lr", "betas", "eps", "bias_correction")
 #: the numbers of the first layer's function, and how many stand between the last one's and the
 #: final norm's
 _EMBEDDING, _FIRST_LAYER, _TO_NORM = 1, 3, 2
@@ -55,7 +55,7 @@ def contents(source: Checkpoint) -> Contents:
         for one in states.parameters(DEEPSPEED)
     ]
     groups = _groups(source)
-    steps = {one.name: groups[0]["step"] for one in parameters} if "step" in groups[0] else {}
+    steps = {one.name: groups[0]["step"] for one in parameters}
     state = {"param_groups": groups, "ds_version": _VERSION}
     return Contents(
         parameters,
@@ -69,6 +69,7 @@ def contents(source: Checkpoint) -> Contents:
 
 def _check(source: Checkpoint, model: Architecture, states: SourceTensors) -> None:
     reasons = {
+        "its number of attention heads is not recorded": model.heads is None,
         f"its head, {HEAD}, is not the word embedding": model.tied is False
         or HEAD in states.names(),
         "its linear maps have no biases": model.bias is False,
@@ -88,28 +89,19 @@ def _check(source: Checkpoint, model: Architecture, states: SourceTensors) -> No
 def _groups(source: Checkpoint) -> list[dict]:
     """The optimizer's groups, all as the source's first is; the steps are those that all have
     taken."""
-    groups = [
-        group
-        for meta in source.rank_metadata.values()
-        for group in param_groups(meta.get("optimizer"))
-    ]
-    if not groups or "lr" not in groups[0]:
+    groups = source.training_state.groups
+    if not groups or groups[0].lr is None:
         raise RefusedError(
             f"{source.folder}: keeps no param_groups of its optimizer, without whose steps Adam "
             f"cannot go on"
         )
-    own = {
-        **{key: groups[0][key] for key in _GROUP_KEYS if key in groups[0]},
-        "step": steps_taken(source, groups),
-    }
-    return [{**own, "params": []} for _ in range(_GROUPS)]
+    own = {key: value for key in _GROUP_KEYS if (value := getattr(groups[0], key)) is not None}
+    return [{**own, "step": source.steps_taken(), "params": []} for _ in range(_GROUPS)]
 
 
 def _model(source: Checkpoint, model: Architecture, states: SourceTensors) -> dict[str, Any]:
-    meta = next(iter(source.rank_metadata.values()), {})
-    args = args_of(meta)
-    samples, length = args.get("consumed_train_samples"), args.get("seq_length")
-    tokens = {"tokens": samples * length} if samples is not None and length else {}
+    state = source.training_state
+    tokens = {} if state.consumed_tokens is None else {"tokens": state.consumed_tokens}
     rows = states.tensor(MAIN_PARAM, WORD_EMBEDDING).rows
     return {
         "module": None,
@@ -119,18 +111,18 @@ def _model(source: Checkpoint, model: Architecture, states: SourceTensors) -> di
         "frozen_param_shapes": None,
         "shared_params": {},
         "frozen_param_fragments": None,
-        "lr_scheduler": _scheduler(meta, tokens),
+        "lr_scheduler": _scheduler(state),
         "data_sampler": None,
         "random_ltd": None,
         "skipped_steps": 0,
         "global_steps": source.iteration,
-        "global_samples": samples or 0,
+        "global_samples": state.consumed_samples or 0,
         "dp_world_size": source.layout.dp,
         "mp_world_size": 1,
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
         "ds_config": {},
         "ds_version": _VERSION,
-        "args": _args(args, model),
+        "args": _args(state, model),
         "checkpoint_version": 3.0,
         "iteration": source.iteration,
         **tokens,
@@ -138,18 +130,16 @@ def _model(source: Checkpoint, model: Architecture, states: SourceTensors) -> di
     }
 
 
-def _scheduler(meta: dict, tokens: dict) -> dict | None:
+def _scheduler(state: TrainingState) -> dict | None:
     """The state of AnnealingLR, which counts samples as Megatron-LM's scheduler does."""
-    state = meta.get("opt_param_scheduler")
-    if not state:
+    if state.schedule is None:
         return None
-    return {
-        **{own: state[name] for name, own in SCHEDULER.items() if name in state},
-        **({"num_tokens": tokens["tokens"]} if tokens else {}),
-    }
+    known = state.schedule.values
+    tokens = {} if state.consumed_tokens is None else {"num_tokens": state.consumed_tokens}
+    return {**{own: known[name] for name, own in SCHEDULER.items() if name in known}, **tokens}
 
 
-def _args(args: dict, model: Architecture) -> Opaque:
+def _args(state: TrainingState, model: Architecture) -> Opaque:
     """The arguments by which the model is known again, how its weights decay, the samples that were
     consumed; plain values only."""
     activation = (
@@ -157,6 +147,7 @@ def _args(args: dict, model: Architecture) -> Opaque:
         if model.activation is None
         else {"openai_gelu": model.activation == "gelu_new", "bias_gelu_fusion": False}
     )
+    dtype = state.compute_dtype
     known = {
         "num_layers": model.layers,
         "hidden_size": model.hidden,
@@ -166,10 +157,11 @@ def _args(args: dict, model: Architecture) -> Opaque:
         "max_position_embeddings": model.positions,
         "padded_vocab_size": model.vocab,
         "layernorm_epsilon": model.eps,
-        "seq_length": args.get("seq_length"),
-        **{name: args.get(name) for name in ("bf16", "fp16", "weight_decay")},
-        "consumed_train_samples": args.get("consumed_train_samples", 0),
-        "consumed_valid_samples": args.get("consumed_valid_samples", 0),
+        "seq_length": state.sequence_length,
+        **{name: dtype and dtype == DTYPES[name] for name in DTYPES},
+        "weight_decay": state.weight_decay,
+        "consumed_train_samples": state.consumed_samples or 0,
+        "consumed_valid_samples": state.consumed_valid_samples or 0,
     }
     told = {name: value for name, value in known.items() if value is not None}
     return Opaque(

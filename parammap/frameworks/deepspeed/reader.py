@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from parammap.formats import torch_zip
 from parammap.frameworks.deepspeed import universal, zero
 from parammap.frameworks.deepspeed.files import Files, find, recognizes
 from parammap.frameworks.deepspeed.layers import HEAD, WORDS, Functions, stages_of
+from parammap.frameworks.deepspeed.training_state import iteration_of, shapes_of, training_state
 from parammap.frameworks.megatron.facts import args_of, is_gated
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
 from parammap.name_list import shorten_names
@@ -69,42 +69,18 @@ class Rank:
 
     def shapes(self) -> list[dict]:
         """The shapes of the parameters that are stepped, by group."""
-        return _shapes(self.content)
+        return shapes_of(self.content)
 
     def meta(self) -> dict:
-        """What the rank keeps beside the model; its optimizer's groups and its scheduler as others
-        have them, and `zero`, all of it."""
+        """What the rank keeps beside the model, and of its optimizer `zero` and `steps`."""
         rest = {
             key: value for key, value in self.content.items() if key not in ("module", "optimizer")
         }
-        if schedule := self._schedule():
-            rest["opt_param_scheduler"] = schedule
         if self.functions:
             rest["functions"] = self.functions.prefixes
         if not self.states.tensors:
             return rest
-        return {
-            **rest,
-            "optimizer": {"optimizer": {"param_groups": list(self._groups())}},
-            "zero": self.states.rest,
-            "steps": self.states.steps,
-        }
-
-    def _schedule(self) -> dict:
-        """What Megatron-LM's scheduler would say; nothing of one that decays by tokens, or is of
-        another kind."""
-        state = self.content.get("lr_scheduler")
-        if not isinstance(state, dict) or args_of(self.content).get("lr_decay_tokens"):
-            return {}
-        return {name: state[own] for name, own in universal.SCHEDULER.items() if own in state}
-
-    def _groups(self) -> Iterator[dict]:
-        """The optimizer's groups, with the steps that the first parameter of each has taken, where
-        that is known."""
-        groups = self.states.rest["param_groups"]
-        for group, names in zip_longest(groups, self.shapes()[: len(groups)]):
-            step = self.states.steps.get(next(iter(names or ()), None))
-            yield group if step is None else {"step": int(zero.value_of(step)), **group}
+        return {**rest, "zero": self.states.rest, "steps": self.states.steps}
 
 
 def read(
@@ -118,9 +94,8 @@ def read(
 ) -> Checkpoint:
     """Read a checkpoint's headers and metadata. SRC is a save root or the folder of one step.
 
-    `metas` holds per rank the mp_rank file without the model, and of its optimizer `zero` (see
-    zero.States.rest), `steps` by parameter, and `optimizer` with its groups and
-    `opt_param_scheduler` as Megatron-LM has them. Raises RefusedError for anything missing,
+    `rank_metadata` holds per rank the mp_rank file without the model, and of its optimizer `zero`
+    (see zero.States.rest) and `steps` by parameter. Raises RefusedError for anything missing,
     damaged, contradictory, or of ZeRO stage 3."""
     if sidecar_folder is not None:
         raise RefusedError(
@@ -138,7 +113,6 @@ def read(
     kept = [one for one in found if not is_dropped(one.name, drop)]
     index = Index([naming.hold(one) for one in kept], layout)
     index.check_complete()
-    first = ranks[0].content
     left = _left_out(ranks, naming)
     notes = [
         f"{len(left)} copies that later stages keep and nothing keeps in step are left out "
@@ -147,22 +121,20 @@ def read(
     return Checkpoint(
         "deepspeed",
         files.folder,
-        int(first.get("iteration") or first.get("global_steps") or 0),
+        iteration_of(ranks[0].content),
         layout,
         index,
         len(index.roles()) > 1,
         index.num_layers(),
         rank_folders={(rank.place.tp, rank.place.pp, 0): files.folder for rank in ranks},
         rank_metadata={(rank.place.tp, rank.place.pp, 0): rank.meta() for rank in ranks},
+        training_states={
+            (rank.place.tp, rank.place.pp, 0): training_state(rank.content, rank.states)
+            for rank in ranks
+        },
         notes=notes if left else [],
         dropped=sorted({*left, *(one.name for one in found)} - {one.name for one in kept}),
     )
-
-
-def _shapes(content: dict) -> list[dict]:
-    """The shapes of the parameters that an mp_rank file's rank steps, by group."""
-    shapes = content.get("param_shapes") or []
-    return list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
 
 
 def _content(path: Path) -> dict:
@@ -180,7 +152,7 @@ def _universal(
     universal.check_complete(
         files.folder,
         tensors,
-        {name for content in contents.values() for group in _shapes(content) for name in group},
+        {name for content in contents.values() for group in shapes_of(content) for name in group},
     )
     states = (
         zero.States()

@@ -13,8 +13,6 @@ state_dict)."""
 from __future__ import annotations
 
 import math
-import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Opaque
+from parammap.formats.scalars import value_of
 from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Extent, Stored
 
@@ -30,7 +29,6 @@ from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, 
 #: nccl_start_alignment_factor)
 _ALIGNMENT = 2
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
-_UNPACKED = {"float32": "<f", "int64": "<q", "int32": "<i", "float64": "<d"}
 
 
 @dataclass(slots=True)
@@ -250,17 +248,6 @@ def _step(shards: list[Shard], groups: list[dict], number: int) -> Any:
             f"{sorted(steps)}; these files are of different saves"
         )
     return groups[0].get("step")
-
-
-def value_of(number: Any) -> float:
-    """A number, or the one element of a tensor."""
-    if not isinstance(number, Stored):
-        return number
-    (extent,) = number.extents
-    with open(extent.file, "rb") as file:
-        return struct.unpack(
-            _UNPACKED[number.dtype], os.pread(file.fileno(), extent.nbytes, extent.offset)
-        )[0]
 
 
 def _rest(shard: Shard) -> dict:

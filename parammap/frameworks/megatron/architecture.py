@@ -73,7 +73,7 @@ def of(source: Checkpoint) -> Architecture:
     Without arguments (bare megatron-core) and without a sidecar the tensors tell the family and the
     sizes; heads, eps, activation and rotary base are then None. Raises RefusedError for a model
     that is neither like GPT-2 nor like LLaMA, with the reason."""
-    facts = Facts.of(source.sidecar, next(iter(source.rank_metadata.values()), {}))
+    facts = Facts.of_checkpoint(source)
     said = {
         **facts.args,
         **{name: value for name, value in facts.model.items() if value is not None},

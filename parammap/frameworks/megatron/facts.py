@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parammap import families
+from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.sidecar import Buffer, Sidecar
 from parammap.formats.pickles import Opaque
 from parammap.frameworks.megatron.buckets import release_of
@@ -43,6 +44,10 @@ class Facts:
     @classmethod
     def of(cls, sidecar: Sidecar | None, meta: dict) -> Facts:
         return cls(sidecar.any_layout() if sidecar else None, args_of(meta))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> Facts:
+        return cls.of(checkpoint.sidecar, checkpoint.common_metadata)
 
     def layout(self, found: dict[str, int]) -> Layout:
         """The parallel sizes; those that nobody recorded are as `found`, by name, or 1."""

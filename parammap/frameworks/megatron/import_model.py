@@ -31,6 +31,7 @@ from parammap.frameworks.megatron.architecture import of as describe
 from parammap.frameworks.megatron.reshard import resharded
 from parammap.frameworks.megatron.specification import LOCAL, TRANSFORMER_ENGINE, Specification
 from parammap.frameworks.megatron.structure import megatron_naming
+from parammap.frameworks.megatron.training_state import training_states
 from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import VOCAB
@@ -78,6 +79,14 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
     iteration = source.iteration if stepped else 0
     if stepped:
         import_optimizer.check(states)
+    metadata = {
+        _RANK: {
+            "args": Opaque(Global("argparse", "Namespace"), (), new=True, state=args),
+            "checkpoint_version": CHECKPOINT_VERSION,
+            "iteration": iteration,
+            **(import_optimizer.meta(source) if stepped else {}),
+        }
+    }
     empty = Checkpoint(
         "megatron",
         source.folder,
@@ -87,14 +96,8 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
         stepped,
         source.num_layers,
         rank_folders={_RANK: source.folder},
-        rank_metadata={
-            _RANK: {
-                "args": Opaque(Global("argparse", "Namespace"), (), new=True, state=args),
-                "checkpoint_version": CHECKPOINT_VERSION,
-                "iteration": iteration,
-                **(import_optimizer.meta(source) if stepped else {}),
-            }
-        },
+        rank_metadata=metadata,
+        training_states=training_states(metadata),
         structures={
             _RANK: [
                 {spec.name: spec for spec in specs}
@@ -139,6 +142,7 @@ def _tensors(
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that
     the model computes in."""
     used: set[str] = set()
+    recorded = states.source.training_state.compute_dtype
     for canonical, kind, name in _table(family, states.source.num_layers, specification):
         _, atoms = states.parts(canonical, kind)
         if there := [atom for atom in atoms if (MAIN_PARAM, atom) in states.tensors]:
@@ -154,7 +158,9 @@ def _tensors(
                 else sum(tensor.rows for tensor in tensors)
             )
             spec = TensorSpec(
-                name, import_optimizer.model_dtype(states, atoms[0]), (rows, *tensors[0].shape[1:])
+                name,
+                import_optimizer.model_dtype(states, atoms[0], recorded),
+                (rows, *tensors[0].shape[1:]),
             )
             yield _Tensor(spec, atoms[0])
     if unplaced := sorted(states.names() - used):
@@ -252,7 +258,7 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
     is_rotary = family.positions == ROTARY
     words, dtype = (
         states.tensor(MAIN_PARAM, WORD_EMBEDDING),
-        import_optimizer.model_dtype(states, WORD_EMBEDDING),
+        import_optimizer.model_dtype(states, WORD_EMBEDDING, source.training_state.compute_dtype),
     )
     groups, head_size = model.groups or model.heads, model.head_size or words.cols // model.heads
     return {

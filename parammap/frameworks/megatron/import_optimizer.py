@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.sidecar import SCHEMA, VERSION, Buffer, RankSidecar, Sidecar, Slot
+from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
-from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.param_groups import param_groups, steps_taken
+from parammap.frameworks.megatron.training_state import DTYPES
 from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
@@ -30,8 +30,6 @@ _RANK = (0, 0, 0)
 _HYPER = ("lr", "betas", "eps")
 #: what the scheduler of megatron-core does not load without
 _SCHEDULE = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps")
-#: by --bf16 and --fp16, or the like
-_SIXTEEN = {"bf16": "bfloat16", "fp16": "float16"}
 #: what a layout file says of the model
 _FACTS = (
     "num_layers",
@@ -68,17 +66,11 @@ def check(states: SourceTensors) -> None:
             )
 
 
-def model_dtype(states: SourceTensors, name: str) -> str:
+def model_dtype(states: SourceTensors, name: str, recorded: str | None) -> str:
     """The dtype that a tensor is computed in: that of the copy beside what the optimizer steps,
-    else as the run says."""
+    else as recorded of the run."""
     if copy := states.tensors.get((MODEL_PARAM, name)):
         return copy.dtype
-    meta = next(iter(states.source.rank_metadata.values()), {})
-    enabled = {
-        key: (meta.get("ds_config") or {}).get(key, {}).get("enabled") or args_of(meta).get(key)
-        for key in _SIXTEEN
-    }
-    recorded = next((dtype for key, dtype in _SIXTEEN.items() if enabled[key]), None)
     return (
         recorded
         if recorded and states.source.with_optimizer
@@ -92,20 +84,17 @@ def meta(source: Checkpoint) -> dict:
 
     Raises RefusedError for groups that Megatron-LM's two cannot be.
     """
-    groups = [
-        group
-        for one in source.rank_metadata.values()
-        for group in param_groups(one.get("optimizer"))
-    ]
-    if not groups or any(key not in group for group in groups for key in _HYPER):
+    state = source.training_state
+    groups = state.groups
+    if not groups or any(getattr(group, key) is None for group in groups for key in _HYPER):
         raise RefusedError(
             f"{source.folder}: keeps no {', '.join(_HYPER)} of its optimizer's param_groups, "
             f"without which "
             "Adam cannot go on; convert --weights-only"
         )
-    decays = {group["weight_decay"] for group in groups if group.get("weight_decay")}
+    decays = {group.weight_decay for group in groups if group.weight_decay}
     for what, values in (
-        *((key, {group[key] for group in groups}) for key in _HYPER),
+        *((key, {getattr(group, key) for group in groups}) for key in _HYPER),
         ("weight_decay", decays),
     ):
         if len(values) > 1:
@@ -115,12 +104,12 @@ def meta(source: Checkpoint) -> dict:
                 "Megatron-LM keeps one; convert --weights-only"
             )
     own = {
-        "bias_correction": groups[0].get("bias_correction", True),
-        **{key: groups[0][key] for key in _HYPER},
+        "bias_correction": groups[0].bias_correction is not False,
+        **{key: getattr(groups[0], key) for key in _HYPER},
     }
-    schedule = _schedule(source)
+    schedule = _schedule(state)
     rates = {key: schedule[key] for key in ("max_lr", "min_lr")} if schedule else {}
-    step, decay = steps_taken(source, groups), max(decays, default=_recorded_decay(source, groups))
+    step, decay = source.steps_taken(), max(decays, default=_recorded_decay(state))
     kinds = [
         {
             "is_expert_parallel": False,
@@ -137,25 +126,24 @@ def meta(source: Checkpoint) -> dict:
     ]
     return {
         "optimizer": {"optimizer": {"param_groups": kinds}},
-        "opt_param_scheduler": schedule or _constant(source, groups[0]["lr"]),
+        "opt_param_scheduler": schedule or _constant(state),
     }
 
 
-def _recorded_decay(source: Checkpoint, groups: list[dict]) -> float | None:
-    """How weights decay where no group does: as the arguments say, or not at all where groups say
-    so."""
-    said = args_of(next(iter(source.rank_metadata.values()))).get("weight_decay")
-    return 0.0 if said is None and any("weight_decay" in group for group in groups) else said
+def _recorded_decay(state: TrainingState) -> float | None:
+    """How weights decay where no group does: as the run says, or not at all where groups say so."""
+    of_groups = any(group.weight_decay is not None for group in state.groups)
+    return 0.0 if state.weight_decay is None and of_groups else state.weight_decay
 
 
-def _schedule(source: Checkpoint) -> dict | None:
-    state = next(iter(source.rank_metadata.values())).get("opt_param_scheduler") or {}
-    return {key: state[key] for key in _SCHEDULE} if state.keys() >= set(_SCHEDULE) else None
+def _schedule(state: TrainingState) -> dict | None:
+    known = state.schedule.values if state.schedule else {}
+    return {key: known[key] for key in _SCHEDULE} if known.keys() >= set(_SCHEDULE) else None
 
 
-def _constant(source: Checkpoint, rate: float) -> dict:
+def _constant(state: TrainingState) -> dict:
     """The schedule of a run that has none, or one that Megatron-LM does not know."""
-    samples = args_of(next(iter(source.rank_metadata.values()))).get("consumed_train_samples") or 0
+    rate, samples = state.groups[0].lr, state.consumed_samples or 0
     return {
         "max_lr": rate,
         "min_lr": rate,
@@ -168,13 +156,11 @@ def _constant(source: Checkpoint, rate: float) -> dict:
 
 def args(source: Checkpoint) -> dict:
     """The arguments that say how far the run has come, and how it steps."""
-    there = args_of(next(iter(source.rank_metadata.values())))
-    samples = {
-        name: there.get(name) or 0 for name in ("consumed_train_samples", "consumed_valid_samples")
-    }
+    state = source.training_state
     return {
         "iteration": source.iteration,
-        **samples,
+        "consumed_train_samples": state.consumed_samples or 0,
+        "consumed_valid_samples": state.consumed_valid_samples or 0,
         "optimizer": "adam",
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": False,
@@ -187,7 +173,7 @@ def args(source: Checkpoint) -> dict:
 def flags(told: dict) -> list[str]:
     """What the command line of a run that goes on must say, by its arguments."""
     return [
-        *(f"--{name}" for name in _SIXTEEN if told[name]),
+        *(f"--{name}" for name in DTYPES if told[name]),
         "--use-distributed-optimizer",
         "--accumulate-allreduce-grads-in-fp32",
         "--no-load-rng",
@@ -234,7 +220,7 @@ def notes(source: Checkpoint, dtype: str) -> Iterator[str]:
         f"those of megatron-core "
         f"{CORE} without --overlap-grad-reduce; any other run takes --to megatron-dist"
     )
-    if not _schedule(source):
+    if not _schedule(source.training_state):
         yield (
             "the learning rate's schedule is none of Megatron-LM's, or not recorded: it is written "
             "as constant; "

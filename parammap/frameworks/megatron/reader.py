@@ -31,6 +31,7 @@ from parammap.frameworks.megatron.facts import (
     is_gated,
 )
 from parammap.frameworks.megatron.structure import specified
+from parammap.frameworks.megatron.training_state import training_states
 from parammap.name_list import shorten_names
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Stored
@@ -186,6 +187,7 @@ def read(
         layout,
     )
     index.check_complete()
+    metadata = {rank.coordinates: rank.meta() for rank in ranks}
     return Checkpoint(
         "megatron",
         folder,
@@ -195,7 +197,8 @@ def read(
         not weights_only,
         facts.num_layers() or index.num_layers(),
         rank_folders={rank.coordinates: rank.folder for rank in ranks},
-        rank_metadata={rank.coordinates: rank.meta() for rank in ranks},
+        rank_metadata=metadata,
+        training_states=training_states(metadata),
         structures={rank.coordinates: rank.structures() for rank in ranks},
         sidecar=sidecar,
         dropped=sorted({one.name for one in found} - {one.name for one in kept}),
@@ -207,6 +210,15 @@ def _is_release_of_weights(folder: Path, ranks: list[Rank]) -> bool:
     none."""
     return folder.name == RELEASE and not any(
         (rank.folder / OPTIMIZER_FILE).is_file() or rank.content.get("optimizer") for rank in ranks
+    )
+
+
+def has_undistributed_optimizer(checkpoint: Checkpoint) -> bool:
+    """Whether the model files hold the main params of an optimizer that is not a distributed
+    one."""
+    return any(
+        "fp32_from_fp16_params" in (metadata.get("optimizer") or ())
+        for metadata in checkpoint.rank_metadata.values()
     )
 
 

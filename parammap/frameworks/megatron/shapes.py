@@ -73,7 +73,7 @@ _OTHERWISE = (
 def contradictions(checkpoint: Checkpoint) -> dict[str, str]:
     """What is wrong, in words, with logical tensors that have another shape than the arguments say
     that Megatron-LM keeps, by their names."""
-    facts = Facts.of(checkpoint.sidecar, next(iter(checkpoint.rank_metadata.values()), {}))
+    facts = Facts.of_checkpoint(checkpoint)
     said = {
         **facts.args,
         **{name: value for name, value in facts.model.items() if value is not None},

@@ -130,4 +130,4 @@ def check_specification(source: Checkpoint, given: str | None) -> None:
 
 
 def _args(source: Checkpoint) -> dict:
-    return args_of(next(iter(source.rank_metadata.values()), {}))
+    return args_of(source.common_metadata)

@@ -84,7 +84,7 @@ def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict]]:
 def megatron_naming(source: Checkpoint, structures: dict[Coordinates, list[dict]]) -> NameResolver:
     """The naming of a checkpoint's tensors under the names that Megatron-LM gives them, whatever
     framework it is of."""
-    facts = Facts.of(source.sidecar, next(iter(source.rank_metadata.values()), {}))
+    facts = Facts.of_checkpoint(source)
     chunks = {
         (rank, number): {spec.name: spec.shape for spec in leaves(tree, TensorSpec)}
         for rank, trees in structures.items()

@@ -256,7 +256,7 @@ class _Writer:
 
     def _dtypes(self, buffer: Buffer) -> tuple[Global, Global]:
         """The key of a buffer: parameter and gradient dtype."""
-        args = Facts.of(self.source.sidecar, next(iter(self.source.rank_metadata.values()))).args
+        args = Facts.of_checkpoint(self.source).args
         return Global("torch", buffer.param_dtype or buffer.slots[0].dtype), Global(
             "torch", grad_dtype(buffer, args)
         )

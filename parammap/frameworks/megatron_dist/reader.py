@@ -29,6 +29,7 @@ from parammap.frameworks.megatron.chunks import Stack, joined, parts_of, stack_o
 from parammap.frameworks.megatron.facts import Facts, is_gated
 from parammap.frameworks.megatron.optimizer import dropped
 from parammap.frameworks.megatron.specification import Specification
+from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.megatron_dist import buckets as megatron_dist_buckets
 from parammap.frameworks.megatron_dist import extra_states as megatron_dist_extra_states
 from parammap.frameworks.megatron_dist import sidecar as megatron_dist_sidecar
@@ -118,6 +119,7 @@ def read(
     specification = Specification.of(facts.args)
     tensors = _structure(stacks, contents, naming, presented, specification)
     extra_states, merged = megatron_dist_extra_states.read(contents, specification)
+    metadata = {(0, 0, 0): _meta(contents, common)}
     return Checkpoint(
         "megatron-dist",
         folder,
@@ -127,7 +129,8 @@ def read(
         not weights_only,
         facts.num_layers() or index.num_layers(),
         rank_folders={(0, 0, 0): folder},
-        rank_metadata={(0, 0, 0): _meta(contents, common)},
+        rank_metadata=metadata,
+        training_states=training_states(metadata),
         structures={(0, 0, 0): [tensors | specification.extra_states(tensors) | extra_states]},
         sidecar=presented,
         trained=trained,

@@ -16,6 +16,7 @@ from parammap import families
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry, in_role
+from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
 from parammap.formats.frames import Literal, Segment
@@ -85,9 +86,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     objects = _objects(tensors)
     kept = _extra_states(source, stacks, objects)
     ep = _expert_ranks(source, options, tensors)
-    rng_states = (
-        _rng_states(source, args_of(next(iter(source.rank_metadata.values())))) if ep == 1 else {}
-    )
+    rng_states = _rng_states(source, args_of(source.common_metadata)) if ep == 1 else {}
     dtypes = {
         (held.found.role, held.canonical): held.found.stored.dtype for held in source.index.held
     }
@@ -167,7 +166,7 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
             f"{source.folder}: no key of format torch_dist is known for {len(unknown)} tensors: "
             f"{shorten_names(unknown)}; convert --to megatron instead"
         )
-    facts = Facts.of(source.sidecar, next(iter(source.rank_metadata.values())))
+    facts = Facts.of_checkpoint(source)
     impl = Specification.of(facts.args).impl
     with_experts = {held.layer for held in weights.values() if _expert(held) is not None}
     latent = bool(facts.model.get("multi_latent_attention"))
@@ -374,7 +373,7 @@ def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:
         args.get("pipeline_model_parallel_size") or 1,
     )
     states = {
-        (p, t): source.rank_metadata.get((t, p, 0), {}).get("rng_state")
+        (p, t): source.training_states.get((t, p, 0), TrainingState()).random_state
         for p in range(pp)
         for t in range(tp)
     }
@@ -386,7 +385,7 @@ def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:
 def _common(source: Checkpoint, with_rng: bool, ep: int, expert_dims: set[int]) -> dict:
     """common.pt. Where the random states are not known, its arguments say that they were not
     saved."""
-    meta = next(iter(source.rank_metadata.values()))
+    meta = source.common_metadata
     common = {
         key: value for key, value in meta.items() if value is not None and key not in _ELSEWHERE
     }

@@ -78,7 +78,7 @@ def _first(names: tuple[str, ...], *sources: dict) -> Any:
 def of(checkpoint: Checkpoint) -> Architecture:
     """The model that a checkpoint of Merak's is of; heads, activation and eps are None where nobody
     recorded them."""
-    meta = next(iter(checkpoint.rank_metadata.values()))
+    meta = checkpoint.common_metadata
     config = meta["config"]
     return from_tensors(checkpoint, said(config, args_of(meta)), config)
 

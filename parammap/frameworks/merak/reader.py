@@ -18,10 +18,12 @@ from pathlib import Path
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_role
+from parammap.checkpoint.training_state import ParamGroup, TrainingState, steps_of
 from parammap.errors import RefusedError
 from parammap.families import HEAD, MERAK, MERAK_CUT
 from parammap.formats import torch_legacy
 from parammap.frameworks.megatron.facts import args_of
+from parammap.frameworks.megatron.training_state import random_state_in, said_by
 from parammap.frameworks.merak import zero
 from parammap.frameworks.merak.architecture import find_config, said
 from parammap.frameworks.merak.files import Files, find, recognizes
@@ -132,7 +134,7 @@ def read(
         ),
         words.whole,
     )
-    states, scalars, notes = ([], {}, []) if weights_only else _optimizer(files, ranks)
+    states, groups, notes = ([], (), []) if weights_only else _optimizer(files, ranks)
     held = [naming.hold(found) for found in states]
     stepped = {one.canonical for one in held if one.found.role == MAIN_PARAM}
     for rank in ranks:
@@ -143,19 +145,22 @@ def read(
         held += [
             in_role(one, MODEL_PARAM) if one.canonical in stepped else one for one in model
         ]  # the model's own copy
-    index = Index(held, layout)
+    index, iteration = Index(held, layout), files.iteration or _iteration(ranks[0].content)
     _check_complete(files.folder, index, dialect, said(config, args))
     return Checkpoint(
         "merak",
         files.folder,
-        files.iteration or _iteration(ranks[0].content),
+        iteration,
         layout,
         index,
         bool(states),
         index.num_layers(),
         rank_folders={(rank.place.tp, rank.place.pp, 0): rank.path.parent for rank in ranks},
         rank_metadata={
-            (rank.place.tp, rank.place.pp, 0): {**rank.meta(), "config": config, **scalars}
+            (rank.place.tp, rank.place.pp, 0): {**rank.meta(), "config": config} for rank in ranks
+        },
+        training_states={
+            (rank.place.tp, rank.place.pp, 0): _training_state(rank, iteration, groups)
             for rank in ranks
         },
         dropped=sorted({name for rank in ranks for name in rank.buffers}),
@@ -241,9 +246,10 @@ def _check_names(ranks: list[Rank], dialect: str) -> None:
             )
 
 
-def _optimizer(files: Files, ranks: list[Rank]) -> tuple[list[TensorEntry], dict, list[str]]:
-    """The optimizer's states, its parameter groups as a meta has them, and what is to be said of
-    it."""
+def _optimizer(
+    files: Files, ranks: list[Rank]
+) -> tuple[list[TensorEntry], tuple[ParamGroup, ...], list[str]]:
+    """The optimizer's states, its parameter groups, and what is to be said of it."""
     if files.optimizers:
         parts = {rank.place: zero.Partitions(files.optimizers[rank.place]) for rank in ranks}
         found = [
@@ -251,7 +257,7 @@ def _optimizer(files: Files, ranks: list[Rank]) -> tuple[list[TensorEntry], dict
             for rank in ranks
             for role, name, stored in parts[rank.place].parameters()
         ]
-        return found, _scalars(parts[ranks[0].place].base), []
+        return found, _groups(parts[ranks[0].place].base), []
     saved = [rank.content.get("optimizer") for rank in ranks]
     per_rank = [
         zero.in_model_file(optimizer, {**rank.tied, **rank.names})
@@ -262,25 +268,29 @@ def _optimizer(files: Files, ranks: list[Rank]) -> tuple[list[TensorEntry], dict
             f"{files.folder}: its optimizer's state is of a kind that cannot be read; the weights "
             f"go alone"
         ]
-        return [], {}, notes if any(map(zero.has_state, saved)) else []
+        return [], (), notes if any(map(zero.has_state, saved)) else []
     found = [
         TensorEntry(rank.own_name(name), rank.place, role, stored)
         for rank, own in zip(ranks, per_rank, strict=True)
         for role, name, stored in own
     ]
-    return found, _scalars(saved[0]), []
+    return found, _groups(saved[0]), []
 
 
-def _scalars(state: dict) -> dict:
+def _groups(state: dict) -> tuple[ParamGroup, ...]:
     step = zero.steps(state)
-    groups = [
-        {
-            **{key: value for key, value in group.items() if key != "params"},
-            **({} if step is None else {"step": step}),
-        }
-        for group in state["param_groups"]
-    ]
-    return {"optimizer": {"param_groups": groups}}
+    taken = {} if step is None else {"step": step}
+    return tuple(ParamGroup.of({**group, **taken}) for group in state["param_groups"])
+
+
+def _training_state(rank: Rank, iteration: int, groups: tuple[ParamGroup, ...]) -> TrainingState:
+    return TrainingState(
+        **said_by(args_of(rank.content)),
+        iteration=iteration or None,
+        groups=groups,
+        steps=steps_of(groups),
+        random_state=random_state_in(rank.content),
+    )
 
 
 def _check_complete(folder: Path, index: Index, dialect: str, known: dict) -> None:

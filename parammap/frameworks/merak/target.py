@@ -221,7 +221,7 @@ class _Writer:
     def _args(self) -> dict:
         """The arguments saved with the source; those of another framework only as far as Merak can
         load them without it."""
-        args = next(iter(self.target.rank_metadata.values()), {}).get("args")
+        args = self.target.common_metadata.get("args")
         if not isinstance(args, Opaque) or not isinstance(args.state, dict):
             return {}
         zeros = {name: 0 for name in _SAMPLES if self.options.for_release and name in args.state}

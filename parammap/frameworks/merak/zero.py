@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from parammap.errors import RefusedError
 from parammap.formats import torch_legacy
-from parammap.formats.zip_records import read_record
+from parammap.formats.scalars import value_of
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Extent, Stored
 
 TIED = re.compile(r"(?:.*\.)?tied_modules\.[^.]*\.weight")
@@ -188,8 +187,6 @@ def steps(state: dict) -> int | None:
     """The steps that the optimizer has taken; None if it has no state. Words to which the head of
     their own stage is tied are among its parameters twice, and so are stepped twice."""
     counts = [
-        struct.unpack("<f", read_record(step.extents[0]))[0] if isinstance(step, Stored) else step
-        for own in state["state"].values()
-        if (step := own.get("step")) is not None
+        value_of(step) for own in state["state"].values() if (step := own.get("step")) is not None
     ]
     return int(min(counts)) if counts else None

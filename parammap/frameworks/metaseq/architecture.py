@@ -37,7 +37,7 @@ def of(source: Checkpoint) -> Architecture:
     whether its head is tied are then None. Raises RefusedError for a model that computes otherwise
     than OPT."""
     states = SourceTensors(source)
-    setting = partial(metaseq.setting, next(iter(source.rank_metadata.values()), {}))
+    setting = partial(metaseq.setting, source.common_metadata)
     said = {name: value for name in _AS_OPT if (value := setting(name)) is not None}
     unlike = [name for name, value in said.items() if value != _AS_OPT[name]]
     if unlike:

@@ -42,7 +42,6 @@ METASEQ = Framework(
         layout=inspection.layout,
         flat_parameters=inspection.flat_parameters,
         sidecar=inspection.sidecar,
-        optimizer=inspection.optimizer,
     ),
     patch=Patch("metaseq_param_map.patch", "metaseq, main and its branches"),
 )

@@ -1,5 +1,4 @@
-"""How FSDP holds a Metaseq checkpoint's parameters, and what its optimizer says of itself, as plain
-data."""
+"""How FSDP holds a Metaseq checkpoint's parameters, as plain data."""
 
 from __future__ import annotations
 
@@ -53,17 +52,6 @@ def flat_parameters(
         }
         for (key, parameters, numel), held in parts.items()
     ]
-
-
-def optimizer(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's parameter groups, its class, and the loss scale (None: the loss is not
-    scaled)."""
-    saved, history = meta.get("last_optimizer_state") or {}, meta.get("optimizer_history") or [{}]
-    return {
-        "groups": saved.get("param_groups", []),
-        "name": history[-1].get("optimizer_name"),
-        "loss_scale": saved.get("loss_scale"),
-    }
 
 
 def sidecar(checkpoint: Checkpoint, files: list[Path]) -> dict[str, Any] | None:

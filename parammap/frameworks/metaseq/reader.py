@@ -17,6 +17,7 @@ from parammap.checkpoint import owners
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry
+from parammap.checkpoint.training_state import ParamGroup, TrainingState, as_number, steps_of
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
 from parammap.frameworks.metaseq.files import Files, find, recognizes
@@ -50,7 +51,7 @@ def read(
     its files, a pattern of them, or a file (see metaseq_files.find). `metadata_from` is what flat
     files without metadata were made from; `ema` takes the moving average of the weights.
 
-    `metas` holds per part the first shard's file without its model, with its `shard_metadata`
+    `rank_metadata` holds per part the first shard's file without its model, with its `shard_metadata`
     wherever that was found, and `optimizer_index`: the key of the flat parameter that each number
     of the optimizer's states stands for. Raises RefusedError for anything missing, damaged or
     contradictory."""
@@ -61,13 +62,14 @@ def read(
         for number, paths in enumerate(files.parts)
     ]
     _check_ranks(files, parts)
-    found, rank_metadata, saves, left_out = [], {}, [], []
+    found, rank_metadata, training_states, saves, left_out = [], {}, {}, [], []
     for number, part in enumerate(parts):
         saves.append(part.first.save)
         saves[0].check_same(saves[-1])
         by_role, index, copies = _tensors(part, weights_only or ema)
         found += _found(part, by_role)
         rank_metadata[number, 0, 0] = _meta(part, by_role[MAIN_PARAM], index)
+        training_states[number, 0, 0] = _training_state(part)
         left_out += copies
     layout = Layout(tp=len(files.parts), etp=len(files.parts), dp=len(files.parts[0]))
     naming = _naming(layout, rank_metadata)
@@ -94,6 +96,7 @@ def read(
         index.num_layers(),
         rank_folders=dict.fromkeys(rank_metadata, files.folder),
         rank_metadata=rank_metadata,
+        training_states=training_states,
         notes=notes,
         dropped=sorted({*left_out, *(one.name for one in found if is_dropped(one.name, drop))}),
     )
@@ -192,6 +195,22 @@ def _meta(part: Part, weights: dict[str, Stored], index: dict[int, str]) -> dict
     if part.metadata:
         meta["shard_metadata"] = _current(part.metadata.raw, weights)
     return meta
+
+
+def _training_state(part: Part) -> TrainingState:
+    saved = part.first.rest.get("last_optimizer_state") or {}
+    history = part.first.rest.get("optimizer_history") or [{}]
+    states = (saved.get("state") or {}).values()
+    counted = {as_number(state.get("step")) for state in states if isinstance(state, dict)}
+    groups = tuple(map(ParamGroup.of, saved.get("param_groups", ())))
+    return TrainingState(
+        iteration=part.first.num_updates,
+        groups=groups,
+        steps=tuple(sorted(counted.union(steps_of(groups)) - {None})),
+        loss_scale=as_number(saved.get("loss_scale")),
+        optimizer=history[-1].get("optimizer_name"),
+        random_state=(part.first.rest.get("extra_state") or {}).get("rng_tracker_states"),
+    )
 
 
 def _current(raw: dict, weights: dict[str, Stored]) -> dict | None:

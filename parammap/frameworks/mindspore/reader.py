@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,10 @@ from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
+from parammap.formats.scalars import value_of
 from parammap.frameworks.megatron.facts import Facts, args_of, experts_per_rank, is_gated
 from parammap.frameworks.megatron.structure import megatron_naming, specified, structures_of
+from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.mindspore import scalars as mindspore_scalars
 from parammap.frameworks.mindspore import sharded as mindspore_sharded
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
@@ -35,7 +36,6 @@ from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 _ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")
 _STATES = (EXP_AVG, EXP_AVG_SQ)
-_UNPACK = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "bool": "<?"}
 
 
 def recognizes(source: Path) -> bool:
@@ -94,20 +94,21 @@ def read(
     ]
     index = Index([naming.hold(one) for one in found], layout)
     index.check_complete()
-    steps = {
+    updated = {
         rank: mindspore_scalars.updated(rank_metadata.get(rank, {}), scalars)
         for rank, (_, scalars) in contents.items()
     }
     checkpoint = Checkpoint(
         "mindspore",
         source,
-        max(meta.get("iteration") or 0 for meta in steps.values()),
+        max(meta.get("iteration") or 0 for meta in updated.values()),
         layout,
         index,
         with_optimizer=EXP_AVG in index.roles(),
         num_layers=facts.num_layers() or index.num_layers(),
         rank_folders=folders,
-        rank_metadata=steps,
+        rank_metadata=updated,
+        training_states=training_states(updated),
         structures={
             rank: [specified(tree, _dtype_and_shape) for tree in meta.get(STRUCTURE_KEY) or []]
             for rank, meta in rank_metadata.items()
@@ -224,7 +225,7 @@ def _content(folder: Path, suffix: str | None) -> tuple[dict[str, Stored], dict[
     entries = mindspore_sharded.whole(newest, entries)
     tensors = {name: stored for name, stored in entries.items() if "." in name}
     scalars = {
-        name: _scalar(stored)
+        name: value_of(stored)
         for name, stored in entries.items()
         if "." not in name and stored.numel == 1
     }
@@ -244,15 +245,6 @@ def _without_noop(
             number = layer and layer[1] - sum(other < layer[1] for other in noop)
             kept[families.renumber(name, number, None)] = stored
     return kept, scalars
-
-
-def _scalar(stored: Stored) -> float:
-    (extent,) = stored.extents
-    with open(extent.file, "rb") as file:
-        (value,) = struct.unpack(
-            _UNPACK[stored.dtype], os.pread(file.fileno(), extent.nbytes, extent.offset)
-        )
-    return value
 
 
 def _role_and_name(name: str) -> tuple[str, str]:

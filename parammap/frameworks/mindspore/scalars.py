@@ -10,9 +10,9 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from parammap.checkpoint.training_state import Number, TrainingState, as_number
 from parammap.errors import RefusedError
 from parammap.formats.pickles import Opaque
-from parammap.frameworks.megatron.param_groups import param_groups
 from parammap.tensors.logical import TensorSpec
 
 LR_DECAY_STYLES = ["constant", "WSD", "linear", "cosine", "inverse-square-root"]
@@ -42,33 +42,30 @@ class Scalars:
         self.specs.append(TensorSpec(name, "int64", (), struct.pack("<q", int(value))))
 
 
-def scalars_of(content: dict, iteration: int) -> Scalars:
-    """The scalars of a Megatron-LM model file. Raises RefusedError for a step that float32 cannot
+def scalars_of(state: TrainingState, iteration: int) -> Scalars:
+    """The scalars of a rank's training state. Raises RefusedError for a step that float32 cannot
     count exactly."""
     scalars = Scalars()
-    steps = set()
-    for number, group in enumerate(param_groups(content.get("optimizer"))):
-        for key, value in group.items():
-            if key == "step":
-                steps.add(_number(value))
-            elif key != "params":
+    for number, group in enumerate(state.groups):
+        for key, value in group.values.items():
+            if key != "step":
                 _group_value(scalars, f"{_RENAMED.get(key, key)}_group_{number}", value)
-    if steps:
-        _step(scalars, steps)
-    for key, value in (content.get("opt_param_scheduler") or {}).items():
+    if state.steps:
+        _step(scalars, state.steps)
+    for key, value in (state.schedule.values if state.schedule else {}).items():
         _scheduler_value(scalars, key, value)
     scalars.int64("step_num", iteration)
     scalars.int64("epoch_num", 0)
     return scalars
 
 
-def _step(scalars: Scalars, steps: set[float]) -> None:
+def _step(scalars: Scalars, steps: tuple[Number, ...]) -> None:
     if len(steps) > 1:
         raise RefusedError(
-            f"parameter groups have taken different numbers of steps {sorted(steps)}; "
+            f"parameter groups have taken different numbers of steps {list(steps)}; "
             "MindSpeed-Core-MS keeps one for all"
         )
-    step = steps.pop()
+    (step,) = steps
     if step > MAX_STEP:
         raise RefusedError(
             f"step {step:.0f} is above {MAX_STEP}, which MindSpeed-Core-MS cannot keep exactly in "
@@ -78,7 +75,7 @@ def _step(scalars: Scalars, steps: set[float]) -> None:
 
 
 def _group_value(scalars: Scalars, name: str, value: object) -> None:
-    number = _number(value)
+    number = as_number(value)
     if number is None:
         scalars.left_out[name] = f"{value!r} is no number"
     else:
@@ -92,16 +89,12 @@ def _scheduler_value(scalars: Scalars, key: str, value: object) -> None:
                 f"opt_param_scheduler: {key} {value!r} is none of {', '.join(_STYLES[key])}"
             )
         scalars.int64(key, _STYLES[key].index(value))
-    elif _number(value) is None:
+    elif as_number(value) is None:
         scalars.left_out[key] = f"{value!r} is no number"
     elif key in _INTEGERS:
-        scalars.int64(key, _number(value))
+        scalars.int64(key, as_number(value))
     else:
         scalars.float64(key, float(value))
-
-
-def _number(value: object) -> float | None:
-    return value if isinstance(value, (bool, int, float)) else None
 
 
 def updated(meta: dict, scalars: dict[str, float]) -> dict:

@@ -74,7 +74,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     states = _states_by_rank(source)
     files, converted, links, left_out = [], [], [], {}
     for rank, folder in source.rank_folders.items():
-        scalars = scalars_of(source.rank_metadata[rank], source.iteration)
+        scalars = scalars_of(source.training_states[rank], source.iteration)
         left_out |= scalars.left_out
         files.append(_rank_file(source, rank, options, namer, states, scalars))
         converted.append((folder, files[-1].path))

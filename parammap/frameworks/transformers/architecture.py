@@ -9,6 +9,4 @@ from parammap.frameworks.transformers.model import CONFIG, Model
 
 def of(checkpoint: Checkpoint) -> Architecture:
     """The architecture, with the whole config.json of the checkpoint."""
-    return Model(
-        str(checkpoint.folder / CONFIG), next(iter(checkpoint.rank_metadata.values()))["config"]
-    ).architecture
+    return Model(str(checkpoint.folder / CONFIG), checkpoint.common_metadata["config"]).architecture

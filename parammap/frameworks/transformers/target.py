@@ -213,7 +213,7 @@ def _file(
 def _along(target: Checkpoint, model: Model) -> Iterator[WantedFile]:
     """config.json, and what goes with the model of a transformers source."""
     is_own = target.framework == "transformers"
-    if is_own and model.config == next(iter(target.rank_metadata.values()))["config"]:
+    if is_own and model.config == target.common_metadata["config"]:
         yield _copied(target, CONFIG)
     else:
         yield _json(CONFIG, model.config)

@@ -18,7 +18,6 @@ from parammap.checkpoint.index import StoredTensor
 from parammap.cli import main
 from parammap.errors import RefusedError
 from parammap.frameworks import registry
-from parammap.frameworks.megatron.param_groups import param_groups
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM
@@ -233,8 +232,8 @@ def test_what_a_resumed_run_reads_beside_the_states(of_megatron):
         load(folder / "zero/optimizer_state.pt"),
         load(folder / "mp_rank_00_model_states.pt"),
     )
-    groups = param_groups(registry.read(MEGATRON).rank_metadata[0, 0, 0]["optimizer"])
-    assert [group["lr"] for group in state["param_groups"]] == [groups[0]["lr"]] * 3
+    own = registry.read(MEGATRON).training_state.groups[0]
+    assert [group["lr"] for group in state["param_groups"]] == [own.lr] * 3
     assert all(
         group["step"] == 2 and "weight_decay" not in group for group in state["param_groups"]
     )

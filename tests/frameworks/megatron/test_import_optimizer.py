@@ -12,7 +12,7 @@ from examples.tiny.trained import Trained, train_into
 from parammap.cli.main import main
 from parammap.frameworks import registry
 from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.param_groups import param_groups
+from parammap.frameworks.megatron.training_state import param_groups
 from tests.support import deepspeed_goldens
 from tests.support.conversions import convert, digests
 from tests.support.dist_checkpointing import assert_same_arrays, resume
@@ -97,8 +97,7 @@ def test_what_stands_beside_the_state(golden, tmp_path, is_universal):
     source = (
         convert(golden, tmp_path / "universal", "deepspeed", *FIRST) if is_universal else golden
     )
-    groups = param_groups(registry.read(source).rank_metadata[0, 0, 0]["optimizer"])
-    assert {group["step"] for group in groups} == {3}
+    assert registry.read(source).training_state.steps == (3,)
     out = convert(source, tmp_path / "dist", "megatron-dist", *FIRST)
     common = torch.load(out / "iter_0000003/common.pt", weights_only=False)
     own = {
@@ -149,9 +148,7 @@ def test_through_deepspeed_nothing_changes(trained, tmp_path, to, flags):
     universal = convert(run.path, tmp_path / "universal", "deepspeed")
     back = convert(universal, tmp_path / "back", to, *flags)
     assert digests(back) == digests(run.path)
-    before, after = (
-        next(iter(registry.read(folder).rank_metadata.values())) for folder in (run.path, back)
-    )
+    before, after = (registry.read(folder).common_metadata for folder in (run.path, back))
     assert param_groups(after["optimizer"]) == param_groups(before["optimizer"])
     assert after["opt_param_scheduler"].items() <= before["opt_param_scheduler"].items()
     assert len(after["opt_param_scheduler"]) == len(SCHEDULE) - 2

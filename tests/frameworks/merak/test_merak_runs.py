@@ -95,10 +95,9 @@ def test_a_runs_states_are_those_of_its_optimizer(run):
     of the last stage."""
     roles = ("weight", "exp_avg", "exp_avg_sq") + (("model_weight",) if "zero" in run else ())
     checkpoint = assert_truth(DATA / run, roles)
-    assert (
-        checkpoint.iteration == 5
-        and checkpoint.rank_metadata[0, 0, 0]["optimizer"]["param_groups"][0]["step"] == 3
-    )
+    state = checkpoint.training_state
+    assert (checkpoint.iteration, state.iteration, state.steps) == (5, 5, (3,))
+    assert [group.weight_decay for group in state.groups] == [0.1, 0.0]
     first = torch_legacy.read(min((DATA / run).rglob("*model_optim.pt")))["model"]
     assert next(iter(first)).startswith("module.tied_modules.torch_Size([")
 

@@ -32,6 +32,7 @@ from parammap.frameworks.megatron.structure import (
     rank_folder,
     structures_of,
 )
+from parammap.frameworks.megatron.training_state import training_states
 from parammap.tensors.arrangement import PADDING, VOCAB, arranged, local_shape
 from parammap.tensors.layout import Place, TargetLayout
 from parammap.tensors.logical import MODEL_PARAM, Stored, Tensor, TensorSpec
@@ -50,7 +51,7 @@ def resharded(source: Checkpoint, target_layout: TargetLayout) -> Checkpoint:
 class _Resharding:
     def __init__(self, source: Checkpoint, target_layout: TargetLayout) -> None:
         self.source, self.target_layout, self.layout = source, target_layout, target_layout.layout
-        self.facts = Facts.of(source.sidecar, next(iter(source.rank_metadata.values()), {}))
+        self.facts = Facts.of_checkpoint(source)
         structures = structures_of(source)
         self.naming = megatron_naming(source, structures)
         self.model: Model = model_of(source, structures, self.naming)
@@ -157,6 +158,10 @@ class _Resharding:
             self.layout, self._chunk_layers(), self.vocab_rows, self._divisor()
         )
         check_stages(self.facts.args, self._knows_stages(), target)
+        metadata = {
+            rank: resharded_metadata(self.source, target, rank, expert_dims, self._groups(chunks))
+            for rank, chunks in ranks.items()
+        }
         return Checkpoint(
             "megatron",
             self.source.folder,
@@ -169,12 +174,8 @@ class _Resharding:
             rank_folders={
                 rank: self.source.folder / rank_folder(self.layout, rank) for rank in ranks
             },
-            rank_metadata={
-                rank: resharded_metadata(
-                    self.source, target, rank, expert_dims, self._groups(chunks)
-                )
-                for rank, chunks in ranks.items()
-            },
+            rank_metadata=metadata,
+            training_states=training_states(metadata),
             structures={
                 rank: [self._structure(chunk) for chunk in chunks] for rank, chunks in ranks.items()
             },
@@ -320,7 +321,7 @@ class _Resharding:
             yield f"vocabulary padded to {self.vocab_rows} rows, from {rows}" + (
                 ": the new ones repeat the last one" if self.vocab_rows > rows else ""
             )
-        has_random = any(meta.get("rng_state") for meta in self.source.rank_metadata.values())
+        has_random = any(state.random_state for state in self.source.training_states.values())
         if has_random and (self.layout.tp > there.tp or self.layout.pp > there.pp):
             yield (
                 f"random states: only tp {there.tp} × pp {there.pp} ranks have any, further ranks "

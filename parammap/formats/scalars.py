@@ -1,0 +1,21 @@
+"""The value of a tensor of one element, such as a count of steps, where metadata is read."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from parammap.tensors.logical import Stored
+
+_FORMATS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "bool": "<?"}
+
+
+def value_of(scalar: Stored | float) -> float:
+    """The one element of a tensor, read from its file; a number as it is."""
+    if not isinstance(scalar, Stored):
+        return scalar
+    (extent,) = scalar.extents
+    with open(extent.file, "rb") as file:
+        content = os.pread(file.fileno(), extent.nbytes, extent.offset)
+    value: float = struct.unpack(_FORMATS[scalar.dtype], content)[0]
+    return value
