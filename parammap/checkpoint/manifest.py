@@ -1,21 +1,255 @@
-"""The manifest of an output: what was converted, from what, with which findings."""
+"""The manifest of an output, `parammap_manifest.json`: what was converted, from what, with which
+findings, and the digests by which the output is proved.
+
+Its form is parammap/schemas/manifest.schema.json, in words docs/manifest.md; nothing but this module
+writes or reads it."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from parammap import families
+from parammap.errors import RefusedError
 
 MANIFEST = "parammap_manifest.json"
+#: what is written. Manifests of ParamMap 0.1 do not say their version: in 1 the output's files say
+#: their ranks in the output's own layout (`says_ranks`), in 0 in the source's
+VERSION = 2
 
 
-def read_manifest(target: Path) -> dict | None:
-    """The manifest of an output, if there is one and the files that it names are all there."""
-    path = target / MANIFEST
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDigest:
+    """The digest of a logical tensor as it was copied, 16 hexadecimal digits (docs/proving.md), and
+    those of copies on other ranks that differ; of some of its `elements` only, where the others are
+    still to come."""
+
+    role: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+    others: tuple[str, ...] = ()
+    elements: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        of_part = self.elements is not None
+        return {
+            "role": self.role,
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "digest": self.digest,
+            **({} if of_part else {"digests_of_other_copies": list(self.others)}),
+            **({"elements": self.elements} if of_part else {}),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> TensorDigest:
+        return cls(
+            role=entry["role"],
+            name=families.renamed(entry["name"]),
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            digest=entry["digest"],
+            others=tuple(entry.get("digests_of_other_copies", ())),
+            elements=entry.get("elements"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The user's choices that say which tensors an output has, in which dtype: the states left out
+    by name, the dtype that weights were cast to (None: their own), and what was done about copies
+    that differ."""
+
+    weights_only: bool = False
+    drop: tuple[str, ...] = ()
+    cast: str | None = None
+    replicas: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`parammap` is the program's version and `status` its exit status; `source` the folder that
+    was read, of framework `from_framework` in `source_layout`.
+
+    `whole` stands for the conversion of which this may be a part, `is_whole` says whether nothing of
+    it is missing, and `fingerprints` are those of its parts so far. `files` are sizes in bytes by
+    path below the folder; `links` says how further names of files were made. `dropped` names what
+    of the source is not in the output.
+
+    `misfits`, `replicas_merged`, `not_finite` and `overflown` are findings by tensor, for people to
+    read; `replicas_that_differ` names tensors. `digests` are of what was read, `digests_of_casts` of
+    what casts made of it, `digests_of_parts` of tensors that are not yet whole. `scalars` are
+    tensors whose content was known before the run, in hexadecimal, by the files that hold them.
+    `notes` are what the target framework adds, by keys of its own. `version` is the form's."""
+
+    parammap: str
+    status: int
+    source: str
+    iteration: int
+    from_framework: str
+    to_framework: str
+    layout: Mapping[str, Any]
+    source_layout: Mapping[str, Any]
+    whole: str
+    is_whole: bool
+    fingerprints: tuple[str, ...]
+    files: Mapping[str, int]
+    links: str
+    dropped: tuple[str, ...]
+    options: Options
+    misfits: tuple[dict[str, Any], ...]
+    replicas_merged: tuple[dict[str, Any], ...]
+    not_finite: tuple[dict[str, Any], ...]
+    overflown: tuple[dict[str, Any], ...]
+    replicas_that_differ: tuple[str, ...]
+    digests: tuple[TensorDigest, ...]
+    digests_of_casts: tuple[TensorDigest, ...]
+    digests_of_parts: tuple[TensorDigest, ...]
+    scalars: tuple[dict[str, Any], ...]
+    notes: Mapping[str, Any]
+    version: int = VERSION
+
+    @property
+    def keeps_ranks_of_source(self) -> bool:
+        """Whether its files may say ranks of the source's layout, in which the output's is
+        another."""
+        return self.version < 1 and self.layout != self.source_layout
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, durably."""
+        with open(folder / MANIFEST, "w") as file:
+            file.write(json.dumps(self.to_json(), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "parammap": self.parammap,
+            "status": self.status,
+            "source": self.source,
+            "iteration": self.iteration,
+            "framework": {"from": self.from_framework, "to": self.to_framework},
+            "layout": dict(self.layout),
+            "source_layout": dict(self.source_layout),
+            "whole": self.whole,
+            "is_whole": self.is_whole,
+            "fingerprints": list(self.fingerprints),
+            "files": [{"path": path, "bytes": nbytes} for path, nbytes in self.files.items()],
+            "links": self.links,
+            "dropped": list(self.dropped),
+            "options": asdict(self.options) | {"drop": list(self.options.drop)},
+            **{name: list(getattr(self, name)) for name in _FINDINGS},
+            **{name: [one.to_json() for one in getattr(self, name)] for name in _DIGESTS},
+            "scalars": list(self.scalars),
+            **self.notes,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Of any version that is known; the fields of `_LATER` may be missing from one of 0.1.
+
+        Raises KeyError, TypeError or AttributeError for another form."""
+        rest = {**_LATER, **content}
+        says_ranks, framework, options = (
+            rest.pop(name) for name in ("says_ranks", "framework", "options")
+        )
+        known: dict[str, Any] = {
+            "from_framework": framework["from"],
+            "to_framework": framework["to"],
+            "version": rest.pop("version", 1 if says_ranks else 0),
+            "files": {file["path"]: file["bytes"] for file in rest.pop("files")},
+            "options": Options(**options | {"drop": tuple(options.get("drop", ()))}),
+            **{name: rest.pop(name) for name in _AS_IT_IS},
+            **{name: tuple(rest.pop(name)) for name in _LISTS},
+            **{name: tuple(map(TensorDigest.from_json, rest.pop(name))) for name in _DIGESTS},
+        }
+        return cls(**known, notes=rest)
+
+
+_AS_IT_IS = (
+    "parammap",
+    "status",
+    "source",
+    "iteration",
+    "layout",
+    "source_layout",
+    "whole",
+    "is_whole",
+    "links",
+)
+_FINDINGS = ("misfits", "replicas_merged", "not_finite", "overflown", "replicas_that_differ")
+_LISTS = ("fingerprints", "dropped", "scalars", *_FINDINGS)
+_DIGESTS = ("digests", "digests_of_casts", "digests_of_parts")
+#: what ParamMap 0.1 came to write after its first manifests
+_LATER: dict[str, Any] = {
+    "says_ranks": False,
+    "options": {},
+    "fingerprints": (),
+    "whole": "",
+    "overflown": (),
+    "scalars": (),
+    "digests_of_parts": (),
+}
+
+
+def read(path: Path) -> Manifest | None:
+    """The manifest in a file; None if there is no such file. Raises RefusedError if it is damaged,
+    or newer than what is known here."""
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
-        whole = all((target / f["path"]).stat().st_size == f["bytes"] for f in manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads(path.read_text())
+        if content.get("version", 0) > VERSION:
+            raise RefusedError(
+                f"{path}: is of version {content['version']}, and this program knows up to "
+                f"{VERSION}; use the ParamMap that wrote it ({content.get('parammap')})"
+            )
+        return Manifest.from_json(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
+
+
+def read_whole(folder: Path) -> Manifest | None:
+    """The manifest of a folder in which all the files lie that it names; None without. Raises
+    RefusedError as `read` does."""
+    manifest = read(folder / MANIFEST)
+    if manifest is None:
         return None
-    return manifest if whole else None
+    sizes = {path: _size(folder / path) for path in manifest.files}
+    return manifest if sizes == manifest.files else None
+
+
+def find(output: Path) -> tuple[Path, Manifest] | None:
+    """The manifest of an output, of the save folder of which it is an iteration, or of the one file
+    that it is, with the folder that its paths begin at; None if there is none. Raises RefusedError
+    as `read` does."""
+    candidates = (
+        (output, MANIFEST),
+        (output.parent, MANIFEST),
+        (output.parent, f"{output.stem}.{MANIFEST}"),
+    )
+    for root, name in candidates:
+        manifest = read(root / name)
+        if manifest is not None and (root == output or _names(manifest, output)):
+            return root, manifest
+    return None
+
+
+def _names(manifest: Manifest, output: Path) -> bool:
+    """Whether a manifest beside an output is of it: of a folder in which files lie, or of a file
+    alone."""
+    if output.is_dir():
+        return any(Path(path).parts[0] == output.name for path in manifest.files)
+    return list(manifest.files) == [output.name] and manifest.is_whole
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

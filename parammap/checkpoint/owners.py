@@ -13,13 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parammap.checkpoint.manifest import read_manifest
+from parammap.checkpoint import manifest
 from parammap.errors import RefusedError
 from parammap.tensors.layout import Layout
 
-#: what a manifest of ParamMap says of an output whose files say whose they are in the output's own
-#: layout
-MANIFEST_KEY = "says_ranks"
 _HEAD_BYTES = 1 << 16
 
 
@@ -65,10 +62,8 @@ def fits(layout: Layout, args: dict, tp: int, pp: int, ep: int = 0) -> Callable[
 def _was_relaid_without(folder: Path) -> bool:
     """Whether an earlier ParamMap laid a checkpoint out anew, and left the ranks of the old layout
     in it."""
-    manifest = next(filter(None, map(read_manifest, (folder, folder.parent))), {})
-    return manifest.get("layout") != manifest.get("source_layout") and not manifest.get(
-        MANIFEST_KEY
-    )
+    known = next(filter(None, map(manifest.read_whole, (folder, folder.parent))), None)
+    return known is not None and known.keeps_ranks_of_source
 
 
 def _check_copies(files: Sequence[Owned]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.owners import MANIFEST_KEY
+from parammap.checkpoint.manifest import Manifest, Options
 from parammap.errors import RefusedError
 from parammap.execute.cluster import run_tasks_on_ray
 from parammap.execute.local import run_tasks
@@ -53,10 +53,10 @@ def convert(request: Request) -> Report:
     if request.dry_run:
         return Report(0, _describe(source, target, plan, request))
     this = fingerprint(plan, _shaping(planned, request))
-    before = published(request.target, this)
-    if before and not request.overwrite:
+    done = None if request.overwrite else published(request.target, this)
+    if done:
         return Report(
-            _status_before(before, request),
+            _status_before(done, request),
             [f"{request.target}: holds the result of this very conversion already"],
             planned.converted,
         )
@@ -81,40 +81,38 @@ def convert(request: Request) -> Report:
     linked = staging.link(link for link in planned.links if (staging.out / link[1]).exists())
     staging.adopt(part.kept)
     status = findings.status(request)
-    staging.publish(
-        {
-            "parammap": __version__,
-            "status": status,
-            "source": str(source.folder),
-            "iteration": source.iteration,
-            "framework": {"from": source.framework, "to": request.to},
-            "layout": asdict(target.layout),
-            "source_layout": asdict(source.trained or source.layout),
-            "whole": part.whole,
-            "is_whole": part.is_last,
-            "fingerprints": [*(part.before["fingerprints"] if part.before else []), this],
-            "files": [
-                *({"path": o.path, "bytes": o.nbytes} for o in outcomes),
-                *(
-                    file
-                    for file in (part.before["files"] if part.before else [])
-                    if file["path"] in part.kept
-                ),
-            ],
-            "links": linked,
-            "dropped": dropped,
-            "options": {
-                "weights_only": request.weights_only,
-                "drop": sorted(request.drop),
-                "cast": getattr(_options(request), DTYPE.option, None),
-                "replicas": request.replicas,
-            },
-            MANIFEST_KEY: True,
-            **findings.entries(),
-            "scalars": _scalars(plan),
-            **planned.notes,
-        }
+    before = part.before
+    kept = {
+        path: nbytes
+        for path, nbytes in (before.files if before else {}).items()
+        if path in part.kept
+    }
+    manifest = Manifest(
+        parammap=__version__,
+        status=status,
+        source=str(source.folder),
+        iteration=source.iteration,
+        from_framework=source.framework,
+        to_framework=request.to,
+        layout=asdict(target.layout),
+        source_layout=asdict(source.trained or source.layout),
+        whole=part.whole,
+        is_whole=part.is_last,
+        fingerprints=(*(before.fingerprints if before else ()), this),
+        files={outcome.path: outcome.nbytes for outcome in outcomes} | kept,
+        links=linked,
+        dropped=tuple(dropped),
+        options=Options(
+            weights_only=request.weights_only,
+            drop=tuple(sorted(request.drop)),
+            cast=getattr(_options(request), DTYPE.option, None),
+            replicas=request.replicas,
+        ),
+        **findings.entries(),
+        scalars=tuple(_scalars(plan)),
+        notes=planned.notes,
     )
+    staging.publish(manifest)
     lines = [
         *target.notes,
         *findings.lines(request),
@@ -265,11 +263,11 @@ def _shaping(planned: Output, request: Request) -> list[object]:
     ]
 
 
-def _status_before(manifest: dict, request: Request) -> int:
+def _status_before(manifest: Manifest, request: Request) -> int:
     return status_of(
-        {misfit["kind"] for misfit in manifest["misfits"]},
+        {misfit["kind"] for misfit in manifest.misfits},
         request,
-        bool(manifest["replicas_that_differ"] or manifest.get("overflown")),
+        bool(manifest.replicas_that_differ or manifest.overflown),
     )
 
 

@@ -3,10 +3,12 @@ what the manifest says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from parammap.checkpoint.index import Index
+from parammap.checkpoint.manifest import Manifest, TensorDigest
 from parammap.errors import RefusedError
 from parammap.execute.checks import STALE, Misfit, NonFinite, Overflown, Unequal, tell_permuted
 from parammap.execute.writer import Outcome
@@ -26,14 +28,14 @@ class Findings:
     differ."""
 
     def __init__(
-        self, index: Index, outcomes: Iterable[Outcome], before: dict | None = None
+        self, index: Index, outcomes: Iterable[Outcome], before: Manifest | None = None
     ) -> None:
         self.misfits: dict[Tensor, Misfit] = {}
         self.unequal: dict[Tensor, Unequal] = {}
         self.non_finite: dict[Tensor, NonFinite] = {}
         self.overflown: dict[Tensor, Overflown] = {}
-        self.before = before or {}
-        sums = _sums(self.before)
+        self.before = before
+        sums = _sums(before)
         for outcome in outcomes:
             for known, found in (
                 (self.misfits, outcome.misfits),
@@ -45,15 +47,15 @@ class Findings:
                     if known.setdefault(tensor, one) is not one:
                         known[tensor].merge(one)
             for (tensor, replica), (digest, count) in outcome.digests.items():
-                before = sums.setdefault(tensor, {}).get(replica, (0, 0))
-                sums[tensor][replica] = (before[0] + digest) & (1 << 64) - 1, before[1] + count
+                total, counted = sums.setdefault(tensor, {}).get(replica, (0, 0))
+                sums[tensor][replica] = (total + digest) & (1 << 64) - 1, counted + count
         entries, self.partial, self.differing = _digests(sums)
         read = {(tensor.role, tensor.name, tensor.dtype) for tensor in index.shards}
         self.digests, self.written = (
             [
                 entry
                 for entry in entries
-                if ((entry["role"], entry["name"], entry["dtype"]) in read) == was_read
+                if ((entry.role, entry.name, entry.dtype) in read) == was_read
             ]
             for was_read in (True, False)
         )
@@ -124,9 +126,9 @@ class Findings:
             )
         return lines
 
-    def entries(self) -> dict[str, object]:
-        """The manifest's share."""
-        return {
+    def entries(self) -> dict[str, Any]:
+        """The manifest's share, with the findings of earlier parts after this one's."""
+        found: dict[str, list[dict[str, Any]]] = {
             "misfits": [
                 {
                     "tensor": m.tensor.name,
@@ -139,51 +141,39 @@ class Findings:
                     ],
                 }
                 for m in self.misfits.values()
-            ]
-            + self.before.get("misfits", []),
-            "replicas_merged": [
-                {
-                    "tensor": one.tensor.name,
-                    "role": one.tensor.role,
-                    "elements": one.count,
-                    "first": [
-                        {"row": r, "column": c, "taken": a, "other": b, "file": file}
-                        for r, c, a, b, file in one.positions
-                    ],
-                }
-                for one in self.unequal.values()
-            ]
-            + self.before.get("replicas_merged", []),
-            "not_finite": [
-                {
-                    "tensor": one.tensor.name,
-                    "role": one.tensor.role,
-                    "elements": one.count,
-                    "first": [
-                        {"row": r, "column": c, "file": file} for r, c, file in one.positions
-                    ],
-                }
-                for one in self.non_finite.values()
-            ]
-            + self.before.get("not_finite", []),
-            "overflown": [
-                {
-                    "tensor": one.tensor.name,
-                    "role": one.tensor.role,
-                    "elements": one.count,
-                    "first": [
-                        {"row": r, "column": c, "value": value, "file": file}
-                        for r, c, value, file in one.positions
-                    ],
-                }
-                for one in self.overflown.values()
-            ]
-            + self.before.get("overflown", []),
-            "replicas_that_differ": self.differing,
-            "digests": self.digests,
-            "digests_of_casts": self.written,
-            "digests_of_parts": self.partial,
+            ],
+            "replicas_merged": _entries(self.unequal, ("taken", "other", "file")),
+            "not_finite": _entries(self.non_finite, ("file",)),
+            "overflown": _entries(self.overflown, ("value", "file")),
         }
+        return {
+            **{
+                name: (*entries, *(getattr(self.before, name) if self.before else ()))
+                for name, entries in found.items()
+            },
+            "replicas_that_differ": tuple(self.differing),
+            "digests": tuple(self.digests),
+            "digests_of_casts": tuple(self.written),
+            "digests_of_parts": tuple(self.partial),
+        }
+
+
+def _entries(
+    found: Mapping[Tensor, Unequal | NonFinite | Overflown], fields: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """A manifest's entries; `fields` is what a position says beside row and column."""
+    return [
+        {
+            "tensor": one.tensor.name,
+            "role": one.tensor.role,
+            "elements": one.count,
+            "first": [
+                dict(zip(("row", "column", *fields), position, strict=True))
+                for position in one.positions
+            ],
+        }
+        for one in found.values()
+    ]
 
 
 def status_of(kinds: set[str], request: Request, others: bool) -> int:
@@ -212,52 +202,60 @@ def _position(one: Unequal) -> str:
     )
 
 
+#: stands for the replica that an earlier part of the conversion copied whole; its other copies
+#: follow downwards, as the replicas of each part count from 0
+_EARLIER = -1
 #: by logical tensor and replica, the digest and the number of elements that it is of
 _Sums = dict[Tensor, dict[int, tuple[int, int]]]
 
 
-def _sums(manifest: dict) -> _Sums:
+def _sums(manifest: Manifest | None) -> _Sums:
+    known = (
+        (*manifest.digests, *manifest.digests_of_casts, *manifest.digests_of_parts)
+        if manifest
+        else ()
+    )
     sums: _Sums = {}
-    for entry in (
-        entry
-        for key in ("digests", "digests_of_casts", "digests_of_parts")
-        for entry in manifest.get(key, [])
-    ):
-        tensor = Tensor(entry["role"], entry["name"], entry["dtype"], tuple(entry["shape"]))
-        sums[tensor] = {
-            0: (int(entry["digest"], 16), entry.get("elements", tensor.rows * tensor.cols))
-        }
+    for one in known:
+        tensor = Tensor(one.role, one.name, one.dtype, one.shape)
+        if one.elements is not None:
+            sums[tensor] = {0: (int(one.digest, 16), one.elements)}
+        else:
+            sums[tensor] = {
+                _EARLIER - number: (int(digest, 16), tensor.rows * tensor.cols)
+                for number, digest in enumerate((one.digest, *one.others))
+            }
     return sums
 
 
-def _digests(sums: _Sums) -> tuple[list[dict], list[dict], list[str]]:
+def _digests(sums: _Sums) -> tuple[list[TensorDigest], list[TensorDigest], list[str]]:
     """The digest of each logical tensor that was copied whole; of the others, as far as they were;
     and the names of those of which some rank keeps another."""
     entries, partial, differing = [], [], []
     for tensor, replicas in sums.items():
-        known = {
-            "role": tensor.role,
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-        }
         whole = {
             replica: digest
             for replica, (digest, count) in replicas.items()
             if count == tensor.rows * tensor.cols
         }
-        if 0 in whole:
-            others = sorted(set(whole.values()) - {whole[0]})
+        first = next((number for number in (_EARLIER, 0) if number in whole), None)
+        if first is not None:
+            others = sorted(set(whole.values()) - {whole[first]})
             differing += [f"{tensor.name} ({tensor.role})"] if others else []
-            entries.append(
-                {
-                    **known,
-                    "digest": f"{whole[0]:016x}",
-                    "digests_of_other_copies": [f"{other:016x}" for other in others],
-                }
-            )
+            told = tuple(f"{other:016x}" for other in others)
+            entries.append(_digest(tensor, whole[first], others=told))
         elif 0 in replicas:
-            partial.append(
-                {**known, "digest": f"{replicas[0][0]:016x}", "elements": replicas[0][1]}
-            )
+            digest, elements = replicas[0]
+            partial.append(_digest(tensor, digest, elements=elements))
     return entries, partial, sorted(set(differing))
+
+
+def _digest(tensor: Tensor, digest: int, **rest: Any) -> TensorDigest:
+    return TensorDigest(
+        role=tensor.role,
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        digest=f"{digest:016x}",
+        **rest,
+    )

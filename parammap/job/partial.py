@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from parammap.checkpoint.manifest import read_manifest
+from parammap.checkpoint.manifest import Manifest, read_whole
 from parammap.errors import RefusedError
 from parammap.job.fingerprint import program
 from parammap.job.request import Request
@@ -23,14 +23,14 @@ class PartialRun:
 
     files: list[WantedFile]
     kept: list[str]
-    before: dict | None
+    before: Manifest | None
     whole: str
     is_last: bool
 
 
 def partial_run_of(output: Output, request: Request) -> PartialRun:
     """The part that a request names, all if it names none. Raises RefusedError if it names no rank
-    of the output."""
+    of the output, and for a damaged manifest of earlier parts."""
     whole = _identity(output, request)
     if not (request.only_tp or request.only_pp):
         return PartialRun(output.files, [], None, whole, True)
@@ -41,9 +41,9 @@ def partial_run_of(output: Output, request: Request) -> PartialRun:
             f"{sorted(request.only_pp)}; name "
             "ranks of the output"
         )
-    before = read_manifest(request.target)
-    before = before if before and before.get("whole") == whole and not request.overwrite else None
-    there = {file["path"] for file in before["files"]} if before else set()
+    before = None if request.overwrite else read_whole(request.target)
+    before = before if before and before.whole == whole else None
+    there = before.files if before else {}
     kept = sorted(file.path for file in output.files if file not in chosen and file.path in there)
     is_last = all(file in chosen or file.path in there for file in output.files)
     return PartialRun(

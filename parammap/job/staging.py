@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from parammap.checkpoint.manifest import MANIFEST, read_manifest
+from parammap.checkpoint.manifest import Manifest, read_whole
 from parammap.errors import RefusedError
 from parammap.execute.checks import Misfit, NonFinite, Overflown, Unequal
 from parammap.execute.durable import sync
@@ -55,11 +55,14 @@ class Staging:
     def _resumable(self) -> dict[str, Outcome]:
         if not self.journal.is_file() or not self.out.is_dir():
             return {}
-        lines = self.journal.read_text().splitlines(keepends=True)
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not whole or whole[0].get("fingerprint") != self.fingerprint:
-            return {}
-        outcomes = {outcome.path: outcome for outcome in map(_outcome, whole[1:])}
+        try:
+            lines = self.journal.read_text().splitlines(keepends=True)
+            first, *whole = (json.loads(line) for line in lines if line.endswith("\n"))
+            if first["fingerprint"] != self.fingerprint:
+                return {}
+            outcomes = {outcome.path: outcome for outcome in map(_outcome, whole)}
+        except (ValueError, KeyError, TypeError):
+            return {}  # damaged, or not begun: every file is written again
         return {
             path: o
             for path, o in outcomes.items()
@@ -99,13 +102,9 @@ class Staging:
                 shutil.copyfile(self.target / path, self.out / path)
             self.overwrite = True
 
-    def publish(self, manifest: dict) -> None:
+    def publish(self, manifest: Manifest) -> None:
         """Write the manifest, make everything durable, and rename the whole into place."""
-        path = self.out / MANIFEST
-        with open(path, "w") as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        manifest.write(self.out)
         for folder, _, _ in os.walk(self.out):
             sync(Path(folder))
         if self.target.exists():
@@ -137,11 +136,11 @@ def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
         )
 
 
-def published(target: Path, fingerprint: str) -> dict | None:
+def published(target: Path, fingerprint: str) -> Manifest | None:
     """The manifest of an output that this very conversion, or this part of one, has published
-    before."""
-    manifest = read_manifest(target)
-    return manifest if manifest and fingerprint in manifest.get("fingerprints", []) else None
+    before. Raises RefusedError for one that is damaged."""
+    manifest = read_whole(target)
+    return manifest if manifest and fingerprint in manifest.fingerprints else None
 
 
 def _entry(outcome: Outcome) -> dict:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parammap.checkpoint import manifest as manifests
 from parammap.checkpoint.index import Index
 from parammap.errors import RefusedError
 from parammap.execute.durable import sync
@@ -22,7 +23,6 @@ from parammap.formats import zip_records
 from parammap.proof.compare import Pair, read_both
 from parammap.proof.stream import BAND_BYTES, Copy, copies_of
 from parammap.proof.verify import (
-    Manifest,
     Request,
     Verdict,
     read_output,
@@ -92,7 +92,8 @@ def _copy(source: Path, target: Path) -> Path:
 def _repaired(request: Request, verdict: Verdict) -> Verdict:
     """Write the wrong tensors of `request.output` anew and verify it again, its archives' checksums
     too."""
-    manifest, checksums = Manifest.of(request.output), _Checksums()
+    _, manifest = manifests.find(request.output) or (None, None)
+    checksums = _Checksums()
     output, source = read_output(request, manifest), read_source(request, manifest)
     for pair, found in verdict.wrong:
         if found.apart is None:

@@ -4,18 +4,17 @@ element by element."""
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 from parammap import families
+from parammap.checkpoint import manifest as manifests
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import is_padding
-from parammap.checkpoint.manifest import MANIFEST
+from parammap.checkpoint.manifest import MANIFEST, Manifest, Options, TensorDigest
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
 from parammap.frameworks import registry
@@ -85,95 +84,13 @@ class Request:
     workers: int = 1
 
 
-class DigestEntry(TypedDict):
-    """What a manifest says of a logical tensor."""
-
-    role: str
-    name: str
-    dtype: str
-    shape: list[int]
-    digest: str
-    digests_of_other_copies: NotRequired[list[str]]
-
-
-class Scalars(TypedDict):
-    """The content of small tensors, in hexadecimal, and the files that hold them."""
-
-    files: list[str]
-    values: dict[str, str]
-
-
-class ReadingOptions(TypedDict, total=False):
-    """How a conversion read its source, and what it cast the weights to."""
-
-    weights_only: bool
-    drop: list[str]
-    cast: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a conversion wrote down of its output, in whose folder `root` it lies: digests of the
-    source's tensors by role and name, and of what casts made of them."""
-
-    root: Path
-    files: dict[str, int]
-    digests: dict[tuple[str, str], DigestEntry]
-    casts: dict[tuple[str, str, str], DigestEntry]
-    scalars: list[Scalars]
-    options: ReadingOptions
-
-    @classmethod
-    def of(cls, output: Path) -> Manifest | None:
-        """The manifest of an output, of the save folder of which it is an iteration, or of the one
-        file that it is; None if there is none.
-
-        Raises RefusedError if it is damaged.
-        """
-        own = output.parent / f"{output.stem}.{MANIFEST}"
-        for root, path in (
-            (output, output / MANIFEST),
-            (output.parent, output.parent / MANIFEST),
-            (output.parent, own),
-        ):
-            try:
-                content = json.loads(path.read_text()) if path.is_file() else None
-                if content is None:
-                    continue
-                files = {file["path"]: file["bytes"] for file in content["files"]}
-                is_alone = list(files) == [output.name] and content["is_whole"]
-                if (
-                    root == output
-                    or is_alone
-                    or output.is_dir()
-                    and any(Path(f).parts[0] == output.name for f in files)
-                ):
-                    return cls(
-                        root,
-                        files,
-                        {(d["role"], families.renamed(d["name"])): d for d in content["digests"]},
-                        {
-                            (d["role"], families.renamed(d["name"]), d["dtype"]): d
-                            for d in content["digests_of_casts"]
-                        },
-                        content.get("scalars", []),
-                        content.get("options", {}),
-                    )
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
-        return None
-
-    @property
-    def cast(self) -> str | None:
-        return self.options.get("cast")
-
-
 def verify(request: Request) -> Verdict:
     """Check an output. Raises RefusedError if it or the source is no checkpoint, or nothing could
     be compared."""
-    verdict, manifest = Verdict(), Manifest.of(request.output)
+    verdict, found = Verdict(), manifests.find(request.output)
+    root, manifest = found or (request.output, None)
     if manifest is not None:
-        verdict.problems += _missing_files(manifest)
+        verdict.problems += _missing_files(root, manifest)
         if verdict.problems:
             return verdict
     output = read_output(request, manifest)
@@ -182,7 +99,7 @@ def verify(request: Request) -> Verdict:
             f"{output.folder}: is of no family whose tensors are known, so its names were not "
             f"checked"
         )
-    casts = {dtype for dtype in (manifest and manifest.cast, request.cast) if dtype}
+    casts = {dtype for dtype in (manifest and manifest.options.cast, request.cast) if dtype}
     framework = registry.framework(output.framework)
     verdict.problems += [
         *_missing_heads(output),
@@ -196,10 +113,10 @@ def verify(request: Request) -> Verdict:
         )
     else:
         verdict.problems += wrong_archives(
-            [manifest.root / path for path in manifest.files if path.endswith(".pt")],
+            [root / path for path in manifest.files if path.endswith(".pt")],
             request.workers,
         )
-        verdict.problems += _wrong_scalars(manifest)
+        verdict.problems += _wrong_scalars(root, manifest)
         verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
         _check_own_casts(output, request, verdict)
     if request.replicas:
@@ -231,8 +148,7 @@ def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
         iteration=request.iteration if is_alone else None,
         sidecar=request.sidecar if is_alone else None,
         metadata_from=request.output_metadata_from or (request.metadata_from if is_alone else None),
-        weights_only=request.weights_only
-        or bool(manifest and manifest.options.get("weights_only")),
+        weights_only=request.weights_only or bool(manifest and manifest.options.weights_only),
         drop=request.drop,
     )
 
@@ -241,20 +157,20 @@ def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
     """The source, read with the flags given, else with those of the conversion."""
     if request.against is None:
         raise RefusedError(f"{request.output}: name its source: --against SRC")
-    options: ReadingOptions = manifest.options if manifest else {}
+    options = manifest.options if manifest else Options()
     return registry.read(
         request.against,
         iteration=request.iteration,
         sidecar=request.sidecar,
         metadata_from=request.metadata_from,
-        weights_only=request.weights_only or options.get("weights_only", False),
-        drop=request.drop or frozenset(options.get("drop", ())),
+        weights_only=request.weights_only or options.weights_only,
+        drop=request.drop or frozenset(options.drop),
     )
 
 
-def _missing_files(manifest: Manifest) -> Iterator[Problem]:
+def _missing_files(root: Path, manifest: Manifest) -> Iterator[Problem]:
     for name, nbytes in manifest.files.items():
-        path = manifest.root / name
+        path = root / name
         size = path.stat().st_size if path.is_file() else None
         if size != nbytes:
             yield Problem(
@@ -300,12 +216,12 @@ def _bad_record(path: Path) -> str | None:
         return f"({error})"
 
 
-def _wrong_scalars(manifest: Manifest) -> Iterator[Problem]:
+def _wrong_scalars(root: Path, manifest: Manifest) -> Iterator[Problem]:
     """The scalars of MindSpore's files: tensors that are part of no logical tensor."""
     with Files() as files:
         for group in manifest.scalars:
             for path in group["files"]:
-                there = dict(entries_of(manifest.root / path))
+                there = dict(entries_of(root / path))
                 for name, expected in group["values"].items():
                     yield from _wrong_scalar(name, there.get(name), expected, path, files)
 
@@ -334,38 +250,37 @@ def _wrong_digests(
     output: Checkpoint, manifest: Manifest, casts: set[str], workers: int, verdict: Verdict
 ) -> Iterator[Problem]:
     there = {(tensor.role, tensor.name): tensor for tensor in output.index.shards}
-    listed = {key: key if key in manifest.digests else as_embedding(key) for key in there}
-    declared = {key: entry for key, entry in manifest.casts.items() if key[2] in casts}
+    copied = {(one.role, one.name): one for one in manifest.digests}
+    listed = {key: key if key in copied else as_embedding(key) for key in there}
+    declared = {
+        (one.role, one.name, one.dtype): one
+        for one in manifest.digests_of_casts
+        if one.dtype in casts
+    }
     known = {
-        there[key]: declared.get((*other, there[key].dtype), manifest.digests[other])
+        there[key]: declared.get((*other, there[key].dtype), copied[other])
         for key, other in listed.items()
-        if other in manifest.digests
-        and (
-            not is_padding(there[key]) or list(there[key].shape) == manifest.digests[other]["shape"]
-        )
+        if other in copied
+        and (not is_padding(there[key]) or there[key].shape == copied[other].shape)
     }
     extra = {
         (tensor.role, tensor.name)
         for tensor in output.index.shards
         if tensor not in known and tensor.role != MODEL_PARAM and not is_padding(tensor)
     }
-    lacking = {
-        key for key in manifest.digests.keys() - there.keys() if not key[1].endswith(f".{PADDING}")
-    }
+    lacking = {key for key in copied.keys() - there.keys() if not key[1].endswith(f".{PADDING}")}
     for what, keys in (("is missing", lacking), ("is not of the source", extra)):
         yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
     cast = {
-        tensor: entry["dtype"]
+        tensor: entry.dtype
         for tensor, entry in known.items()
-        if tensor.dtype in casts - {entry["dtype"]}
+        if tensor.dtype in casts - {entry.dtype}
     }
     narrow = {
         tensor: dtype for tensor, dtype in cast.items() if ITEMSIZE[tensor.dtype] > ITEMSIZE[dtype]
     }
     verdict.rounded |= {
-        tensor
-        for tensor in cast.keys() - narrow.keys()
-        if list(tensor.shape) == known[tensor]["shape"]
+        tensor for tensor in cast.keys() - narrow.keys() if tensor.shape == known[tensor].shape
     }
     chosen = [tensor for tensor in known if tensor not in verdict.rounded]
     for tensor, found in digests(output.index, workers, narrow, chosen).items():
@@ -373,26 +288,26 @@ def _wrong_digests(
 
 
 def _wrong_digest(
-    tensor: Tensor, found: Summed, entry: DigestEntry, narrow: dict[Tensor, str], verdict: Verdict
+    tensor: Tensor, found: Summed, entry: TensorDigest, narrow: dict[Tensor, str], verdict: Verdict
 ) -> Iterator[Problem]:
     name = f"{tensor.name} ({tensor.role})"
-    if list(tensor.shape) != entry["shape"]:
-        yield Problem(name, f"has the shape {list(tensor.shape)} and not {entry['shape']}")
-    elif tensor.dtype != entry["dtype"] and tensor not in narrow:
+    if tensor.shape != entry.shape:
+        yield Problem(name, f"has the shape {list(tensor.shape)} and not {list(entry.shape)}")
+    elif tensor.dtype != entry.dtype and tensor not in narrow:
         yield Problem(
             name,
-            f"is {tensor.dtype}, was {entry['dtype']} in the source, and the manifest names no "
+            f"is {tensor.dtype}, was {entry.dtype} in the source, and the manifest names no "
             f"such cast",
         )
     else:
         verdict.compared.add(tensor)
-        known = {entry["digest"], *entry.get("digests_of_other_copies", [])}
+        known = {entry.digest, *entry.others}
         wrong = [digest for digest in found.digests if f"{digest:016x}" not in known]
         if wrong or found.inexact:
             yield Problem(
                 name,
                 f"differs from what was copied (digest {(wrong or found.digests)[0]:016x}, "
-                f"the source's is {entry['digest']})",
+                f"the source's is {entry.digest})",
             )
 
 
@@ -435,7 +350,7 @@ def _compare(
     verdict: Verdict,
 ) -> None:
     absent = source.index.roles() - output.index.roles()
-    left_out = absent - {role for role, _ in manifest.digests} if manifest else set()
+    left_out = absent - {one.role for one in manifest.digests} if manifest else set()
     if left_out:
         verdict.notes.append(f"left out by the conversion: {', '.join(sorted(left_out))}")
     verdict.problems += [

@@ -53,6 +53,7 @@ def test_the_wheel_holds_the_package_and_nothing_generic(tmp_path):
     assert {f"parammap/patches/{patch}" for patch in PATCHES.values()} <= set(names)
     assert {
         "parammap/schemas/layout.schema.json",
+        "parammap/schemas/manifest.schema.json",
         "parammap/hooks/run.py",
         "parammap/py.typed",
     } <= set(names)

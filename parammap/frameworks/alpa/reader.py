@@ -14,7 +14,7 @@ from pathlib import Path
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry
-from parammap.checkpoint.manifest import MANIFEST, read_manifest
+from parammap.checkpoint.manifest import MANIFEST, read_whole
 from parammap.errors import RefusedError
 from parammap.families import HF_BLOOM, METASEQ, WORD_EMBEDDING
 from parammap.formats import npy
@@ -122,17 +122,18 @@ def _check_names(source: Path, names: set[str], num_layers: int, is_bloom: bool)
 
 def recorded(source: Path) -> dict:
     """What the manifest of a conversion says of the model; {} without one."""
-    return (read_manifest(source) or {}).get("alpa", {})
+    manifest = read_whole(source)
+    return manifest.notes.get("alpa", {}) if manifest else {}
 
 
 def _rows_converted(source: Path) -> dict[str, int]:
     """The rows that each weight had in the source of the conversion, by canonical name; {} without
     a manifest."""
-    manifest = read_manifest(source) or {"digests": []}
+    manifest = read_whole(source)
     return {
-        entry["name"]: entry["shape"][0]
-        for entry in manifest["digests"]
-        if entry["role"] == MAIN_PARAM and entry["shape"]
+        one.name: one.shape[0]
+        for one in (manifest.digests if manifest else ())
+        if one.role == MAIN_PARAM and one.shape
     }
 
 
