@@ -75,9 +75,11 @@ def registered(family: Family) -> Iterator[Family]:
         unregister(family.name)
 
 
-def with_dialect(column: str) -> tuple[str, ...]:
-    """The names of the families whose tables have a column."""
-    return tuple(name for name, family in FAMILIES.items() if column in family.dialects)
+def with_dialect(*columns: str) -> tuple[str, ...]:
+    """The names of the families whose tables have one of the columns."""
+    return tuple(
+        name for name, family in FAMILIES.items() if not set(columns).isdisjoint(family.dialects)
+    )
 
 
 def _forget() -> None:

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
+from parammap.families import FAMILIES
 from parammap.frameworks import registry
 
 #: what goes along: the optimizer's states as well, or the weights alone
 WHOLE, WEIGHTS = "whole state", "weights"
-TITLES = {
-    GPT2: "GPT-2 (learned positions, GELU)",
-    LLAMA: "LLaMA-like (rotary positions, RMS norms, gated)",
-    MIXTURE: "Mixtures of experts",
-    OPT: "OPT",
-    BLOOM: "BLOOM",
-    YUAN: "Yuan-2.0",
-}
 
 
 def goes(family: str, source: str, to: str) -> str | None:
     """What of a model of a family goes from one framework to another: WHOLE, WEIGHTS, or None for
     nothing."""
     framework, target = registry.framework(source), registry.target(to)
-    if family not in framework.families or family not in target.families:
+    if family not in framework.families() or family not in target.families():
         return None
     is_native = source in target.native
     if (
@@ -42,7 +34,7 @@ def pairs() -> Iterator[tuple[str, str, str]]:
     """(family, source, target) of all that works."""
     return (
         (family, source, to)
-        for family in TITLES
+        for family in FAMILIES
         for source in sources(family)
         for to in targets(family)
         if goes(family, source, to)
@@ -51,17 +43,17 @@ def pairs() -> Iterator[tuple[str, str, str]]:
 
 def sources(family: str) -> list[str]:
     """The frameworks whose checkpoints of a family are read."""
-    return [one.name for one in registry.frameworks() if family in one.families]
+    return [one.name for one in registry.frameworks() if family in one.families()]
 
 
 def targets(family: str) -> list[str]:
     """What models of a family are written for."""
-    return [name for name, one in registry.targets().items() if family in one.families]
+    return [name for name, one in registry.targets().items() if family in one.families()]
 
 
 def tables() -> str:
     """A table in Markdown for each family: sources down, targets across."""
-    return "\n\n".join(f"### {title}\n\n{_table(family)}" for family, title in TITLES.items())
+    return "\n\n".join(f"### {one.title}\n\n{_table(name)}" for name, one in FAMILIES.items())
 
 
 def _table(family: str) -> str:

@@ -76,7 +76,7 @@ class Framework:
     name: str
     recognizes: Callable[[Path], bool]
     read: Callable[..., Checkpoint]
-    families: tuple[str, ...]
+    families: Callable[[], tuple[str, ...]]
     architecture: Callable[[Checkpoint], Architecture]
     takes: tuple[str, ...] = ()
     optimizer: bool = True

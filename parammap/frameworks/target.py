@@ -42,7 +42,7 @@ class Target:
 
     name: str
     output: Callable[[Checkpoint, Any], Output]
-    families: tuple[str, ...]
+    families: Callable[[], tuple[str, ...]]
     options: Callable[..., Any] = Plain
     flags: tuple[Flag, ...] = ()
     formats: tuple[str, ...] = ()

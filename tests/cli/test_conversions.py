@@ -12,6 +12,7 @@ import pytest
 
 from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, YUAN
 from parammap.cli.main import main
+from parammap.families import FAMILIES
 from parammap.frameworks import conversions, registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.tensors.logical import EXP_AVG_SQ, MAIN_PARAM
@@ -85,7 +86,7 @@ def test_every_pair_keeps_every_tensor(source, tmp_path, family, framework, to):
     ("family", "framework", "to"),
     [
         (family, framework, to)
-        for family in conversions.TITLES
+        for family in FAMILIES
         for framework in conversions.sources(family)
         for to in registry.targets()
         if not conversions.goes(family, framework, to) and family != YUAN

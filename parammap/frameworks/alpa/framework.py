@@ -4,7 +4,7 @@ read."""
 from __future__ import annotations
 
 from parammap.arguments import positive
-from parammap.checkpoint.architecture import BLOOM, GPT2, OPT
+from parammap.families import BLOOM, GPT2, OPT
 from parammap.frameworks.alpa import architecture, reader, serving, training
 from parammap.frameworks.flags import ACTIVATION, DTYPE, Flag
 from parammap.frameworks.framework import Framework, Inspection
@@ -19,14 +19,14 @@ ALPA = Framework(
     name="alpa",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=(OPT, BLOOM),
+    families=lambda: (OPT, BLOOM),
     optimizer=False,
     architecture=architecture.of,
     targets=(
         Target(
             name="alpa",
             output=serving.output,
-            families=(OPT, BLOOM),
+            families=lambda: (OPT, BLOOM),
             options=serving.Options,
             flags=(DTYPE, _VOCAB_SIZE, ACTIVATION),
             optimizer=False,
@@ -34,7 +34,7 @@ ALPA = Framework(
         Target(
             name="alpa-training",
             output=training.output,
-            families=(GPT2, OPT),
+            families=lambda: (GPT2, OPT),
             options=training.Options,
             flags=(
                 DTYPE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import BLOOM, GPT2
+from parammap import families
 from parammap.frameworks.deepspeed import architecture, reader, target
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.target import Target
@@ -11,11 +11,14 @@ DEEPSPEED = Framework(
     name="deepspeed",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=(GPT2, BLOOM),
+    families=lambda: families.with_dialect(families.DEEPSPEED),
     architecture=architecture.of,
     targets=(
         Target(
-            name="deepspeed", output=target.output, families=(GPT2, BLOOM), needs_optimizer=True
+            name="deepspeed",
+            output=target.output,
+            families=lambda: families.with_dialect(families.DEEPSPEED),
+            needs_optimizer=True,
         ),
     ),
     inspection=Inspection(title="Megatron-DeepSpeed"),

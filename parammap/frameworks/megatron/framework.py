@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, MIXTURE, YUAN
+from parammap import families
 from parammap.frameworks.flags import Flag
 from parammap.frameworks.framework import Framework, Inspection, Patch
 from parammap.frameworks.megatron import architecture, readback, reader, shapes, target
@@ -13,7 +13,6 @@ from parammap.frameworks.megatron.specification import CHOICES, Options
 from parammap.frameworks.target import Target
 from parammap.tensors.logical import MODEL_PARAM
 
-FAMILIES = (GPT2, LLAMA, MIXTURE, YUAN)
 TRANSFORMER_IMPL = Flag(
     "--transformer-impl",
     "whose layers a model of another framework gets, as Megatron-LM's flag of that name (default: "
@@ -24,13 +23,13 @@ MEGATRON = Framework(
     name="megatron",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=FAMILIES,
+    families=lambda: families.with_dialect(families.LEGACY, families.CORE),
     architecture=architecture.of,
     targets=(
         Target(
             name="megatron",
             output=target.output,
-            families=FAMILIES,
+            families=lambda: families.with_dialect(families.LEGACY, families.CORE),
             options=Options,
             flags=(TRANSFORMER_IMPL,),
             native=NATIVE,

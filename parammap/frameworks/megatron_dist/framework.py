@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, MIXTURE
+from parammap import families
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.megatron import architecture, readback, shapes
 from parammap.frameworks.megatron.framework import TRANSFORMER_IMPL
@@ -10,18 +10,17 @@ from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron_dist import reader, target
 from parammap.frameworks.target import Target
 
-FAMILIES = (GPT2, LLAMA, MIXTURE)
 MEGATRON_DIST = Framework(
     name="megatron-dist",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=FAMILIES,
+    families=lambda: families.with_dialect(families.CORE),
     architecture=architecture.of,
     targets=(
         Target(
             name="megatron-dist",
             output=target.output,
-            families=FAMILIES,
+            families=lambda: families.with_dialect(families.CORE),
             options=target.Options,
             flags=(TRANSFORMER_IMPL,),
             native=NATIVE,

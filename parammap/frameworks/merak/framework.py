@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import GPT2
+from parammap import families
 from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag, switch
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.merak import architecture, partition, reader, target
@@ -13,14 +13,14 @@ MERAK = Framework(
     recognizes=reader.recognizes,
     read=reader.read,
     takes=("metadata_from",),
-    families=(GPT2,),
+    families=lambda: families.with_dialect(families.MERAK),
     optimizer=False,
     architecture=architecture.of,
     targets=(
         Target(
             name="merak",
             output=target.output,
-            families=(GPT2,),
+            families=lambda: families.with_dialect(families.MERAK),
             options=target.Options,
             flags=(
                 DTYPE,

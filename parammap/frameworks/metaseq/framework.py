@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import OPT
+from parammap import families
 from parammap.frameworks.flags import DTYPE, Flag
 from parammap.frameworks.framework import Framework, Inspection, Patch
 from parammap.frameworks.metaseq import architecture, inspection, reader, target
@@ -15,13 +15,13 @@ METASEQ = Framework(
     recognizes=reader.recognizes,
     read=reader.read,
     takes=("metadata_from", "ema"),
-    families=(OPT,),
+    families=lambda: families.with_dialect(families.METASEQ),
     architecture=architecture.of,
     targets=(
         Target(
             name="metaseq",
             output=target.output,
-            families=(OPT,),
+            families=lambda: families.with_dialect(families.METASEQ),
             options=target.Options,
             flags=(
                 DTYPE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, MIXTURE
+from parammap import families
 from parammap.frameworks.flags import DTYPE, Flag, switch
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.megatron import architecture, readback, shapes
@@ -13,18 +13,17 @@ from parammap.frameworks.mindspore import reader, target
 from parammap.frameworks.mindspore.formats import BY_SUFFIX, FORMATS
 from parammap.frameworks.target import Target
 
-FAMILIES = (GPT2, LLAMA, MIXTURE)
 MINDSPORE = Framework(
     name="mindspore",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=FAMILIES,
+    families=lambda: families.with_dialect(families.MINDSPORE),
     architecture=architecture.of,
     targets=(
         Target(
             name="mindspore",
             output=target.output,
-            families=FAMILIES,
+            families=lambda: families.with_dialect(families.MINDSPORE),
             options=target.Options,
             flags=(
                 DTYPE,

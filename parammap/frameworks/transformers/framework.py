@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from parammap import families
 from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.target import Target
@@ -12,14 +13,14 @@ TRANSFORMERS = Framework(
     name="transformers",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=target.FAMILIES,
+    families=lambda: families.with_dialect("transformers"),
     optimizer=False,
     architecture=architecture.of,
     targets=(
         Target(
             name="transformers",
             output=target.output,
-            families=target.FAMILIES,
+            families=lambda: families.with_dialect("transformers"),
             options=target.Options,
             flags=(
                 DTYPE,

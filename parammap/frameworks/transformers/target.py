@@ -41,7 +41,6 @@ from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import MAIN_PARAM, Extent, Stored, TensorSpec
 
-FAMILIES = with_dialect("transformers")
 #: the library's default of max_shard_size
 MAX_SHARD_NBYTES = 5 * 10**9
 #: what else a folder may hold that goes with the model whatever its weights' layout

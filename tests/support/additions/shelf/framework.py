@@ -13,14 +13,14 @@ SHELF = Framework(
     name="shelf",
     recognizes=reader.recognizes,
     read=reader.read,
-    families=(GPT2,),
+    families=lambda: (GPT2,),
     optimizer=False,
     architecture=reader.architecture,
     targets=(
         Target(
             name="shelf",
             output=target.output,
-            families=(GPT2,),
+            families=lambda: (GPT2,),
             options=target.Options,
             flags=(DTYPE, Flag("--label", "what stands on it", {"metavar": "TEXT"})),
             optimizer=False,
