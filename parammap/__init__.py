@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parammap.api.commands import convert, diff, digest, verify
     from parammap.api.state_dict import StateDict
     from parammap.api.tensor import Tensor
+    from parammap.checkpoint.training_state import TrainingState
     from parammap.errors import RefusedError, TaskError
     from parammap.job.request import Report
     from parammap.proof.diff import Comparison
@@ -33,6 +34,7 @@ else:
         "TaskError": "errors",
         "Tensor": "api.tensor",
         "TensorDigest": "proof.digests",
+        "TrainingState": "checkpoint.training_state",
         "Verdict": "proof.verify",
         "convert": "api.commands",
         "diff": "api.commands",
@@ -62,6 +64,7 @@ __all__ = [
     "TaskError",
     "Tensor",
     "TensorDigest",
+    "TrainingState",
     "Verdict",
     "__version__",
     "convert",

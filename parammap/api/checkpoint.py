@@ -8,6 +8,7 @@ from pathlib import Path
 from parammap.api.state_dict import StateDict
 from parammap.api.tensor import Tensor
 from parammap.checkpoint.checkpoint import Checkpoint as Source
+from parammap.checkpoint.training_state import TrainingState
 from parammap.frameworks import registry
 from parammap.name_list import suggest
 from parammap.plan.plan import Wanted
@@ -81,6 +82,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def layout(self) -> Layout:
         """The sizes of the parallel groups of the run that saved it."""
         return self._source.trained or self._source.layout
+
+    @property
+    def training_state(self) -> TrainingState:
+        """How far the run has come and how its optimizer steps: iteration, steps, parameter groups,
+        schedule, samples and tokens, loss scale, random states. None where it is not recorded."""
+        return self._source.training_state
 
     @property
     def num_layers(self) -> int:

@@ -223,6 +223,11 @@ def test_what_a_checkpoint_says_of_itself(golden):
     assert (golden.layout.tp, golden.layout.pp) == (2, 2)
     assert golden.folder == GOLDEN / "iter_0000002"
     assert golden.states == ("weight", "exp_avg", "exp_avg_sq", "model_weight")
+    saved = torch_load(golden.folder / "mp_rank_00_000/model_optim_rng.pt")
+    state, groups = golden.training_state, saved["optimizer"]["optimizer"]["param_groups"]
+    assert (state.iteration, state.consumed_samples) == (2, saved["args"].consumed_train_samples)
+    assert {group.lr for group in state.groups} == {group["lr"] for group in groups}
+    assert {group.step for group in state.groups} == {group["step"] for group in groups} == {2}
     assert len(golden) == len(list(golden)) == 68 and "final_norm.weight" in golden
     moments = list(golden.tensors(state="exp_avg"))
     assert [one.name for one in moments] == list(golden) and len(list(golden.tensors())) == 4 * 68
