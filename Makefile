@@ -19,7 +19,7 @@ SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 # a file's tests stay together, for the runs and checkpoints that they share
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: help setup convert demo test test-full coverage bench bench-megatron bench-metaseq plan-scale patches lint clean
+.PHONY: help setup convert demo test test-full coverage bench bench-megatron bench-metaseq plan-scale patches check lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -74,6 +74,10 @@ plan-scale: $(READY)  ## time and memory of planning 175B, 1T and OPT-175B, from
 
 patches: $(READY)  ## write patches/ anew from hooks/
 	$(RUN) patches/make_patches.py
+
+check: lint  ## ruff, types, and the tests of small parts: what to run before each commit
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest tests/unit -m "not full" $(PARALLEL)
 
 lint: $(READY)  ## ruff
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -1,3 +1,3 @@
 """The release, for the package, what it writes and its command line."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
