@@ -462,7 +462,7 @@ def install(extra_state: str = "empty") -> None:
         stubs.AnyModule,
         CudaRNGStatesTracker=CudaRNGStatesTracker,
     )
-    add("transformer_engine.pytorch.ops", stubs.AnyModule)
+    add("transformer_engine.pytorch.ops", stubs.AnyModule, Sequential=torch.nn.Sequential)
     add("transformer_engine.pytorch.module")
     add(
         "transformer_engine.pytorch.module.base",
