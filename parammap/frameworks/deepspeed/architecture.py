@@ -11,6 +11,7 @@ PositionEmbeddingType)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -73,7 +74,7 @@ def of(source: Checkpoint) -> Architecture:
     )
 
 
-def _reasons(args: dict, names: set[str], positions: str | None) -> Iterator[str]:
+def _reasons(args: dict[str, Any], names: set[str], positions: str | None) -> Iterator[str]:
     """What of the model is like neither GPT-2's nor BLOOM's."""
     yield from (f"was trained with {name} {args[name]}" for name in _UNLIKE if args.get(name))
     if "layers.0.mlp.gate.weight" in names:
@@ -88,12 +89,12 @@ def _reasons(args: dict, names: set[str], positions: str | None) -> Iterator[str
         yield "has neither a table of positions nor a norm on its embedding"
 
 
-def _positions(args: dict) -> str | None:
+def _positions(args: dict[str, Any]) -> str | None:
     kind = args.get("position_embedding_type")
     return _POSITIONS.get(kind.args[0]) if isinstance(kind, Opaque) and kind.args else kind
 
 
-def _activation(args: dict) -> str | None:
+def _activation(args: dict[str, Any]) -> str | None:
     if args.get("openai_gelu") or args.get("bias_gelu_fusion"):
         return "gelu_new"
     return "gelu" if "bias_gelu_fusion" in args else None

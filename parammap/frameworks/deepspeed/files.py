@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from parammap.errors import RefusedError
 
@@ -24,6 +25,7 @@ LATEST, LATEST_UNIVERSAL, ZERO, STATE_FILE = (
     "zero",
     "optimizer_state.pt",
 )
+_Key = TypeVar("_Key")
 _STEP = re.compile(r"global_step(\d+)")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -93,7 +95,7 @@ def find(source: Path, iteration: int | None = None) -> Files:
     return files
 
 
-def _add(files: dict, key: object, path: Path) -> None:
+def _add(files: dict[_Key, Path], key: _Key, path: Path) -> None:
     if key in files:
         raise RefusedError(
             f"{path}: is of the same rank as {files[key].name}; leave only one of them"
@@ -160,8 +162,10 @@ def _end(numbers: Iterable[int]) -> int:
     return 1 + max(numbers)
 
 
-def _check_grid(folder: Path, name: str, there: Iterable[tuple[int, ...]], dims: list) -> None:
-    keys = {()}
+def _check_grid(
+    folder: Path, name: str, there: Iterable[tuple[int, ...]], dims: list[Iterable[int]]
+) -> None:
+    keys: set[tuple[int, ...]] = {()}
     for dim in dims:
         keys = {(*key, number) for key in keys for number in dim}
     there = set(there)

@@ -86,7 +86,7 @@ def _check(source: Checkpoint, model: Architecture, states: SourceTensors) -> No
         )
 
 
-def _groups(source: Checkpoint) -> list[dict]:
+def _groups(source: Checkpoint) -> list[dict[str, Any]]:
     """The optimizer's groups, all as the source's first is; the steps are those that all have
     taken."""
     groups = source.training_state.groups
@@ -130,7 +130,7 @@ def _model(source: Checkpoint, model: Architecture, states: SourceTensors) -> di
     }
 
 
-def _scheduler(state: TrainingState) -> dict | None:
+def _scheduler(state: TrainingState) -> dict[str, Any] | None:
     """The state of AnnealingLR, which counts samples as Megatron-LM's scheduler does."""
     if state.schedule is None:
         return None

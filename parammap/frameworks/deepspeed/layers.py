@@ -13,9 +13,10 @@ and deepspeed 0.19.8 (runtime/pipe/module.py, allreduce_tied_weight_gradients)."
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.errors import RefusedError
@@ -98,7 +99,7 @@ class Functions:
 
 def optimizer_name(name: str, prefixes: Mapping[int, str]) -> str:
     """The optimizer's name of a parameter of our dialect."""
-    prefix, local = _SPLIT.fullmatch(name).groups()
+    ((prefix, local),) = _SPLIT.findall(name)
     if prefix == EMBEDDING:
         return f"{TIED}{local}"
     return f"{next(number for number, own in prefixes.items() if own == prefix)}.{local}"
@@ -118,7 +119,9 @@ def _kind(folder: Path, number: int, names: set[str]) -> str:
     return kind.partition(".")[0]
 
 
-def stages_of(functions: Functions, shapes: list[list[Mapping]]) -> dict[int, int]:
+def stages_of(
+    functions: Functions, shapes: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[int, int]:
     """The stage of each function, from the parameters whose shapes each stage's model file names
     (`shapes`, by stage); of one that nobody trains, that of the function before."""
     named = {

@@ -45,7 +45,7 @@ class Rank:
 
     path: Path
     place: Place
-    content: dict
+    content: dict[str, Any]
     functions: Functions | None = None
     model: dict[str, list[Stored]] = field(default_factory=dict)
     states: zero.States = field(default_factory=zero.States)
@@ -67,11 +67,11 @@ class Rank:
             states, tensors={role: dict(self.named(own)) for role, own in states.tensors.items()}
         )
 
-    def shapes(self) -> list[dict]:
+    def shapes(self) -> list[dict[str, Any]]:
         """The shapes of the parameters that are stepped, by group."""
         return shapes_of(self.content)
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
         """What the rank keeps beside the model, and of its optimizer `zero` and `steps`."""
         rest = {
             key: value for key, value in self.content.items() if key not in ("module", "optimizer")
@@ -100,8 +100,7 @@ def read(
     if sidecar_folder is not None:
         raise RefusedError(
             f"{sidecar_folder}: DeepSpeed's checkpoints say themselves what lies where and have no "
-            f"sidecar; "
-            "leave --sidecar out"
+            f"sidecar; leave --sidecar out"
         )
     files = find(source, iteration)
     contents = {m: _content(path) for m, path in sorted(files.models.items())}
@@ -137,7 +136,7 @@ def read(
     )
 
 
-def _content(path: Path) -> dict:
+def _content(path: Path) -> dict[str, Any]:
     content = torch_zip.read(path)
     if not isinstance(content, dict) or "module" not in content:
         raise RefusedError(f"{path}: holds no model states of DeepSpeed")
@@ -145,7 +144,7 @@ def _content(path: Path) -> dict:
 
 
 def _universal(
-    files: Files, contents: dict[int, dict], weights_only: bool
+    files: Files, contents: dict[int, dict[str, Any]], weights_only: bool
 ) -> tuple[list[Rank], Layout, NameResolver]:
     first = contents[min(contents)]
     tensors, functions = universal.read(files.folder, args_of(first).get("num_layers"))
@@ -172,7 +171,7 @@ def _universal(
 
 
 def _ranks(
-    files: Files, contents: dict[int, dict], weights_only: bool
+    files: Files, contents: dict[int, dict[str, Any]], weights_only: bool
 ) -> tuple[list[Rank], Layout, NameResolver]:
     """The ranks of the model, with their tensors under our names."""
     layout = _layout(files, contents)
@@ -206,7 +205,7 @@ def _ranks(
     return ranks, layout, _naming(ranks, layout, bool(files.layers))
 
 
-def _layout(files: Files, contents: dict[int, dict]) -> Layout:
+def _layout(files: Files, contents: dict[int, dict[str, Any]]) -> Layout:
     """tp and pp as the files count them, checked against what they say; dp as they say, or as there
     are shards."""
     tp = files.tp()
@@ -231,7 +230,7 @@ def _layout(files: Files, contents: dict[int, dict]) -> Layout:
 _Layers = dict[tuple[int, int], dict[str, Stored]]
 
 
-def _layers(files: Files, contents: dict[int, dict]) -> tuple[Functions, _Layers]:
+def _layers(files: Files, contents: dict[int, dict[str, Any]]) -> tuple[Functions, _Layers]:
     layers = {key: _tensors(path, torch_zip.read(path)) for key, path in files.layers.items()}
     functions = Functions.of(
         files.folder,
@@ -258,15 +257,15 @@ def _share_out(ranks: list[Rank], functions: Functions, layers: _Layers) -> None
         model |= {functions.name(number, local): [stored] for local, stored in own.items()}
 
 
-def _module(path: Path, content: dict) -> dict[str, list[Stored]]:
+def _module(path: Path, content: dict[str, Any]) -> dict[str, list[Stored]]:
     """The module's tensors; a parameter that is another's alias stands beside it."""
     if content["module"] is None:
         raise RefusedError(
             f"{path}: holds no module, as a pipeline's do, and there are no layer files; copy the "
-            f"whole "
-            "checkpoint"
+            f"whole checkpoint"
         )
-    aliases, model = content.get("shared_params") or {}, {}
+    aliases = content.get("shared_params") or {}
+    model: dict[str, list[Stored]] = {}
     for name, stored in _tensors(path, content["module"]).items():
         model.setdefault(aliases.get(name, name), []).append(stored)
     return model
@@ -309,8 +308,7 @@ def _add_states(files: Files, ranks: list[Rank], layout: Layout) -> None:
         if unknown := sorted(rank.states.tensors[MAIN_PARAM].keys() - rank.model.keys() - {HEAD}):
             raise RefusedError(
                 f"{rank.path}: its optimizer steps {shorten_names(unknown)}, which the model does "
-                f"not have; these "
-                "files are of different runs"
+                f"not have; these files are of different runs"
             )
 
 
@@ -378,7 +376,7 @@ def _naming(ranks: list[Rank], layout: Layout, is_pipeline: bool) -> NameResolve
     )
 
 
-def _check_version(path: Path, content: dict) -> None:
+def _check_version(path: Path, content: dict[str, Any]) -> None:
     """Rows of query_key_value are [head, q + k + v, head size] from checkpoint version 2 on
     (megatron/checkpointing.py, fix_query_key_value_ordering)."""
     version = content.get("checkpoint_version", 0)
@@ -390,7 +388,7 @@ def _check_version(path: Path, content: dict) -> None:
         )
 
 
-def _vocab(content: dict) -> int | None:
+def _vocab(content: dict[str, Any]) -> int | None:
     """The true vocabulary's size, where it is recorded (megatron/checkpointing.py,
     _checkpoint_info)."""
     infos = (content.get("checkpoint_info"), content.get("universal_checkpoint_info"))

@@ -12,7 +12,7 @@ load_hp_checkpoint_state; runtime/base_optimizer.py and engine.py, load_checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -40,7 +40,7 @@ from parammap.tensors.arrangement import (
     arranged,
     whole_shape,
 )
-from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, TensorSpec
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Tensor, TensorSpec
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
@@ -106,7 +106,10 @@ def _parts(parameter: Parameter, sizes: Sizes) -> tuple[Part, ...]:
 
 
 def _wanted(
-    parameter: Parameter, role: str, parts: tuple[Part, ...], tensors: dict
+    parameter: Parameter,
+    role: str,
+    parts: tuple[Part, ...],
+    tensors: Mapping[tuple[str, str], Tensor],
 ) -> Wanted | None:
     """A state of a parameter, None if it has none. What is stepped is float32, the rest as it
     is."""
@@ -131,11 +134,12 @@ def _cut(parameter: Parameter, sizes: Sizes) -> dict[str, Any]:
     return {"cat_dim": 1 if parameter.kind == SHARD_1 else 0, **parts, **vocab}
 
 
-def _file(path: str, tree: Any, wanted: Wanted | None = None) -> WantedFile:
-    """torch.save's file of a tree; its one TensorSpec, if it has any, is the tensor `wanted`."""
+def _file(path: str, tree: Any, *wanted: Wanted) -> WantedFile:
+    """torch.save's file of a tree, whose TensorSpecs are those of the tensors `wanted`."""
     frame = torch_zip.frame(tree, PurePath(path).name)
+    by_spec = {one.spec: one for one in wanted}
     tensors = tuple(
-        wanted
+        by_spec[leaf]
         if isinstance(leaf, TensorSpec)
         else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
         for number, leaf in enumerate(frame.tensors)

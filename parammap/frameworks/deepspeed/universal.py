@@ -61,8 +61,8 @@ class Contents:
     parameters: list[Parameter]
     sizes: Sizes
     steps: dict[str, Any]
-    state: dict
-    models: dict[str, dict]
+    state: dict[str, Any]
+    models: dict[str, dict[str, Any]]
     aliases: dict[str, str]
 
 
@@ -111,7 +111,7 @@ def read(
     return tensors, _functions(folder, tensors[MAIN_PARAM], num_layers)
 
 
-def rest(folder: Path) -> dict:
+def rest(folder: Path) -> dict[str, Any]:
     """What the optimizer keeps beside its states, with its `param_groups`."""
     path = folder / ZERO / STATE_FILE
     content = torch_zip.read(path)

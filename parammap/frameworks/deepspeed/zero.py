@@ -39,7 +39,7 @@ class States:
 
     tensors: dict[str, dict[str, Stored]] = field(default_factory=dict)
     steps: dict[str, Any] = field(default_factory=dict)
-    rest: dict = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Shard:
     """A data-parallel rank's file: its fp32 partition and its optimizer's state by group."""
 
     path: Path
-    state: dict
+    state: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> Shard:
@@ -69,7 +69,7 @@ class Shard:
     def partitions(self) -> list[Stored]:
         return list(self.state["single_partition_of_fp32_groups"])
 
-    def group(self, number: int) -> dict:
+    def group(self, number: int) -> dict[str, Any]:
         """A group's state. An elastic checkpoint has a list of them."""
         base = self.state["base_optimizer_state"]
         states = base if isinstance(base, list) else base["state"]
@@ -97,7 +97,7 @@ class Shard:
         return own
 
 
-def read(model: Path, content: dict, paths: list[Path]) -> States:
+def read(model: Path, content: dict[str, Any], paths: list[Path]) -> States:
     """The states of the rank whose mp_rank file holds `content`, from its shards in data-parallel
     order.
 
@@ -207,7 +207,12 @@ def _extents(partitions: list[Stored], size: int, start: int, numel: int) -> Ite
         start, numel = start + count, numel - count
 
 
-def _check_mappings(shards: list[Shard], number: int, places: dict[str, tuple], size: int) -> None:
+def _check_mappings(
+    shards: list[Shard],
+    number: int,
+    places: dict[str, tuple[int, int, tuple[int, ...]]],
+    size: int,
+) -> None:
     """Refuse if a shard says itself that its part of a parameter lies elsewhere (deepspeed 0.7
     on)."""
     for rank, shard in enumerate(shards):
@@ -238,7 +243,7 @@ def _address(shard: Shard, address: Any) -> tuple[int, int]:
     return fields["start"], fields["numel"]
 
 
-def _step(shards: list[Shard], groups: list[dict], number: int) -> Any:
+def _step(shards: list[Shard], groups: list[dict[str, Any]], number: int) -> Any:
     """The steps that a group has taken, as they are kept; None: with the state of the parameters
     they are not."""
     steps = {value_of(group["step"]) for group in groups if "step" in group}
@@ -250,7 +255,7 @@ def _step(shards: list[Shard], groups: list[dict], number: int) -> Any:
     return groups[0].get("step")
 
 
-def _rest(shard: Shard) -> dict:
+def _rest(shard: Shard) -> dict[str, Any]:
     """A shard's state without what is cut over the shards: with `param_groups` (deepspeed,
     ds_to_universal.py keeps these very keys)."""
     cut = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")
