@@ -115,6 +115,8 @@ def _groups(paths: list[Path]) -> _Groups:
     groups: _Groups = {}
     for path in paths:
         match = _FILE.fullmatch(path.name)
+        if match is None:
+            raise RefusedError(f"{path}: is no .pt file of metaseq; name one, or its folder")
         name, part, part_number, shard, shard_number = match.groups()
         if _EXPERTS.search(name):
             raise RefusedError(f"{path}: holds a mixture's experts, which cannot be converted yet")

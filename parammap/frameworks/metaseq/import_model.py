@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.architecture import OPT, Architecture
@@ -113,7 +114,7 @@ def _found(states: SourceTensors) -> Iterator[TensorEntry]:
         )
 
 
-def _meta(model: Architecture) -> dict:
+def _meta(model: Architecture) -> dict[str, Any]:
     """A file's content but its model."""
     settings = {
         "_name": ARCH,

@@ -46,7 +46,7 @@ class ShardMetadata:
     paddings: tuple[int, ...] | None
     buffers: frozenset[str]
     shared: tuple[tuple[str, str], ...]
-    raw: dict
+    raw: dict[str, Any]
 
     def same_model(self, other: ShardMetadata) -> bool:
         return (self.flats, self.buffers, self.shared) == (other.flats, other.buffers, other.shared)
@@ -102,7 +102,7 @@ def join(path: str, name: str) -> str:
 # sidecars
 
 
-def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict | None:
+def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict[str, Any] | None:
     """The sidecar of a shard file, in `folder` or else in param_map beside it; None if there is
     none of this very save.
 
@@ -131,7 +131,7 @@ def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict
     return None
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ def read_part(
 
     Raises RefusedError for shards of different saves, and for files of which nobody knows what lies
     in them."""
-    shards = []
+    shards: list[Shard] = []
     for path in paths:
         shard = read_shard(path, not shards, sidecar_folder, ema)
         shards.append(shards[0].with_same_model(shard) if shards else shard)
@@ -90,7 +90,8 @@ class Part:
 
     def weights(self) -> dict[str, Stored]:
         """The parameters and buffers by full name, in the order of the file."""
-        if self.is_whole:
+        metadata = self.metadata
+        if metadata is None or self.is_whole:
             if loose := [name for name in self.first.model if _is_flat(name)]:
                 raise RefusedError(
                     f"{self.first.path}: holds {shorten_names(loose)}, which its shard metadata "
@@ -99,11 +100,9 @@ class Part:
                 )
             return _without_repeated(self.first.model)
         buffers = {
-            name: self.first.model[name]
-            for name in self.first.model
-            if name in self.metadata.buffers
+            name: self.first.model[name] for name in self.first.model if name in metadata.buffers
         }
-        known = {flat.key for flat in self.metadata.flats} | self.metadata.buffers
+        known = {flat.key for flat in metadata.flats} | metadata.buffers
         for shard in self.shards:
             if _without_repeated(shard.model, known).keys() != known:
                 raise RefusedError(
@@ -114,12 +113,12 @@ class Part:
                 )
         result = {
             name: stored
-            for number, flat in enumerate(self.metadata.flats)
+            for number, flat in enumerate(metadata.flats)
             for name, stored in _cut(flat, self._chunks(flat), self._valid(number, flat))
         }
         shared = {
             other: result[name]
-            for name, other in self.metadata.shared
+            for name, other in metadata.shared
             if name in result and not other.endswith("output_projection.weight")
         }
         return {**result, **shared, **buffers}
@@ -130,9 +129,13 @@ class Part:
     def _valid(self, number: int, flat: Flat) -> list[int]:
         """How many elements of each chunk of a flat parameter are no padding."""
         sizes = [chunk.numel for chunk in self._chunks(flat)]
-        if any(shard.metadata is None or shard.metadata.paddings is None for shard in self.shards):
+        paddings = [
+            shard.metadata.paddings[number]
+            for shard in self.shards
+            if shard.metadata and shard.metadata.paddings is not None
+        ]
+        if len(paddings) < len(self.shards):
             return _filled(flat, sizes, self.first.path)
-        paddings = [shard.metadata.paddings[number] for shard in self.shards]
         valid = [size - padding for size, padding in zip(sizes, paddings, strict=True)]
         if min(paddings) < 0 or min(valid) < 0 or sum(valid) != flat.numel:
             raise RefusedError(
@@ -207,8 +210,8 @@ class Part:
         model's order, or in that of the metadata, if the sizes agree."""
         numbers = sorted(self.first.states)
         orders = [[key for key in self.first.model if key in flats], list(flats)]
-        if self.first.optimizer_index is not None:
-            orders = [[self.first.optimizer_index.get(number) for number in numbers]]
+        if (index := self.first.optimizer_index) is not None:
+            orders = [[index[number] for number in numbers if number in index]]
         for exactly in (True, False):
             for order in orders:
                 if len(order) == len(numbers) and all(
@@ -226,7 +229,7 @@ class Part:
     def _is_of(self, number: int, flat: Flat | None, exactly: bool) -> bool:
         if flat is None:
             return False
-        sizes = [shard.states[number][EXP_AVG].numel for shard in self.shards]
+        sizes: list[int] = [shard.states[number][EXP_AVG].numel for shard in self.shards]
         if exactly:
             return sizes == [
                 shard.model[flat.key].numel if flat.key in shard.model else flat.numel
@@ -239,8 +242,9 @@ class Part:
         scripts/reshard_fsdp.py): they are one after the other all the same, and the padding comes
         last."""
         sizes = [chunk.numel for chunk in chunks]
-        if not self.is_whole and sizes == [chunk.numel for chunk in self._chunks(flat)]:
-            return self._valid(self.metadata.flats.index(flat), flat)
+        metadata = None if self.is_whole else self.metadata
+        if metadata and sizes == [chunk.numel for chunk in self._chunks(flat)]:
+            return self._valid(metadata.flats.index(flat), flat)
         return _filled(flat, sizes, self.first.path)
 
 

@@ -9,12 +9,13 @@ are the model's own: there is no copy of them in more precision."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from parammap import families
 from parammap.checkpoint import owners
-from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.training_state import ParamGroup, TrainingState, as_number, steps_of
@@ -24,7 +25,7 @@ from parammap.frameworks.metaseq.files import Files, find, recognizes
 from parammap.frameworks.metaseq.metadata import borrowed, join
 from parammap.frameworks.metaseq.norms import without_copies
 from parammap.frameworks.metaseq.parts import Part, read_part
-from parammap.frameworks.metaseq.shard import Shard, fields_of, value_of
+from parammap.frameworks.metaseq.shard import Save, Shard, fields_of, value_of
 from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
@@ -62,13 +63,17 @@ def read(
         for number, paths in enumerate(files.parts)
     ]
     _check_ranks(files, parts)
-    found, rank_metadata, training_states, saves, left_out = [], {}, {}, [], []
+    found: list[TensorEntry] = []
+    rank_metadata: dict[Coordinates, dict[str, Any]] = {}
+    training_states: dict[Coordinates, TrainingState] = {}
+    saves: list[Save] = []
+    left_out: list[str] = []
     for number, part in enumerate(parts):
         saves.append(part.first.save)
         saves[0].check_same(saves[-1])
-        by_role, index, copies = _tensors(part, weights_only or ema)
+        by_role, numbers, copies = _tensors(part, weights_only or ema)
         found += _found(part, by_role)
-        rank_metadata[number, 0, 0] = _meta(part, by_role[MAIN_PARAM], index)
+        rank_metadata[number, 0, 0] = _meta(part, by_role[MAIN_PARAM], numbers)
         training_states[number, 0, 0] = _training_state(part)
         left_out += copies
     layout = Layout(tp=len(files.parts), etp=len(files.parts), dp=len(files.parts[0]))
@@ -129,7 +134,7 @@ def naming_of(source: Checkpoint) -> NameResolver:
     return _naming(source.layout, source.rank_metadata)
 
 
-def _naming(layout: Layout, rank_metadata: dict) -> NameResolver:
+def _naming(layout: Layout, rank_metadata: dict[Coordinates, dict[str, Any]]) -> NameResolver:
     meta = next(iter(rank_metadata.values()))
     heads = setting(meta, "decoder_attention_heads")
     shared = [
@@ -173,7 +178,7 @@ def _tensors(
     return by_role, index, left_out
 
 
-def _found(part: Part, by_role: dict[str, dict[str, Stored]]):
+def _found(part: Part, by_role: dict[str, dict[str, Stored]]) -> Iterator[TensorEntry]:
     buffers = part.metadata.buffers if part.metadata else ()
     for role, tensors in by_role.items():
         for name, stored in tensors.items():
@@ -190,7 +195,7 @@ def _found(part: Part, by_role: dict[str, dict[str, Stored]]):
 # what is no tensor
 
 
-def _meta(part: Part, weights: dict[str, Stored], index: dict[int, str]) -> dict:
+def _meta(part: Part, weights: dict[str, Stored], index: dict[int, str]) -> dict[str, Any]:
     meta = {**part.first.rest, "optimizer_index": index}
     if part.metadata:
         meta["shard_metadata"] = _current(part.metadata.raw, weights)
@@ -201,19 +206,23 @@ def _training_state(part: Part) -> TrainingState:
     saved = part.first.rest.get("last_optimizer_state") or {}
     history = part.first.rest.get("optimizer_history") or [{}]
     states = (saved.get("state") or {}).values()
-    counted = {as_number(state.get("step")) for state in states if isinstance(state, dict)}
+    counted = {
+        number
+        for state in states
+        if isinstance(state, dict) and (number := as_number(state.get("step"))) is not None
+    }
     groups = tuple(map(ParamGroup.of, saved.get("param_groups", ())))
     return TrainingState(
         iteration=part.first.num_updates,
         groups=groups,
-        steps=tuple(sorted(counted.union(steps_of(groups)) - {None})),
+        steps=tuple(sorted(counted.union(steps_of(groups)))),
         loss_scale=as_number(saved.get("loss_scale")),
         optimizer=history[-1].get("optimizer_name"),
         random_state=(part.first.rest.get("extra_state") or {}).get("rng_tracker_states"),
     )
 
 
-def _current(raw: dict, weights: dict[str, Stored]) -> dict | None:
+def _current(raw: dict[str, Any], weights: dict[str, Stored]) -> dict[str, Any] | None:
     """Shard metadata with the shapes that the tensors have: a tool left behind those of another
     number of parts (metaseq, scripts/reshard_mp.py). None if it names tensors that are not
     there."""
@@ -234,7 +243,7 @@ def _current(raw: dict, weights: dict[str, Stored]) -> dict | None:
     return {**raw, "param_metadata": entries}
 
 
-def setting(meta: dict, name: str) -> Any:
+def setting(meta: dict[str, Any], name: str) -> Any:
     """A setting of the model: of `cfg.model` (a dict, an argparse.Namespace or omegaconf's), or of
     `args`; None if neither has it."""
     for tree in (fields_of(meta.get("cfg")).get("model"), meta.get("args")):

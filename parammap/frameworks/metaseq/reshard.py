@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -86,17 +87,13 @@ def _part(
     for held in _fused(first) if parts > 1 else first:
         shape = _local(source, held, naming, parts)
         there = arranged(held.kind, shape, parts, part, naming.sizes)
+        tensors = [
+            known[held.found.role, atom_name(held.canonical, held.kind, one.name)] for one in there
+        ]
         shards = tuple(
-            Shard(
-                known[held.found.role, atom_name(held.canonical, held.kind, one.name)],
-                one.region,
-                one.view,
-            )
-            for one in there
+            Shard(tensor, one.region, one.view) for tensor, one in zip(tensors, there, strict=True)
         )
-        found = replace(
-            held.found, place=Place(part), stored=Stored(shards[0].tensor.dtype, shape, ())
-        )
+        found = replace(held.found, place=Place(part), stored=Stored(tensors[0].dtype, shape, ()))
         yield StoredTensor(found, held.canonical, held.row, held.kind, shards)
 
 
@@ -121,6 +118,7 @@ def _fused(first: list[StoredTensor]) -> Iterator[StoredTensor]:
                 families.find(name, families.METASEQ),
                 replace(held.found, name=name, stored=stored),
             )
+            assert row is not None, name  # _part refuses names that no row has
             yield StoredTensor(found, row.canonical.format(i=held.layer), row, KVQ, ())
 
 
@@ -135,6 +133,7 @@ def _local(
     source: Checkpoint, held: StoredTensor, naming: NameResolver, parts: int
 ) -> tuple[int, ...]:
     there, shape = source.layout.tp, held.found.stored.shape
+    assert held.kind is not None, held.found.name  # _part refuses what nobody knows how to cut
     whole = whole_shape(held.kind, shape, there)
     if held.kind == KVQ and naming.sizes.heads is None and there % parts == 0:
         return (whole[0] // parts, *whole[1:])  # whole parts come together
@@ -154,7 +153,9 @@ def _local(
 # what is no tensor
 
 
-def _meta(meta: dict, part: int, parts: int, shapes: dict[str, tuple[int, ...]]) -> dict:
+def _meta(
+    meta: dict[str, Any], part: int, parts: int, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """Part `part`'s file but its model, for a run of `parts` parts whose tensors have these
     shapes."""
     meta = {**meta, "cfg": with_parts(meta.get("cfg"), parts, part)}
@@ -173,7 +174,7 @@ def _meta(meta: dict, part: int, parts: int, shapes: dict[str, tuple[int, ...]])
     return meta
 
 
-def _param(path: str, param: dict, shapes: dict[str, tuple[int, ...]]) -> dict:
+def _param(path: str, param: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     names = list(
         dict.fromkeys(
             name if join(path, name) in shapes else fused_name(name) for name in param["names"]

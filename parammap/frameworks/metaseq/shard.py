@@ -27,8 +27,8 @@ class Shard:
     metadata: ShardMetadata | None
     optimizer_index: dict[int, str] | None
     num_updates: int | None
-    sidecar: dict | None
-    rest: dict = field(default_factory=dict)
+    sidecar: dict[str, Any] | None
+    rest: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
     parts: int | None = None
 
@@ -42,16 +42,15 @@ class Shard:
         Raises RefusedError if they are of different saves.
         """
         self.save.check_same(other.save)
-        if (self.metadata is None) != (other.metadata is None) or (
-            self.metadata and not self.metadata.same_model(other.metadata)
-        ):
+        mine, theirs = self.metadata, other.metadata
+        if (mine is None) != (theirs is None) or (mine and theirs and not mine.same_model(theirs)):
             raise RefusedError(
                 f"{other.path}: its shard metadata is of another model than {self.path.name}'s; "
                 f"copy the "
                 "checkpoint again"
             )
-        if self.metadata:
-            other.metadata = replace(self.metadata, paddings=other.metadata.paddings)
+        if mine and theirs:
+            other.metadata = replace(mine, paddings=theirs.paddings)
         return other
 
 
@@ -132,7 +131,7 @@ def read_shard(path: Path, is_first: bool, sidecar_folder: Path | None, ema: boo
     return Shard(path, model, states, own or said, index, num_updates, sidecar, rest, rank, parts)
 
 
-def fields_of(tree: Any) -> dict:
+def fields_of(tree: Any) -> dict[str, Any]:
     """The fields of an object; of omegaconf's containers (omegaconf 2, base.Container) the
     content."""
     fields = tree if isinstance(tree, dict) else tree.attributes if isinstance(tree, Opaque) else {}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import StoredTensor
@@ -105,7 +106,9 @@ def output(target: Checkpoint, options: Options) -> Output:
         part = _Part(target, rank[0], options)
         files += part.shard_files() if options.form == FLAT else part.whole_file()
     converted = [
-        (target.rank_folders[file.place.tp, 0, 0], file.path) for file in files if file.tensors
+        (target.rank_folders[file.place.tp, 0, 0], file.path)
+        for file in files
+        if file.tensors and file.place
     ]
     if twice := [path for path, times in Counter(file.path for file in files).items() if times > 1]:
         raise RefusedError(
@@ -127,10 +130,10 @@ class _Part:
                 self.held.setdefault(held.found.role, {})[held.found.name] = held
         self.shards = options.shards or target.layout.dp
         self.optimizer = target.with_optimizer and bool(self.meta.get("last_optimizer_state"))
-        self.metadata = self.meta.get("shard_metadata") or (
-            _usual_metadata(self) if options.form == FLAT else None
+        self.metadata: dict[str, Any] = self.meta.get("shard_metadata") or (
+            _usual_metadata(self) if options.form == FLAT else {}
         )
-        self.modules = self.metadata["param_metadata"] if self.metadata else []
+        self.modules = self.metadata.get("param_metadata", [])
         self.flats = [
             Flat(
                 join(entry["fsdp_path"], flat),
@@ -154,8 +157,9 @@ class _Part:
         for name, held in sorted(
             self.held[MAIN_PARAM].items(), key=lambda item: self._is_buffer(item[0])
         ):
+            dtype = held.found.stored.dtype
             for own, parts, shape in self._tensors(name, held):
-                model[own] = self._want(own, shape, parts, wanted)
+                model[own] = self._want(own, shape, dtype, parts, wanted)
         model |= {other: model[name] for name, other in self._shared()}
         tree = {"model": model}
         if self.options.form == WHOLE and self.metadata:
@@ -181,7 +185,7 @@ class _Part:
             yield name, held.parts, shape
 
     def _is_buffer(self, name: str) -> bool:
-        return bool(self.metadata) and name in self.metadata["buffer_names"]
+        return name in self.metadata.get("buffer_names", ())
 
     def _shared(self) -> Iterator[tuple[str, str]]:
         """(name, another name of the same parameter), but the head that a singleton does
@@ -210,7 +214,7 @@ class _Part:
     def _check_flats(self) -> None:
         """Each tensor must be in one flat parameter, or a buffer."""
         times = Counter(name for flat in self.flats for name in flat.names)
-        there, buffers = self.held[MAIN_PARAM].keys(), set(self.metadata["buffer_names"])
+        there, buffers = self.held[MAIN_PARAM].keys(), set(self.metadata.get("buffer_names", ()))
         for wrong, what in (
             (times.keys() - there, "are in its shard metadata and not in its files"),
             ({name for name in times if times[name] > 1}, "would be in several flat parameters"),
@@ -232,7 +236,11 @@ class _Part:
             }
             model |= {
                 held.found.name: self._want(
-                    held.found.name, held.found.stored.shape, held.parts, wanted
+                    held.found.name,
+                    held.found.stored.shape,
+                    held.found.stored.dtype,
+                    held.parts,
+                    wanted,
                 )
                 for held in buffers
             }
@@ -263,7 +271,8 @@ class _Part:
             position += held.found.stored.numel
         if padding:
             parts.append(gap(1, padding).at("", (high - low) * ITEMSIZE["float32"]))
-        return self._want(flat.key, (chunk,), tuple(parts), wanted, role, self._dtype(flat, role))
+        dtype = self._dtype(flat, role)
+        return self._want(flat.key, (chunk,), dtype, tuple(parts), wanted, role)
 
     def _dtype(self, flat: Flat, role: str) -> str:
         dtypes = sorted({self.held[role][name].found.stored.dtype for name in flat.names})
@@ -275,7 +284,7 @@ class _Part:
             )
         return dtypes[0]
 
-    def _metadata_of(self, shards: int, shard: int) -> dict:
+    def _metadata_of(self, shards: int, shard: int) -> dict[str, Any]:
         """The shard metadata that this shard has, of `shards`; only padding differs between
         shards."""
         padding = {flat.key: flat.padding(shards, shard) for flat in self.flats}
@@ -292,7 +301,9 @@ class _Part:
         ]
         return {**self.metadata, "param_metadata": entries}
 
-    def _optimizer(self, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]) -> dict:
+    def _optimizer(
+        self, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]
+    ) -> dict[str, Any]:
         """The optimizer's state dict: each flat parameter's states cut as it is, everything else as
         it was."""
         by_key, saved = {flat.key: flat for flat in self.flats}, self.meta["last_optimizer_state"]
@@ -330,15 +341,14 @@ class _Part:
         self,
         name: str,
         shape: tuple[int, ...],
+        dtype: str,
         parts: tuple[Shard, ...],
         wanted: dict[TensorSpec, Wanted],
         role: str = MAIN_PARAM,
-        dtype: str | None = None,
     ) -> TensorSpec:
-        own = dtype or parts[0].tensor.dtype
         spec = TensorSpec(
             name if role == MAIN_PARAM else f"{role}.{name}",
-            (role == MAIN_PARAM and self.options.dtype) or own,
+            (role == MAIN_PARAM and self.options.dtype) or dtype,
             shape,
         )
         wanted[spec] = Wanted(spec, parts)
@@ -348,7 +358,9 @@ class _Part:
         name = self.options.name or NAMES[self.options.form]
         return name.format(part=self.part, shard=shard, updates=self.target.iteration or "last")
 
-    def _file(self, path: str, tree: dict, wanted: dict[TensorSpec, Wanted]) -> WantedFile:
+    def _file(
+        self, path: str, tree: dict[str, Any], wanted: dict[TensorSpec, Wanted]
+    ) -> WantedFile:
         frame = torch_zip.frame(tree, PurePath(path).name)
         tensors = tuple(
             wanted[leaf]
@@ -358,7 +370,7 @@ class _Part:
         )
         return WantedFile(path, tuple(frame.segments), tensors, Place(self.part))
 
-    def _rest(self) -> dict:
+    def _rest(self) -> dict[str, Any]:
         """What a file holds beside the model and its optimizer."""
         rest = {key: value for key, value in self.meta.items() if key not in _OWN}
         if self.options.form == SINGLETON:
@@ -369,7 +381,7 @@ class _Part:
             rest["extra_state"] = {**rest["extra_state"], "train_iterator": None}
         return rest
 
-    def _sidecar(self, path: PurePath, shard: int, tree: dict) -> Iterator[WantedFile]:
+    def _sidecar(self, path: PurePath, shard: int, tree: dict[str, Any]) -> Iterator[WantedFile]:
         """What patches/metaseq_param_map.patch would have written beside the shard
         (hooks/metaseq_param_map.py)."""
         state = tree.get("last_optimizer_state", {}).get("state", {})
@@ -402,7 +414,7 @@ class _Part:
             )
 
 
-def _usual_metadata(part: _Part) -> dict:
+def _usual_metadata(part: _Part) -> dict[str, Any]:
     """How metaseq wraps a model (models/transformer_decoder.py, fsdp_wrap of each layer and of the
     whole), for a source that was saved without: the root's parameters, then each layer's."""
     modules: dict[str, list[StoredTensor]] = {"": []}
@@ -441,7 +453,9 @@ def _usual_metadata(part: _Part) -> dict:
 def _with_arch(cfg: object, arch: str) -> object:
     """A configuration whose model is of another architecture (metaseq, dataclass/utils.py: `_name`
     of its group)."""
-    model = cfg.get("model") if isinstance(cfg, dict) else None
+    if not isinstance(cfg, dict):
+        return cfg
+    model = cfg.get("model")
     if not isinstance(model, Opaque) or not isinstance(model.state, dict):
         return cfg
     state = {**model.state, "_name": arch, "arch": arch}
