@@ -34,7 +34,7 @@ _NAMES = {
 }
 
 
-def find_config(folder: Path, given: Path | None = None) -> dict:
+def find_config(folder: Path, given: Path | None = None) -> dict[str, Any]:
     """The config.json given (or in the folder given), else the one in the checkpoint's folder, else
     its parent's; {} if there is none. Raises RefusedError for one that is missing, damaged, or of
     another model than GPT-2."""
@@ -46,7 +46,7 @@ def find_config(folder: Path, given: Path | None = None) -> dict:
     return read_config(path) if path else {}
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, Any]:
     """A GPT-2's config.json."""
     try:
         config = json.loads(path.read_text())
@@ -61,7 +61,7 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def said(config: dict, args: dict) -> dict[str, Any]:
+def said(config: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     """What is recorded, by our names; the configuration's word before the arguments'. Megatron-LM's
     `vocab_size` is what its reader takes it for."""
     sources = config, {**args, "vocab_size": Facts(None, args).sizes().vocab}
@@ -69,7 +69,7 @@ def said(config: dict, args: dict) -> dict[str, Any]:
     return {field: value for field, value in found.items() if value is not None}
 
 
-def _first(names: tuple[str, ...], *sources: dict) -> Any:
+def _first(names: tuple[str, ...], *sources: dict[str, Any]) -> Any:
     return next(
         (source[name] for source in sources for name in names if source.get(name) is not None), None
     )
@@ -83,7 +83,9 @@ def of(checkpoint: Checkpoint) -> Architecture:
     return from_tensors(checkpoint, said(config, args_of(meta)), config)
 
 
-def from_tensors(checkpoint: Checkpoint, known: dict[str, Any], config: dict) -> Architecture:
+def from_tensors(
+    checkpoint: Checkpoint, known: dict[str, Any], config: dict[str, Any]
+) -> Architecture:
     """A GPT-2 whose sizes are those of its tensors; `known` says what tensors do not."""
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.index.tensors(MAIN_PARAM)}
     has_head = "output.weight" in shapes

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ class Rank:
 
     path: Path
     place: Place
-    content: dict
+    content: dict[str, Any]
     names: dict[str, Stored]
     tied: dict[str, Stored]
     buffers: list[str]
@@ -95,7 +96,7 @@ class Rank:
             if stored.extents not in there
         )
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
         return {
             key: value for key, value in self.content.items() if key not in ("model", "optimizer")
         }
@@ -176,7 +177,7 @@ def _layout(files: Files) -> Layout:
     return Layout(tp=tp, pp=pp, etp=tp, dp=max(map(len, files.optimizers.values()), default=1))
 
 
-def _iteration(content: dict) -> int:
+def _iteration(content: dict[str, Any]) -> int:
     """The iteration of a folder whose name does not tell; 0 for the tools' files, which have
     none."""
     number = content.get("iteration")
@@ -192,7 +193,9 @@ class _Words:
     whole: bool
 
     @classmethod
-    def of(cls, ranks: list[Rank], layout: Layout, config: dict, args: dict) -> _Words:
+    def of(
+        cls, ranks: list[Rank], layout: Layout, config: dict[str, Any], args: dict[str, Any]
+    ) -> _Words:
         """By the table's rows: as many as the model is built with are the whole table; else each
         rank has its share, as the tools write it, unless the run's arguments say otherwise."""
         found = [
@@ -231,7 +234,7 @@ class _Naming:
 
     def hold(self, found: TensorEntry) -> StoredTensor:
         row = families.find(found.name, self.naming.dialect)
-        if self.whole_words and row.arrangement == VOCAB:
+        if self.whole_words and row and row.arrangement == VOCAB:
             one = replace(self.naming, layout=replace(self.naming.layout, tp=1))
             return replace(one.hold(replace(found, place=replace(found.place, tp=0))), found=found)
         return self.naming.hold(found)
@@ -258,12 +261,13 @@ def _optimizer(
             for role, name, stored in parts[rank.place].parameters()
         ]
         return found, _groups(parts[ranks[0].place].base), []
-    saved = [rank.content.get("optimizer") for rank in ranks]
+    saved: list[Any] = [rank.content.get("optimizer") for rank in ranks]
     per_rank = [
-        zero.in_model_file(optimizer, {**rank.tied, **rank.names})
+        own
         for optimizer, rank in zip(saved, ranks, strict=True)
+        if (own := zero.in_model_file(optimizer, {**rank.tied, **rank.names})) is not None
     ]
-    if None in per_rank:
+    if len(per_rank) < len(ranks):
         notes = [
             f"{files.folder}: its optimizer's state is of a kind that cannot be read; the weights "
             f"go alone"
@@ -277,7 +281,7 @@ def _optimizer(
     return found, _groups(saved[0]), []
 
 
-def _groups(state: dict) -> tuple[ParamGroup, ...]:
+def _groups(state: zero.AdamState) -> tuple[ParamGroup, ...]:
     step = zero.steps(state)
     taken = {} if step is None else {"step": step}
     return tuple(ParamGroup.of({**group, **taken}) for group in state["param_groups"])
@@ -293,7 +297,7 @@ def _training_state(rank: Rank, iteration: int, groups: tuple[ParamGroup, ...]) 
     )
 
 
-def _check_complete(folder: Path, index: Index, dialect: str, known: dict) -> None:
+def _check_complete(folder: Path, index: Index, dialect: str, known: dict[str, Any]) -> None:
     """Every tensor of GPT-2 must be there, whole, and the sizes must be those of the
     configuration."""
     layers = index.num_layers()

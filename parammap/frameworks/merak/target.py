@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePath
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.architecture import GPT2, Architecture
@@ -137,7 +138,7 @@ class _Writer:
                 "as many of each; the two models are of different architectures"
             )
         for what, count in (("attention heads", model.heads), ("columns of the MLP", model.ffn)):
-            if count % self.tp:
+            if count is not None and count % self.tp:
                 raise RefusedError(
                     f"{folder}: --tp {self.tp} does not divide its {count} {what}; choose a tp "
                     f"that does"
@@ -218,7 +219,7 @@ class _Writer:
             name=prefix + name,
         )
 
-    def _args(self) -> dict:
+    def _args(self) -> dict[str, Any]:
         """The arguments saved with the source; those of another framework only as far as Merak can
         load them without it."""
         args = self.target.common_metadata.get("args")

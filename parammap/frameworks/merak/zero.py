@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypedDict
 
 from parammap.errors import RefusedError
 from parammap.formats import torch_legacy
@@ -33,6 +34,22 @@ _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 #: (role, the model's name of the parameter, where it lies)
 State = tuple[str, str, Stored]
+
+
+class AdamState(TypedDict):
+    """torch.optim's state dict of an Adam: the state of each parameter by its number, the groups
+    of parameters."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+class PartitionState(TypedDict):
+    """A rank's `optimizer_state_dict`: the partitions by group and interval, and the optimizer that
+    steps them."""
+
+    local_sub_partitions_of_fp32_groups: list[list[Stored]]
+    base_optimizer_state: AdamState
 
 
 class Partitions:
@@ -55,10 +72,12 @@ class Partitions:
                     f"different "
                     "runs"
                 )
-        self.states = [content["optimizer_state_dict"] for content in self.contents]
+        self.states: list[PartitionState] = [
+            content["optimizer_state_dict"] for content in self.contents
+        ]
 
     @property
-    def base(self) -> dict:
+    def base(self) -> AdamState:
         """The state dict of the optimizer that steps the partitions, of the first rank."""
         return self.states[0]["base_optimizer_state"]
 
@@ -84,7 +103,7 @@ class Partitions:
             )
         return [parts[interval] for interval in range(len(by_rank[0])) for parts in by_rank]
 
-    def _partitions(self, state: dict, role: str, group: int, path: Path) -> list[Stored]:
+    def _partitions(self, state: PartitionState, role: str, group: int, path: Path) -> list[Stored]:
         if role == MAIN_PARAM:
             return state["local_sub_partitions_of_fp32_groups"][group]
         base = state["base_optimizer_state"]
@@ -183,7 +202,7 @@ def _groups(names: list[str]) -> tuple[list[str], list[str]]:
     return [name for name in left if name not in without], without
 
 
-def steps(state: dict) -> int | None:
+def steps(state: AdamState) -> int | None:
     """The steps that the optimizer has taken; None if it has no state. Words to which the head of
     their own stage is tied are among its parameters twice, and so are stepped twice."""
     counts = [
