@@ -116,11 +116,11 @@ def read(
         sidecar=sidecar,
     )
     if sidecar and checkpoint.with_optimizer:
-        _check_states(checkpoint, meta_folder)
+        _check_states(checkpoint, sidecar, meta_folder)
     return checkpoint
 
 
-def _check_states(source: Checkpoint, meta_folder: Path) -> None:
+def _check_states(source: Checkpoint, sidecar: Sidecar, meta_folder: Path) -> None:
     """Refuse a sidecar that describes other parameters of a rank than those whose moments its file
     holds."""
     naming = megatron_naming(source, structures_of(source))
@@ -141,7 +141,7 @@ def _check_states(source: Checkpoint, meta_folder: Path) -> None:
                     Stored(slot.dtype, slot.shape, ()),
                 )
             )
-            for chunk, slot in source.sidecar.slots(rank)
+            for chunk, slot in sidecar.slots(rank)
         }
         if lacking := sorted(there - said - tables):
             raise RefusedError(

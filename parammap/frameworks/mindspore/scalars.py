@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from parammap.checkpoint.training_state import Number, TrainingState, as_number
 from parammap.errors import RefusedError
@@ -83,21 +84,22 @@ def _group_value(scalars: Scalars, name: str, value: object) -> None:
 
 
 def _scheduler_value(scalars: Scalars, key: str, value: object) -> None:
+    number = as_number(value)
     if key in _STYLES:
         if value not in _STYLES[key]:
             raise RefusedError(
                 f"opt_param_scheduler: {key} {value!r} is none of {', '.join(_STYLES[key])}"
             )
         scalars.int64(key, _STYLES[key].index(value))
-    elif as_number(value) is None:
+    elif number is None:
         scalars.left_out[key] = f"{value!r} is no number"
     elif key in _INTEGERS:
-        scalars.int64(key, as_number(value))
+        scalars.int64(key, number)
     else:
-        scalars.float64(key, float(value))
+        scalars.float64(key, float(number))
 
 
-def updated(meta: dict, scalars: dict[str, float]) -> dict:
+def updated(meta: dict[str, Any], scalars: dict[str, float]) -> dict[str, Any]:
     """A copy of `meta` in which what MindSpore counted on is as its scalars say: step, iteration,
     rates, schedule.
 
@@ -115,7 +117,7 @@ def updated(meta: dict, scalars: dict[str, float]) -> dict:
     return result
 
 
-def _count_samples(result: dict, now: dict, before: dict) -> None:
+def _count_samples(result: dict[str, Any], now: dict[str, Any], before: dict[str, Any]) -> None:
     """Add the samples trained on since (Megatron-LM's scheduler counts samples as its steps) to
     args."""
     args, since = result.get("args"), now.get("num_steps", 0) - before.get("num_steps", 0)
@@ -154,11 +156,13 @@ def _updated_groups(optimizer: object, scalars: dict[str, float], numbers: Itera
 
 
 def _updated(key: str, name: str, value: object, scalars: dict[str, float]) -> object:
-    if name not in scalars or not (isinstance(value, (bool, int, float)) or key in _STYLES):
+    if name not in scalars:
         return value
     there = scalars[name]
     if key in _STYLES:
         return _STYLES[key][int(there)]
+    if not isinstance(value, (bool, int, float)):
+        return value
     if there == value or (key in _INTEGERS and there == int(value)):
         return value
     return type(value)(there)

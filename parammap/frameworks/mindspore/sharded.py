@@ -17,11 +17,12 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from parammap.checkpoint.sidecar import Bucket, Buffer, Slot
+from parammap.checkpoint.sidecar import Bucket, Slot
 from parammap.errors import RefusedError
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.name_list import shorten_names
@@ -38,6 +39,17 @@ _SHARD = re.compile(r"(?:exp_avg\.|exp_avg_sq\.)?buffer_\d+_bucket_\d+$")
 _MAX_GAP_BYTES = 512 + 32 - 1
 #: scalars that count steps: files in which they differ are of different moments
 _COUNTERS = ("state_step", "step_num", "epoch_num", "global_step")
+#: what each rank's file has by one name
+_Entries = Sequence[Stored | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A flat buffer; `param_dtype` is None where no parameter lies in it."""
+
+    param_dtype: str | None
+    buckets: tuple[Bucket, ...]
+    slots: tuple[Slot, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,7 @@ def whole(file: Path, entries: dict[str, Stored]) -> dict[str, Stored]:
     `combined` does."""
     if not any(map(_SHARD.match, entries)):
         return entries
-    root, rank = file.parent.parent, int(_RANK_FOLDER.match(file.parent.name).group(1))
+    root, rank = file.parent.parent, int(file.parent.name.removeprefix("rank_"))
     path = strategy_files(root / STRATEGY_FOLDER).get(rank)
     if path is None:
         raise RefusedError(
@@ -141,7 +153,7 @@ def combined(
     contents = [BY_SUFFIX[path.suffix].entries(path) for path in files.values()]
     paths = list(files.values())
     _check_same_step(paths, contents)
-    shards = {name: [content.get(name) for content in contents] for name in _expected(strategy)}
+    shards: dict[str, _Entries] = {n: [c.get(n) for c in contents] for n in _expected(strategy)}
     states = dict(_bucket_states(strategy, paths, shards, prefixes))
     for name in strategy.zero3:
         if not name.startswith(tuple(set(PREFIXES) - set(prefixes))):
@@ -168,7 +180,7 @@ def combined(
     )
 
 
-def _check_same_step(paths: list[Path], contents: list[dict]) -> None:
+def _check_same_step(paths: list[Path], contents: list[Mapping[str, Stored | str]]) -> None:
     for name in _COUNTERS:
         values = [
             _content(entry) if isinstance(entry := content.get(name), Stored) else None
@@ -178,8 +190,7 @@ def _check_same_step(paths: list[Path], contents: list[dict]) -> None:
             if value != values[0]:
                 raise RefusedError(
                     f"{path}: its {name} is not that of {paths[0]}; the newest files of these "
-                    f"ranks are "
-                    "of different saves: remove what an interrupted save left"
+                    f"ranks are of different saves: remove what an interrupted save left"
                 )
 
 
@@ -201,30 +212,33 @@ def _check_no_shard_left(strategy: Strategy, path: Path, rest: dict[str, Stored 
     if left:
         raise RefusedError(
             f"{path}: holds {shorten_names(left)}, of which {strategy.file} says nothing; they are "
-            f"of "
-            "different runs"
+            f"of different runs"
         )
 
 
 def _bucket_states(
-    strategy: Strategy, paths: list[Path], shards: dict[str, list], prefixes: tuple[str, ...]
+    strategy: Strategy, paths: list[Path], shards: dict[str, _Entries], prefixes: tuple[str, ...]
 ) -> Iterator[tuple[str, Stored]]:
     """The states of every parameter that lies in a bucket, parameter by parameter."""
     for b, buffer in enumerate(strategy.buffers):
-        for k, bucket in enumerate(buffer.buckets):
-            for prefix in prefixes:
-                _check_shards(strategy, paths, f"{prefix}buffer_{b}_bucket_{k}", shards, bucket)
+        checked = {
+            name: _checked(strategy, paths, name, shards[name], bucket)
+            for k, bucket in enumerate(buffer.buckets)
+            for prefix in prefixes
+            for name in [f"{prefix}buffer_{b}_bucket_{k}"]
+        }
         for slot in buffer.slots:
             for prefix in prefixes:
-                whole = shards[f"{prefix}buffer_{b}_bucket_{slot.bucket}"]
+                whole = checked[f"{prefix}buffer_{b}_bucket_{slot.bucket}"]
                 yield prefix + slot.name, _cut_out(slot, whole, buffer.buckets[slot.bucket])
 
 
-def _check_shards(
-    strategy: Strategy, paths: list[Path], name: str, shards: dict[str, list], bucket: Bucket
-) -> None:
-    size = (bucket.end - bucket.start) // len(paths)
-    for path, shard in zip(paths, shards[name], strict=True):
+def _checked(
+    strategy: Strategy, paths: list[Path], name: str, entries: _Entries, bucket: Bucket
+) -> list[Stored]:
+    """The ranks' parts of a bucket. Raises RefusedError for one that is missing or is none."""
+    size, shards = (bucket.end - bucket.start) // len(paths), []
+    for path, shard in zip(paths, entries, strict=True):
         if not isinstance(shard, Stored):
             raise RefusedError(
                 f"{path}: has no {name}, which {strategy.file} asks for; it is of another run, or "
@@ -234,9 +248,10 @@ def _check_shards(
         if shard.shape != (size,) or shard.dtype != "float32":
             raise RefusedError(
                 f"{path}: {name} is {shard.dtype} {list(shard.shape)} and not float32 [{size}], a "
-                f"part of {len(paths)} of the bucket in {strategy.file}; they are of different "
-                f"runs"
+                f"part of {len(paths)} of the bucket in {strategy.file}; they are of different runs"
             )
+        shards.append(shard)
+    return shards
 
 
 def _cut_out(slot: Slot, shards: list[Stored], bucket: Bucket) -> Stored:
@@ -261,18 +276,19 @@ def _run(stored: Stored, low: int, high: int) -> Iterator[Extent]:
         position += extent.nbytes
 
 
-def _stacked(name: str, paths: list[Path], parts: list) -> Stored:
+def _stacked(name: str, paths: list[Path], entries: _Entries) -> Stored:
     """A ZeRO-3 tensor from the ranks' parts of its dim 0."""
-    for path, part in zip(paths, parts, strict=True):
+    parts: list[Stored] = []
+    for path, part in zip(paths, entries, strict=True):
         if not isinstance(part, Stored) or not part.shape:
             raise RefusedError(
                 f"{path}: has no part of the ZeRO-3 parameter {name}; it is of another run"
             )
+        parts.append(part)
         if (part.dtype, part.shape) != (parts[0].dtype, parts[0].shape):
             raise RefusedError(
                 f"{path}: its part of {name} is {part.dtype} {list(part.shape)}, that of "
-                f"{paths[0]} "
-                f"{parts[0].dtype} {list(parts[0].shape)}; they are of different runs"
+                f"{paths[0]} {parts[0].dtype} {list(parts[0].shape)}; they are of different runs"
             )
     rows, *rest = parts[0].shape
     return Stored(
@@ -294,8 +310,7 @@ def read_strategy(path: Path, rank: int) -> Strategy:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise RefusedError(
             f"{path}: no description of a distributed optimizer's shards, or damaged ({error!r}); "
-            f"take "
-            "the one that the training run wrote"
+            f"take the one that the training run wrote"
         ) from error
     if rank not in ranks or len(set(ranks)) != len(ranks):
         raise RefusedError(
@@ -309,7 +324,7 @@ def read_strategy(path: Path, rank: int) -> Strategy:
     return Strategy(path, ranks, buffers, zero3)
 
 
-def _buffer(data: dict, number: int) -> Buffer:
+def _buffer(data: dict[str, Any], number: int) -> Buffer:
     """Raises ValueError, KeyError or TypeError where the entries are not as r0.1.0 writes them."""
     info = data["buffer_info"][str(number)]
     buckets, start = [], 0
@@ -339,9 +354,7 @@ def _buffer(data: dict, number: int) -> Buffer:
                 )
             )
     return Buffer(
-        chunk=0,
         param_dtype=slots[0].dtype if slots else None,
-        grad_dtype=None,
         buckets=tuple(buckets),
         slots=tuple(slots),
     )
@@ -361,8 +374,7 @@ def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:
             if not fits or slot.end - slot.start != math.prod(slot.shape):
                 raise RefusedError(
                     f"{where}: {slot.name} {list(slot.shape)} cannot lie at elements {slot.start} "
-                    f"to "
-                    f"{slot.end} of bucket {k}; the file is damaged"
+                    f"to {slot.end} of bucket {k}; the file is damaged"
                 )
             if slot.end > saved:
                 raise RefusedError(
@@ -381,9 +393,8 @@ def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:
 
 
 def _check_gap(where: str, start: int, end: int, buffer: Buffer) -> None:
-    if (end - start) * ITEMSIZE.get(buffer.param_dtype, 4) > _MAX_GAP_BYTES:
+    if (end - start) * ITEMSIZE.get(buffer.param_dtype or "float32", 4) > _MAX_GAP_BYTES:
         raise RefusedError(
             f"{where}: elements {start} to {end} belong to no parameter, which is more than "
-            f"alignment "
-            "leaves free; a parameter is missing in the file"
+            f"alignment leaves free; a parameter is missing in the file"
         )

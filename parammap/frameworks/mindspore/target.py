@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import completeness, extra_states
@@ -24,7 +25,7 @@ from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.frameworks.mindspore.scalars import Scalars, scalars_of
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile
-from parammap.tensors.layout import Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, TensorSpec
 
 NAMES = ("mindspore", "megatron")
@@ -64,21 +65,26 @@ def output(source: Checkpoint, options: Options) -> Output:
     check_recorded(source, options.transformer_impl)
     _check_names(source, options)
     _check_roles(source, options)
-    options = replace(options, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp)
-    if options.dp % source.layout.ep:
+    numbered = replace(
+        source.layout, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp
+    )
+    if numbered.dp % numbered.ep:
         raise RefusedError(
-            f"{source.folder}: dp {options.dp} is no multiple of its expert parallel size "
-            f"{source.layout.ep}"
+            f"{source.folder}: dp {numbered.dp} is no multiple of its expert parallel size "
+            f"{numbered.ep}"
         )
     namer = _Namer(source, options)
     states = _states_by_rank(source)
-    files, converted, links, left_out = [], [], [], {}
+    files: list[WantedFile] = []
+    converted: list[tuple[Path, str]] = []
+    links: list[tuple[str, str]] = []
+    left_out: dict[str, str] = {}
     for rank, folder in source.rank_folders.items():
         scalars = scalars_of(source.training_states[rank], source.iteration)
         left_out |= scalars.left_out
-        files.append(_rank_file(source, rank, options, namer, states, scalars))
+        files.append(_rank_file(source, numbered, rank, options, namer, states, scalars))
         converted.append((folder, files[-1].path))
-        links += _links(source, rank, options)
+        links += _links(numbered, rank, options)
     files += list(_meta_files(source))
     return Output(
         files,
@@ -137,6 +143,7 @@ class _Namer:
         layer, expert = held.layer, families.expert_of(held.found.name)
         if self.options.names == "megatron":
             return families.renumber(held.found.name, layer, None)
+        assert held.row is not None, held.found.name  # _check_names
         names = families.names_of(held.row.canonical, families.MINDSPORE)
         name = names[self.which].format(i=layer, e=expert)
         parts = families.renumber(held.found.name, layer, None).split(".")
@@ -148,6 +155,7 @@ class _Namer:
 
 def _rank_file(
     source: Checkpoint,
+    numbered: Layout,
     rank: Coordinates,
     options: Options,
     namer: _Namer,
@@ -167,7 +175,7 @@ def _rank_file(
     ]
     tensors += [Wanted(spec) for spec in scalars.specs]
     _check_unique(source.rank_folders[rank], tensors)
-    path = f"rank_{_number(source, rank, options)}/{options.file_prefix}.{options.format}"
+    path = f"rank_{_number(numbered, rank)}/{options.file_prefix}.{options.format}"
     return WantedFile(
         path,
         tuple(FORMATS[options.format].frame([w.spec for w in tensors])),
@@ -215,24 +223,21 @@ def _check_unique(folder: Path, tensors: list[Wanted]) -> None:
         seen.add(wanted.spec.name)
 
 
-def _number(
-    source: Checkpoint, rank: Coordinates, options: Options, dp: int | None = None, cp: int = 0
-) -> int:
+def _number(numbered: Layout, rank: Coordinates, dp: int | None = None, cp: int = 0) -> int:
     """The lowest global rank that holds the place, or the one at (dp, cp); the expert rank is the
     fast part of dp."""
     tp, pp, ep = rank
-    numbered = replace(source.layout, dp=options.dp, cp=options.cp)
     return numbered.global_rank(tp, pp, ep if dp is None else dp, cp)
 
 
-def _links(source: Checkpoint, rank: Coordinates, options: Options) -> Iterator[tuple[str, str]]:
+def _links(numbered: Layout, rank: Coordinates, options: Options) -> Iterator[tuple[str, str]]:
     if not options.generate_all_dp_cp:
         return
     file = f"{options.file_prefix}.{options.format}"
-    first = _number(source, rank, options)
-    for dp in range(rank[2], options.dp, source.layout.ep):
-        for cp in range(options.cp):
-            number = _number(source, rank, options, dp, cp)
+    first = _number(numbered, rank)
+    for dp in range(rank[2], numbered.dp, numbered.ep):
+        for cp in range(numbered.cp):
+            number = _number(numbered, rank, dp, cp)
             if number != first:
                 yield f"rank_{number}/{file}", f"rank_{first}/{file}"
 
@@ -252,6 +257,7 @@ def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
             tuple(
                 Wanted(TensorSpec(f"{path}:{number}", stored.dtype, stored.shape), source=stored)
                 for number, stored in enumerate(frame.tensors)
+                if isinstance(stored, Stored)
             ),
         )
 
@@ -270,7 +276,7 @@ _META_KEYS = (
 STRUCTURE_KEY = "parammap_model_structure"
 
 
-def _meta(source: Checkpoint, rank: Coordinates, meta: dict) -> dict:
+def _meta(source: Checkpoint, rank: Coordinates, meta: dict[str, Any]) -> dict[str, Any]:
     """All of a model file but the model, with the keys that MindSpeed-Core-MS's convert_pt2ckpt.py
     (r0.1.0) always has, and the model's structure. The state of an optimizer that is not
     distributed is no metadata and is left out."""
