@@ -14,9 +14,10 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.manifest import Manifest, Options
 from parammap.errors import RefusedError
 from parammap.execute.cluster import run_tasks_on_ray
+from parammap.execute.gather import BUFFER_BYTES
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
-from parammap.execute.writer import BUFFER_BYTES, STRIP_BYTES, Outcome
+from parammap.execute.writer import STRIP_BYTES, Outcome
 from parammap.frameworks import registry
 from parammap.frameworks.flags import DTYPE
 from parammap.gc_pause import gc_paused
@@ -271,7 +272,7 @@ def _status_before(manifest: Manifest, request: Request) -> int:
     )
 
 
-def _scalars(plan: Plan) -> list[dict]:
+def _scalars(plan: Plan) -> list[dict[str, Any]]:
     """The tensors whose content was known before the run, in hexadecimal, with the files that hold
     these very ones."""
     files: dict[tuple[tuple[str, str], ...], list[str]] = {}

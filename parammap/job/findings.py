@@ -10,7 +10,15 @@ from typing import Any
 from parammap.checkpoint.index import Index
 from parammap.checkpoint.manifest import Manifest, TensorDigest
 from parammap.errors import RefusedError
-from parammap.execute.checks import STALE, Misfit, NonFinite, Overflown, Unequal, tell_permuted
+from parammap.execute.checks import (
+    STALE,
+    Found,
+    Misfit,
+    NonFinite,
+    Overflown,
+    Unequal,
+    tell_permuted,
+)
 from parammap.execute.writer import Outcome
 from parammap.job.request import Request
 from parammap.name_list import shorten_names
@@ -37,15 +45,10 @@ class Findings:
         self.before = before
         sums = _sums(before)
         for outcome in outcomes:
-            for known, found in (
-                (self.misfits, outcome.misfits),
-                (self.unequal, outcome.unequal),
-                (self.non_finite, outcome.non_finite),
-                (self.overflown, outcome.overflown),
-            ):
-                for tensor, one in found.items():
-                    if known.setdefault(tensor, one) is not one:
-                        known[tensor].merge(one)
+            _add(self.misfits, outcome.misfits)
+            _add(self.unequal, outcome.unequal)
+            _add(self.non_finite, outcome.non_finite)
+            _add(self.overflown, outcome.overflown)
             for (tensor, replica), (digest, count) in outcome.digests.items():
                 total, counted = sums.setdefault(tensor, {}).get(replica, (0, 0))
                 sums[tensor][replica] = (total + digest) & (1 << 64) - 1, counted + count
@@ -174,6 +177,12 @@ def _entries(
         }
         for one in found.values()
     ]
+
+
+def _add(known: dict[Tensor, Found], found: Mapping[Tensor, Found]) -> None:
+    for tensor, one in found.items():
+        if known.setdefault(tensor, one) is not one:
+            known[tensor].merge(one)
 
 
 def status_of(kinds: set[str], request: Request, others: bool) -> int:

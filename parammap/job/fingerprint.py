@@ -14,8 +14,9 @@ from dataclasses import fields, is_dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
-from parammap.plan.plan import Plan
+from parammap.plan.plan import FileTask, Plan
 from parammap.tensors.logical import Tensor
 from parammap.tensors.region import Region
 from parammap.tensors.view import View
@@ -39,8 +40,9 @@ def fingerprint(plan: Plan, options: Iterable[object]) -> str:
             )
         )
     known: dict[int, object] = {}
+    fields_of = attrgetter(*(one.name for one in fields(FileTask)))
     for task in plan.tasks:
-        for one in _getter(type(task))(task):
+        for one in fields_of(task):
             digest.update(marshal.dumps([_plain(part, known) for part in one], _MARSHAL))
     return digest.hexdigest()
 
@@ -58,7 +60,7 @@ def program() -> str:
     return digest.hexdigest()
 
 
-def _plain(value: object, known: dict[int, object]) -> object:
+def _plain(value: Any, known: dict[int, object]) -> object:
     """A value of tuples and of what marshal knows. `known` has the logical tensors, which many
     others share and which live as long as the plan does, by identity."""
     kind = type(value)
@@ -81,7 +83,7 @@ def _plain(value: object, known: dict[int, object]) -> object:
 
 
 @cache
-def _getter(kind: type) -> Callable[[object], tuple]:
+def _getter(kind: type) -> Callable[[object], tuple[Any, ...]]:
     names = [one.name for one in fields(kind)]
     return attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, names[0]),)
 

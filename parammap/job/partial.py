@@ -13,6 +13,7 @@ from parammap.errors import RefusedError
 from parammap.job.fingerprint import program
 from parammap.job.request import Request
 from parammap.plan.plan import Output, WantedFile
+from parammap.tensors.layout import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def partial_run_of(output: Output, request: Request) -> PartialRun:
     whole = _identity(output, request)
     if not (request.only_tp or request.only_pp):
         return PartialRun(output.files, [], None, whole, True)
-    chosen = [file for file in output.files if file.place is None or _is_named(file, request)]
+    chosen = [file for file in output.files if file.place is None or _is_named(file.place, request)]
     if not any(file.place for file in chosen):
         raise RefusedError(
             f"{request.target}: has no ranks tp {sorted(request.only_tp)} pp "
@@ -51,9 +52,9 @@ def partial_run_of(output: Output, request: Request) -> PartialRun:
     )
 
 
-def _is_named(file: WantedFile, request: Request) -> bool:
-    return (not request.only_tp or file.place.tp in request.only_tp) and (
-        not request.only_pp or file.place.pp in request.only_pp
+def _is_named(place: Place, request: Request) -> bool:
+    return (not request.only_tp or place.tp in request.only_tp) and (
+        not request.only_pp or place.pp in request.only_pp
     )
 
 

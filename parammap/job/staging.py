@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TextIO
 
 from parammap.checkpoint.manifest import Manifest, read_whole
 from parammap.errors import RefusedError
@@ -30,7 +31,7 @@ class Staging:
         self.folder = target.parent / f".{target.name}.parammap"
         self.out, self.old = self.folder / "out", self.folder / "old"
         self.journal = self.folder / "journal"
-        self._lock = None
+        self._lock: TextIO | None = None
 
     def open(self) -> dict[str, Outcome]:
         """Lock the staging folder and return what an earlier, killed run of the same conversion
@@ -143,7 +144,7 @@ def published(target: Path, fingerprint: str) -> Manifest | None:
     return manifest if manifest and fingerprint in manifest.fingerprints else None
 
 
-def _entry(outcome: Outcome) -> dict:
+def _entry(outcome: Outcome) -> dict[str, Any]:
     return {
         "path": outcome.path,
         "bytes": outcome.nbytes,
@@ -165,16 +166,16 @@ def _entry(outcome: Outcome) -> dict:
     }
 
 
-def _key(tensor: Tensor) -> list:
+def _key(tensor: Tensor) -> list[Any]:
     return [tensor.role, tensor.name, tensor.dtype, list(tensor.shape)]
 
 
-def _tensor(key: list) -> Tensor:
+def _tensor(key: list[Any]) -> Tensor:
     role, name, dtype, shape = key
     return Tensor(role, name, dtype, tuple(shape))
 
 
-def _outcome(entry: dict) -> Outcome:
+def _outcome(entry: dict[str, Any]) -> Outcome:
     outcome = Outcome(entry["path"], entry["bytes"])
     for *key, replica, digest, count in entry["digests"]:
         outcome.digests[_tensor(key), replica] = digest, count
