@@ -12,7 +12,7 @@ from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
-from parammap.checkpoint.sidecar import Bucket, Buffer, Slot
+from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Slot
 from parammap.formats import torch_zip
 from parammap.frameworks import registry
 from parammap.frameworks.megatron import reader as megatron
@@ -21,6 +21,11 @@ from parammap.inspection.kinds import kind_of
 PADDED, COALESCED = "padded bucket lists", "coalesced unpadded buckets"
 #: the releases of Megatron-LM's core that write each generation
 RELEASES = {PADDED: "core 0.6", COALESCED: "core 0.7 and later"}
+#: what ranks with equal buffers share: the stage, the numbers of the optimizer and of its buffer, the
+#: optimizer's kind and data-parallel size, the buffer, its buckets, and who knows where they end
+_Key = tuple[int, int, int, str | None, int | None, Buffer, tuple[Bucket, ...], str]
+#: global layer numbers by (pp, chunk) and path of the layer list
+_Layers = dict[tuple[int, int], dict[str, list[int]]]
 _SIZES_IN_FILE = ("per_bucket_numel", "per_bucket_numel_unpadded")
 
 
@@ -30,7 +35,7 @@ class Optimizers:
     MindSpore checkpoint."""
 
     checkpoint: Checkpoint
-    saved: dict[Coordinates, list]
+    saved: dict[Coordinates, list[Any]]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Optimizers:
@@ -59,7 +64,7 @@ class Optimizers:
         and behind the last one, its padding is [start + numel_unpadded, end). `bounds` says who
         knows where the buckets end: "layout", "file", or "map", where a bucket ends at the next
         one's first parameter and the padding of the last one is not known."""
-        equal: dict[tuple, list[Coordinates]] = {}
+        equal: dict[_Key, list[Coordinates]] = {}
         sidecar = self.checkpoint.sidecar
         for rank, known in sorted(
             (sidecar.ranks if sidecar else {}).items(), key=lambda item: (item[0][1], item[0])
@@ -67,17 +72,10 @@ class Optimizers:
             for number, buffers in enumerate(known.optimizers):
                 for gbuf, buffer in enumerate(buffers or ()):
                     buckets = self._buckets(rank, number, gbuf, buffer)
-                    key = rank[1], number, gbuf, *self._facts(rank, number), buffer, *buckets
+                    key = rank[1], number, gbuf, *_facts(known, number), buffer, *buckets
                     equal.setdefault(key, []).append(rank)
         layers = self._layers()
         return [self._told(key, ranks, layers) for key, ranks in equal.items()]
-
-    def _facts(self, rank: Coordinates, number: int) -> tuple[str | None, int | None]:
-        """The kind of an optimizer, and over how many data-parallel ranks each of its buckets is
-        spread."""
-        layout = self.checkpoint.sidecar.ranks[rank].layout
-        entry = layout["optimizers"][number] if layout else {}
-        return entry.get("kind"), entry.get("data_parallel_size")
 
     def _buckets(
         self, rank: Coordinates, number: int, gbuf: int, buffer: Buffer
@@ -94,10 +92,10 @@ class Optimizers:
             ), "file"
         return _bounds_by_slots(buffer.slots), "map"
 
-    def _layers(self) -> dict[tuple[int, int], dict[str, list[int]]]:
+    def _layers(self) -> _Layers:
         """Global layer numbers by (pp, chunk), path of the layer list and local number, as far as
         they are known."""
-        known: dict[tuple[int, int], dict[str, list[int]]] = {}
+        known: _Layers = {}
         for (_, pp, _), rank in (
             self.checkpoint.sidecar.ranks.items() if self.checkpoint.sidecar else ()
         ):
@@ -107,7 +105,8 @@ class Optimizers:
             return known
         numbers: dict[tuple[int, int], dict[str, dict[int, int]]] = {}
         for held in self.checkpoint.index.held:
-            if local := families.layer_of(held.found.name):
+            local = families.layer_of(held.found.name)
+            if local and held.layer is not None:
                 at = held.found.place.pp, held.found.place.vpp
                 numbers.setdefault(at, {}).setdefault(local[0], {})[local[1]] = held.layer
         return {
@@ -117,7 +116,7 @@ class Optimizers:
             for at, paths in numbers.items()
         }
 
-    def _told(self, key: tuple, ranks: list[Coordinates], layers: dict) -> dict[str, Any]:
+    def _told(self, key: _Key, ranks: list[Coordinates], layers: _Layers) -> dict[str, Any]:
         pp, number, gbuf, kind, shards, buffer, buckets, bounds = key
         by_bucket: dict[int, list[Slot]] = {}
         for slot in sorted(buffer.slots, key=lambda slot: slot.start):
@@ -143,6 +142,13 @@ class Optimizers:
             "padding": sum(b.end - b.start - b.numel_unpadded for b in buckets),
             "buckets": told,
         }
+
+
+def _facts(known: RankSidecar, number: int) -> tuple[str | None, int | None]:
+    """The kind of an optimizer, and over how many data-parallel ranks each of its buckets is
+    spread."""
+    entry = known.layout["optimizers"][number] if known.layout else {}
+    return entry.get("kind"), entry.get("data_parallel_size")
 
 
 def _bounds_by_slots(slots: tuple[Slot, ...]) -> tuple[Bucket, ...]:

@@ -150,7 +150,7 @@ def inspect(reading: Reading, *, tensors: bool = False) -> dict[str, Any]:
     return result
 
 
-def _release(recorded: dict | None) -> dict[str, Any] | None:
+def _release(recorded: dict[str, Any] | None) -> dict[str, Any] | None:
     framework = recorded and recorded.get("framework")
     return framework and {
         "core": framework.get("core_version"),
@@ -270,7 +270,7 @@ def _recorded_model(facts: Facts, whole: Checkpoint) -> dict[str, Any]:
     recorded = (facts.recorded or {}).get("model") or facts.args
     sizes = facts.sizes()
     embedding = next((t for t in whole.index.tensors(MAIN_PARAM) if t.name == WORD_EMBEDDING), None)
-    by_tensors = {"num_layers": whole.num_layers}
+    by_tensors: dict[str, int | None] = {"num_layers": whole.num_layers}
     if embedding:
         padding = sum(
             t.rows
@@ -326,7 +326,7 @@ def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
         for held in whole.index.held
         if held.is_tied_head
         for part in held.parts
-        if part.tensor.role == MAIN_PARAM
+        if part.tensor and part.tensor.role == MAIN_PARAM
     }
     tied = sum(map(_numel, copied))
     is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
@@ -393,7 +393,7 @@ def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
         "readable": reading.states is not None and reading.reason is None,
         "reason": reading.reason,
         "generation": generation,
-        "written_by": RELEASES.get(generation),
+        "written_by": RELEASES.get(generation) if generation else None,
         "states": sorted(reading.states.index.roles() - {MAIN_PARAM}) if reading.states else [],
         **training_state.optimizer(checkpoint.training_state),
     }
@@ -424,8 +424,9 @@ def _files(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> list
 def _sidecar(checkpoint: Checkpoint, files: dict[Coordinates, list[Path]]) -> dict[str, Any] | None:
     if find := _asked(checkpoint).sidecar:
         return find(checkpoint, sorted(set().union(*files.values())))
-    sidecar = checkpoint.sidecar
-    return sidecar and {
+    if (sidecar := checkpoint.sidecar) is None:
+        return None
+    return {
         "kind": "layout" if sidecar.complete else "maps",
         "folder": str(sidecar.folder),
         "files": len(sidecar.files),
@@ -487,8 +488,8 @@ def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
     holders: dict[str, dict[tuple[str, int], set[tuple[int, int, int]]]] = {}
     for held in whole.index.held:
         place = held.found.place
-        for part in held.parts:
-            names = holders.setdefault(part.tensor.name, {})
+        for tensor in (part.tensor for part in held.parts if part.tensor):
+            names = holders.setdefault(tensor.name, {})
             names.setdefault((held.found.name, place.vpp), set()).add(
                 (place.tp, place.pp, place.ep)
             )

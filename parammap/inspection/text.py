@@ -221,7 +221,7 @@ def buffer(one: dict[str, Any]) -> str:
 
 def flats(known: list[dict[str, Any]]) -> Iterator[str]:
     """Flat parameters of one size stand together."""
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[tuple[Any, ...], list[str]] = {}
     for one in known:
         sizes = (
             one["parameters"],

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from parammap.execute.checks import widen_bits
 from parammap.execute.gather import Files
@@ -40,12 +42,8 @@ def entries_of(file: Path) -> list[tuple[str, Stored]]:
     """The tensors in a file: of a state dict by their names, else as `contents` has them. Raises
     RefusedError if the file is damaged or of no known format."""
     entries = contents.entries_of(file)
-    names = [_NAME.fullmatch(key) for key, _ in entries]
-    return (
-        [(name[1], stored) for name, (_, stored) in zip(names, entries, strict=True)]
-        if all(names)
-        else entries
-    )
+    named = [(name[1], stored) for key, stored in entries if (name := _NAME.fullmatch(key))]
+    return named if len(named) == len(entries) else entries
 
 
 def total(stored: Stored, files: Files) -> Total:
@@ -54,13 +52,13 @@ def total(stored: Stored, files: Files) -> Total:
     return Total(float(sum(part.sum for part in parts)), sum(part.non_finite for part in parts))
 
 
-def _bits(stored: Stored, files: Files) -> Iterator[np.ndarray]:
+def _bits(stored: Stored, files: Files) -> Iterator[npt.NDArray[Any]]:
     for view, _ in views_of(stored):
         for piece in whole(view.shape).pieces(view.order, BAND_BYTES // view.itemsize):
             yield files.bits(view.narrow(piece)).reshape(-1)
 
 
-def _total_of(bits: np.ndarray, dtype: str) -> Total:
+def _total_of(bits: npt.NDArray[Any], dtype: str) -> Total:
     values = (
         widen_bits(bits, dtype).view(np.float32) if dtype == "bfloat16" else bits.view(dtype)
     ).astype(np.float64)
