@@ -68,7 +68,9 @@ def shard_name(kind: str, number: int, count: int) -> str:
 def shards(specs: Iterable[TensorSpec], limit: int) -> list[list[TensorSpec]]:
     """The tensors in files of at most `limit` bytes, in their order; one that is larger has a file
     of its own."""
-    done, current, nbytes = [], [], 0
+    done: list[list[TensorSpec]] = []
+    current: list[TensorSpec] = []
+    nbytes = 0
     for spec in specs:
         if spec.nbytes > limit:
             done.append([spec])
@@ -103,7 +105,7 @@ def _indexed(index: Path) -> dict[str, Stored]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if found and all(isinstance(file, str) for file in found.values()):
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -203,9 +203,11 @@ def _file(
     if isinstance(form, TreeFormat):
         frame = form.frame_tree(tree, path)
     else:
-        frame = Frame(form.frame(specs, metadata={"format": "pt"}), specs)
+        frame = Frame(form.frame(specs, metadata={"format": "pt"}), [*specs])
     return WantedFile(
-        path, tuple(frame.segments), tuple(wanted[spec.name] for spec in frame.tensors)
+        path,
+        tuple(frame.segments),
+        tuple(wanted[spec.name] for spec in frame.tensors if isinstance(spec, TensorSpec)),
     )
 
 
