@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorE
 from parammap.checkpoint.manifest import MANIFEST, read_whole
 from parammap.errors import RefusedError
 from parammap.families import HF_BLOOM, METASEQ, WORD_EMBEDDING
+from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.alpa import serving as alpa
 from parammap.name_list import shorten_names
@@ -108,7 +110,7 @@ def read(
 def _check_names(source: Path, names: set[str], num_layers: int, is_bloom: bool) -> None:
     model, files = ("BLOOM", alpa.bloom_files) if is_bloom else ("OPT", alpa.opt_files)
     expected = set(files(num_layers))
-    foreign = sorted(names - expected - {f"decoder.{name}" for name in alpa.BUFFERS})
+    foreign = sorted(names - expected - {f"decoder.{name}" for name in BUFFERS})
     if foreign:
         raise RefusedError(
             f"{source / foreign[0]}: is no parameter of Alpa's {model}; move it to another folder"
@@ -120,7 +122,7 @@ def _check_names(source: Path, names: set[str], num_layers: int, is_bloom: bool)
         )
 
 
-def recorded(source: Path) -> dict:
+def recorded(source: Path) -> dict[str, Any]:
     """What the manifest of a conversion says of the model; {} without one."""
     manifest = read_whole(source)
     return manifest.notes.get("alpa", {}) if manifest else {}
@@ -140,14 +142,11 @@ def _rows_converted(source: Path) -> dict[str, int]:
 def _without_added(positions: StoredTensor, rows: dict[str, int]) -> StoredTensor:
     """The table of positions, with the rows before those of the source as its padding."""
     tensor = positions.parts[0].tensor
-    kept = rows.get(alpa.POSITIONS, tensor.rows)
-    added = tensor.rows - kept
-    if added <= 0:
+    added = tensor.rows - rows.get(alpa.POSITIONS, tensor.rows) if tensor else 0
+    if tensor is None or added <= 0:
         return positions
     padding = Tensor(
         MAIN_PARAM, f"{tensor.name}.{PADDING}", tensor.dtype, (added, *tensor.shape[1:])
     )
-    return replace(
-        positions,
-        parts=in_a_row(map(whole_of, (padding, replace(tensor, shape=(kept, *tensor.shape[1:]))))),
-    )
+    kept = replace(tensor, shape=(tensor.rows - added, *tensor.shape[1:]))
+    return replace(positions, parts=in_a_row(map(whole_of, (padding, kept))))

@@ -208,11 +208,11 @@ def check_names(states: SourceTensors, expected: set[str], model: str) -> None:
     """Refuse a source whose parameters are not just those of the model."""
     names = states.names() - BUFFERS
     missing, unknown = sorted(expected - names), sorted(names - expected)
-    for names, what in ((missing, "lacks {} of"), (unknown, "has {} that have no place in")):
-        if names:
+    for strange, what in ((missing, "lacks {} of"), (unknown, "has {} that have no place in")):
+        if strange:
             raise RefusedError(
-                f"{states.source.folder}: {what.format(f'{len(names)} tensors')} {model}: "
-                f"{shorten_names(names)}; "
+                f"{states.source.folder}: {what.format(f'{len(strange)} tensors')} {model}: "
+                f"{shorten_names(strange)}; "
                 "the two models are of different architectures"
             )
 

@@ -19,17 +19,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from parammap.checkpoint.architecture import GPT2, OPT
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.families.opt import BUFFERS
 from parammap.formats import msgpack, npy
 from parammap.formats.frames import Literal
 from parammap.formats.pickle_writer import dumps
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.alpa.serving import (
-    BUFFERS,
     POSITIONS,
     check_names,
     checked_opt,
@@ -216,7 +217,7 @@ def _leaves(model: Model, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
         yield model.head, Leaf((HEAD,), True)
 
 
-def _train_state(writer: _Writer, options: Options) -> dict:
+def _train_state(writer: _Writer, options: Options) -> object:
     source = writer.states.source
     state = source.training_state
     step, is_mixed = source.steps_taken(), options.dtype != "float32"
@@ -246,7 +247,7 @@ def _train_state(writer: _Writer, options: Options) -> dict:
     )
 
 
-def _filled(tree: object, values: dict) -> object:
+def _filled(tree: object, values: dict[object, object]) -> object:
     return (
         {key: _filled(value, values) for key, value in tree.items()}
         if isinstance(tree, dict)
@@ -270,9 +271,9 @@ class _Writer:
             return {key: self.walk(f"{path}.{key}", tree[key]) for key in sorted(tree)}
         return tree(path) if callable(tree) else tree
 
-    def tree(self, path: str, role: str, dtype: str) -> dict:
+    def tree(self, path: str, role: str, dtype: str) -> object:
         """All parameters, or one of their moments."""
-        nested: dict = {}
+        nested: dict[str, Any] = {}
         for name, leaf in self.leaves.items():
             *parents, last = name.split(".")
             inner = nested
