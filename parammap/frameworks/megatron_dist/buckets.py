@@ -17,6 +17,7 @@ from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.sidecar import Buffer, Sidecar, Slot
 from parammap.errors import RefusedError
 from parammap.formats.torch_dist import Chunked, Contents
+from parammap.frameworks.megatron_dist.sidecar import known_layout
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Extent, Stored
 
@@ -40,7 +41,7 @@ def states(contents: Contents, sidecar: Sidecar, naming: NameResolver) -> Iterat
     buckets = _buckets(contents)
     for (tp, pp, ep), rank in sidecar.ranks.items():
         for link, (entry, buffers) in enumerate(
-            zip(rank.layout["optimizers"], rank.optimizers, strict=True)
+            zip(known_layout(rank.layout)["optimizers"], rank.optimizers, strict=True)
         ):
             for gbuf, buffer in enumerate(buffers or ()):
                 group = entry.get("data_parallel_group_idx")
@@ -71,7 +72,8 @@ def _buckets(contents: Contents) -> dict[tuple[int, int, int], _Buffer]:
 def _buffer(
     found: _Buffer, buffer: Buffer, place: Place, naming: NameResolver, folder: Path
 ) -> Iterator[StoredTensor]:
-    unpadded = {number: bucket.numel_unpadded for number, bucket in enumerate(buffer.buckets)}
+    buckets = buffer.buckets or ()
+    unpadded = {number: bucket.numel_unpadded for number, bucket in enumerate(buckets)}
     for state, tensors in found.items():
         if {number: tensor.shape for number, tensor in tensors.items()} != {
             n: (numel,) for n, numel in unpadded.items()
@@ -82,7 +84,7 @@ def _buffer(
             )
         extents = {number: _extents(tensor) for number, tensor in tensors.items()}
         for slot in buffer.slots:
-            start = buffer.buckets[slot.bucket].start
+            start = buckets[slot.bucket].start
             stored = _slice(tensors[slot.bucket], extents[slot.bucket], slot, start)
             yield naming.hold(
                 TensorEntry(slot.name, place, _ROLES.get(state, state), stored, slot.partition)

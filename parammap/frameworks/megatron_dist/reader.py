@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -103,18 +104,20 @@ def read(
     experts = max(
         (stack.shape[stack.axes - 1] for stack in stacks.values() if stack.with_experts), default=0
     )
-    of_run = sidecar and megatron_dist_sidecar.of_run(naming, trained, sidecar, experts)
+    of_run = megatron_dist_sidecar.of_run(naming, trained, sidecar, experts) if sidecar else None
     if not weights_only:
         held = (
             megatron_dist_buckets.states(contents, sidecar, of_run)
-            if megatron_dist_buckets.are_in(contents)
+            if sidecar and of_run and megatron_dist_buckets.are_in(contents)
             else _in_model_space(contents, kept, naming)
         )
         parts |= _by_role(held, {whole.canonical for whole in wholes}, folder)
     index = _index(parts, wholes, trained)
     index.check_complete()
-    presented = sidecar and megatron_dist_sidecar.in_one_rank(
-        sidecar, of_run, wholes, experts // trained.ep
+    presented = (
+        megatron_dist_sidecar.in_one_rank(sidecar, of_run, wholes, experts // trained.ep)
+        if sidecar and of_run
+        else None
     )
     specification = Specification.of(facts.args)
     tensors = _structure(stacks, contents, naming, presented, specification)
@@ -169,7 +172,7 @@ def _sidecar(contents: Contents, number: int, given: Path | None) -> Sidecar | N
 # what is no tensor
 
 
-def _common(contents: Contents) -> dict:
+def _common(contents: Contents) -> dict[str, Any]:
     """What all ranks have in common: common.pt, or, from core 0.19 on, an object."""
     if (contents.folder / COMMON_FILE).is_file():
         common = torch_zip.read(contents.folder / COMMON_FILE)
@@ -185,7 +188,7 @@ def _common(contents: Contents) -> dict:
     return common
 
 
-def _meta(contents: Contents, common: dict) -> dict:
+def _meta(contents: Contents, common: dict[str, Any]) -> dict[str, Any]:
     """All but the model, as model_optim_rng.pt has it: with rank 0's optimizer groups and random
     states."""
     meta = {key: value for key, value in common.items() if key not in _OURS}
@@ -197,7 +200,9 @@ def _meta(contents: Contents, common: dict) -> dict:
     return meta
 
 
-def _groups(contents: Contents, optimizer: dict, prefix: str = "") -> dict | list:
+def _groups(
+    contents: Contents, optimizer: dict[Any, Any], prefix: str = ""
+) -> dict[str, Any] | list[Any]:
     """The state dict of an optimizer without tensors; a chain's, {0: …, 1: …}, becomes the list
     that torch saves."""
     if optimizer and all(isinstance(key, int) for key in optimizer):
@@ -231,7 +236,7 @@ def _structure(
     naming: NameResolver,
     sidecar: Sidecar | None,
     specification: Specification,
-) -> dict:
+) -> dict[str, Any]:
     """The state dict of the whole model in one rank, in the order in which it registers its
     tensors, by the names that the model itself has: those of the sidecar of one rank, else what its
     arguments tell."""

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import sidecar as sidecars
@@ -39,13 +40,19 @@ def find(folder: Path, number: int, given: Path | None) -> Sidecar | None:
     return None
 
 
+def known_layout(layout: dict[str, Any] | None) -> dict[str, Any]:
+    """A layout file's content; a sidecar that `find` has found has one of every rank."""
+    assert layout is not None
+    return layout
+
+
 def of_run(naming: NameResolver, trained: Layout, sidecar: Sidecar, experts: int) -> NameResolver:
     """What names the run's own tensors; `naming` is of the model in one rank, `experts` is how many
     a layer has."""
     layers = {
         (pp, chunk["vpp"]): chunk["layers"]
         for (_, pp, _), rank in sidecar.ranks.items()
-        for chunk in rank.layout["chunks"]
+        for chunk in known_layout(rank.layout)["chunks"]
     }
     return replace(
         naming, layout=trained, layers=layers, experts_per_rank=experts // trained.ep or None
@@ -58,7 +65,7 @@ def check_positions(sidecar: Sidecar, folder: Path) -> None:
 
     Such a release takes positions in the padded buffer for positions in the unpadded buckets back
     to back, so that as many elements as there is padding are in no file."""
-    layout = sidecar.any_layout()
+    layout = known_layout(sidecar.any_layout())
     if layout["checkpoint_format"] != "torch_dist":
         return  # it came along with what ParamMap wrote, from the right positions
     release = layout["framework"]["core_version"]
@@ -83,7 +90,7 @@ def check_positions(sidecar: Sidecar, folder: Path) -> None:
 def _padding_before(buffer: Buffer, slot: Slot) -> int:
     return sum(
         bucket.end - bucket.start - bucket.numel_unpadded
-        for bucket in buffer.buckets[: slot.bucket]
+        for bucket in (buffer.buckets or ())[: slot.bucket]
     )
 
 
@@ -134,7 +141,7 @@ def in_one_rank(
     optimizers = tuple(
         _buffers([one for one in ordered if one.link == link]) for link in range(links)
     )
-    layout = {**sidecar.any_layout(), "chunks": [_chunk(sidecar)]}
+    layout = {**known_layout(sidecar.any_layout()), "chunks": [_chunk(sidecar)]}
     return Sidecar(
         sidecar.folder,
         {(0, 0, 0): RankSidecar(optimizers, layout)},
@@ -167,11 +174,11 @@ def _laid_out(slots: list[Slot]) -> tuple[Slot, ...]:
     )
 
 
-def _chunk(sidecar: Sidecar) -> dict:
+def _chunk(sidecar: Sidecar) -> dict[str, Any]:
     """All layers in one chunk."""
     layers: dict[str, set[int]] = {}
     for rank in sidecar.ranks.values():
-        for chunk in rank.layout["chunks"]:
+        for chunk in known_layout(rank.layout)["chunks"]:
             for path, numbers in chunk["layers"].items():
                 layers.setdefault(path, set()).update(numbers)
     return {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import extra_states
@@ -168,15 +169,19 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
         )
     facts = Facts.of_checkpoint(source)
     impl = Specification.of(facts.args).impl
+    rows = {canonical: held.row for canonical, held in weights.items() if held.row}
     with_experts = {held.layer for held in weights.values() if _expert(held) is not None}
     latent = bool(facts.model.get("multi_latent_attention"))
     names = {
-        canonical: _core_name(held, held.layer in with_experts and impl != LOCAL, latent)
+        canonical: _core_name(
+            held, rows[canonical].canonical, held.layer in with_experts and impl != LOCAL, latent
+        )
         for canonical, held in weights.items()
     }
     shapes = {
         names[canonical]: whole_shape(held.kind, held.found.stored.shape, source.layout.tp)
         for canonical, held in weights.items()
+        if held.kind
     }
     naming = NameResolver(
         families.CORE,
@@ -192,7 +197,9 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
     for canonical, held in weights.items():
         name, dtype = names[canonical], held.found.stored.dtype
         whole = naming.hold(TensorEntry(name, Place(), MAIN_PARAM, Stored(dtype, shapes[name], ())))
-        tensors.append(_Tensor(*stacks.place(name), whole, dtypes.get(held.row.canonical, dtype)))
+        tensors.append(
+            _Tensor(*stacks.place(name), whole, dtypes.get(rows[canonical].canonical, dtype))
+        )
     return sorted(
         tensors, key=lambda tensor: -1 if tensor.held.layer is None else tensor.held.layer
     ), stacks
@@ -208,7 +215,7 @@ class _Stacks:
 
     @classmethod
     def of(cls, shapes: dict[str, tuple[int, ...]]) -> _Stacks:
-        in_layer: dict[int, set] = {}
+        in_layer: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
         experts = [int(match.group(1)) for name in shapes if (match := _EXPERT.search(name))]
         for name, shape in shapes.items():
             if match := _LAYER.search(name):
@@ -228,14 +235,14 @@ class _Stacks:
         return name, tuple(number for number, _ in numbers), tuple(size for _, size in numbers)
 
 
-def _core_name(held: StoredTensor, keeps_norm: bool, latent: bool) -> str:
-    """The name, with global numbers, by which keys are made: norms are called as Transformer
-    Engine's layers fuse them, but for those before a mixture of experts (`keeps_norm`) and before
-    `latent` attention, which are apart."""
-    names = families.names_of(held.row.canonical, families.CORE)
+def _core_name(held: StoredTensor, pattern: str, keeps_norm: bool, latent: bool) -> str:
+    """The name, with global numbers, by which keys are made; `pattern` is the canonical name of
+    its row. Norms are called as Transformer Engine's layers fuse them, but for those before a
+    mixture of experts (`keeps_norm`) and before `latent` attention, which are apart."""
+    names = families.names_of(pattern, families.CORE)
     first, last = names[0], names[-1]
-    is_apart = (keeps_norm and ".post_attention_norm." in held.row.canonical) or (
-        latent and ".input_norm." in held.row.canonical
+    is_apart = (keeps_norm and ".post_attention_norm." in pattern) or (
+        latent and ".input_norm." in pattern
     )
     name = last if "norm" in last and not is_apart else first
     return name.format(i=held.layer, e=_expert(held))
@@ -366,7 +373,7 @@ def _extra_states(
     return tuple(map(str, kept.values()))
 
 
-def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:
+def _rng_states(source: Checkpoint, args: dict[str, Any]) -> dict[str, object]:
     """The random states by pipeline and tensor rank, if those of every rank are known."""
     tp, pp = (
         args.get("tensor_model_parallel_size") or 1,
@@ -382,7 +389,7 @@ def _rng_states(source: Checkpoint, args: dict) -> dict[str, object]:
     return {f"rng_state/shard_{p}.{t}_{pp}.{tp}": state for (p, t), state in states.items()}
 
 
-def _common(source: Checkpoint, with_rng: bool, ep: int, expert_dims: set[int]) -> dict:
+def _common(source: Checkpoint, with_rng: bool, ep: int, expert_dims: set[int]) -> dict[str, Any]:
     """common.pt. Where the random states are not known, its arguments say that they were not
     saved."""
     meta = source.common_metadata
