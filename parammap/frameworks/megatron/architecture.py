@@ -12,6 +12,7 @@ core/models/common/embeddings/ rotary_pos_embedding.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from parammap.checkpoint.architecture import Architecture
@@ -119,7 +120,7 @@ def computed() -> tuple[str, ...]:
     return tuple(name for name in with_dialect(CORE) if FAMILIES[name].computes in (_GPT2, _LLAMA))
 
 
-def _reasons(said: dict, positions: str | None):
+def _reasons(said: dict[str, Any], positions: str | None) -> Iterator[str]:
     """What of the options another framework's model does not compute."""
     yield from (f"was trained with {name} {said[name]}" for name in _UNLIKE if said.get(name))
     if said.get("softmax_type") not in (None, "vanilla"):
@@ -132,7 +133,7 @@ def _reasons(said: dict, positions: str | None):
         yield f"rotates only a part of each head (rotary_percent {said['rotary_percent']})"
 
 
-def _positions(said: dict) -> str | None:
+def _positions(said: dict[str, Any]) -> str | None:
     """--use-rotary-position-embeddings is the older name of --position-embedding-type rope."""
     return (
         "rope"
@@ -162,7 +163,7 @@ def _family(source: Checkpoint, names: set[str], positions: str | None) -> str:
     return next(name for name in computed() if FAMILIES[name].computes == known[tells])
 
 
-def _activation(args: dict, family: str) -> str | None:
+def _activation(args: dict[str, Any], family: str) -> str | None:
     """None where nobody recorded it: a model that was adopted says so by None."""
     if not args:
         return None
@@ -178,12 +179,12 @@ def _activation(args: dict, family: str) -> str | None:
     return "gelu_new" if any(args.get(name) for name in _TANH) else "gelu"
 
 
-def _rope_theta(facts: Facts, said: dict) -> float | None:
+def _rope_theta(facts: Facts, said: dict[str, Any]) -> float | None:
     base: Any = said.get("rotary_base", _DEFAULT_BASE if facts.args else None)
     return None if base is None else float(base)
 
 
-def _rope_scaling(said: dict) -> dict | None:
+def _rope_scaling(said: dict[str, Any]) -> dict[str, Any] | None:
     if said.get("use_rope_scaling"):
         return {
             **LLAMA3_SCALING,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from parammap.checkpoint.checkpoint import Coordinates
 from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Sidecar, Slot
@@ -34,8 +34,10 @@ class Rank(Protocol):
     """What is needed of a rank as megatron.py reads it."""
 
     folder: Path
-    content: dict
-    coordinates: Coordinates
+    content: dict[str, Any]
+
+    @property
+    def coordinates(self) -> Coordinates: ...
 
     def chunks(self) -> dict[int, dict[str, Stored]]: ...
 
@@ -65,7 +67,7 @@ def sidecar_of(folder: Path, ranks: Iterable[Rank]) -> Sidecar | None:
     )
 
 
-def _content(path: Path) -> object:
+def _content(path: Path) -> Any:
     return torch_zip.read(path) if path.is_file() else None
 
 
@@ -94,7 +96,7 @@ def describes(sidecar: Sidecar) -> bool:
     return sidecar.complete and sidecar.any_layout() is None
 
 
-def saved(buffers: Mapping) -> dict:
+def saved(buffers: Mapping[int, Mapping[Any, Any]]) -> dict[int, Any]:
     """The content of distrib_optim.pt from that of core 0.6, `{buffer: {(parameter, gradient
     dtype): {state: [bucket]}}}`: a buffer is one bucket."""
     return {
@@ -104,7 +106,7 @@ def saved(buffers: Mapping) -> dict:
     }
 
 
-def _buffers(path: Path, saved: Mapping, rank: Rank) -> tuple[Buffer, ...]:
+def _buffers(path: Path, saved: Mapping[int, Any], rank: Rank) -> tuple[Buffer, ...]:
     chunks = rank.chunks()
     if list(saved) != list(chunks):
         raise RefusedError(
@@ -119,7 +121,7 @@ def _buffers(path: Path, saved: Mapping, rank: Rank) -> tuple[Buffer, ...]:
 
 
 def _buffer(
-    path: Path, chunk: int, tensors: dict[str, Stored], by_dtype: Mapping, dp: int
+    path: Path, chunk: int, tensors: dict[str, Stored], by_dtype: Mapping[Any, Any], dp: int
 ) -> Buffer:
     slots, end = [], 0
     for name, stored in reversed(tensors.items()):

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parammap.checkpoint.sidecar import Bucket, Buffer, Slot
 from parammap.errors import RefusedError
@@ -57,7 +58,7 @@ class Rule:
     instances: int = 1
 
     @classmethod
-    def of(cls, recorded: dict | None, args: dict, layout: Layout) -> Rule:
+    def of(cls, recorded: dict[str, Any] | None, args: dict[str, Any], layout: Layout) -> Rule:
         """The rule for `layout`, from what a run says: one of its layout files (None: maps only)
         and Megatron's args.
 
@@ -124,7 +125,7 @@ class Rule:
         self,
         chunks: Sequence[Sequence[Slot]],
         place: Place,
-        grad_dtypes: Mapping[str, str],
+        grad_dtypes: Mapping[str, str | None],
         experts_anywhere: bool = False,
     ) -> tuple[tuple[Buffer, ...] | None, ...]:
         """The rank's optimizers as a sidecar and distrib_optim.pt have them: [dense] or [dense,
@@ -170,7 +171,7 @@ class Rule:
         chunk: int,
         params: Sequence[Slot],
         expert: bool,
-        grad_dtypes: Mapping[str, str],
+        grad_dtypes: Mapping[str, str | None],
         closing_size: int | None,
     ) -> list[Buffer]:
         """One buffer per dtype, in the order in which named_parameters() meets them."""
@@ -257,7 +258,7 @@ class Rule:
         }
 
 
-def release_of(recorded: dict) -> tuple[int, int]:
+def release_of(recorded: dict[str, Any]) -> tuple[int, int]:
     """Major and minor of the megatron-core that a layout file names; without one, that of bare
     maps."""
     if not recorded:

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.errors import RefusedError
@@ -74,7 +75,7 @@ class Stack:
         return _EXPERTS.sub(lambda _: f".experts.local_experts.{next(left)}.", name, count=1)
 
 
-def stack_of(tensor: Chunked, mcore: dict[str, dict], key: str) -> Stack:
+def stack_of(tensor: Chunked, mcore: dict[str, dict[str, Any]], key: str) -> Stack:
     """`key` is the tensor's without what says which state of the optimizer it is."""
     return Stack(key, tuple(mcore.get(tensor.key, {}).get(_FLATTENED) or tensor.shape))
 

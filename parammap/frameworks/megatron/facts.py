@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ _SIZE_ARGS = {
 _WHOLE_DOWNS = (0, 14)
 
 
-def args_of(meta: dict) -> dict:
+def args_of(meta: dict[str, Any]) -> dict[str, Any]:
     """The arguments saved with a model, by name; {} where none were (bare megatron-core)."""
     args = meta.get("args")
     return args.attributes if isinstance(args, Opaque) else {}
@@ -38,11 +39,11 @@ def args_of(meta: dict) -> dict:
 class Facts:
     """The sidecar's layout file if there is one, and the arguments."""
 
-    recorded: dict | None
-    args: dict
+    recorded: dict[str, Any] | None
+    args: dict[str, Any]
 
     @classmethod
-    def of(cls, sidecar: Sidecar | None, meta: dict) -> Facts:
+    def of(cls, sidecar: Sidecar | None, meta: dict[str, Any]) -> Facts:
         return cls(sidecar.any_layout() if sidecar else None, args_of(meta))
 
     @classmethod
@@ -67,7 +68,7 @@ class Facts:
         )
 
     @property
-    def model(self) -> dict:
+    def model(self) -> dict[str, Any]:
         """What is known of the model, by the names that the layout file and the arguments share."""
         return self.recorded["model"] if self.recorded else self.args
 
@@ -99,7 +100,7 @@ class Facts:
         )
         if not said.get("multi_latent_attention"):
             return None, None, None
-        in_te = {"transformer_engine": True, "local": False}.get(said.get("transformer_impl"))
+        in_te = {"transformer_engine": True, "local": False}.get(said.get("transformer_impl", ""))
         since = in_te and (release_of(self.recorded) >= _WHOLE_DOWNS if self.recorded else None)
         return q, kv + rotary if kv and rotary else None, since
 
@@ -134,7 +135,7 @@ class Facts:
         return self.model.get("num_layers")
 
 
-def grad_dtype(buffer: Buffer, args: dict) -> str:
+def grad_dtype(buffer: Buffer, args: dict[str, Any]) -> str:
     """The dtype of a buffer's gradients: as recorded, or as Megatron-LM chooses it: float32 for
     bf16 parameters always."""
     param = buffer.param_dtype or buffer.slots[0].dtype

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -37,6 +37,8 @@ from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import VOCAB
 from parammap.tensors.layout import Layout, Place, TargetLayout
 from parammap.tensors.logical import MAIN_PARAM, Stored, TensorSpec
+
+_Value = TypeVar("_Value")
 
 NAME = "Megatron-LM"
 #: what Megatron-LM's generate_state_dict() stores (core_r0.6.0 … main)
@@ -137,7 +139,7 @@ class _Tensor:
 
 
 def _tensors(
-    family: str, states: SourceTensors, args: dict, specification: Specification
+    family: str, states: SourceTensors, args: dict[str, Any], specification: Specification
 ) -> Iterator[_Tensor]:
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that
     the model computes in."""
@@ -231,10 +233,10 @@ def _family(model: Architecture) -> Family:
 
 
 def _activation(model: Architecture) -> str | None:
-    return _ALIASES.get(model.activation, model.activation)
+    return model.activation and _ALIASES.get(model.activation, model.activation)
 
 
-def _scaling(model: Architecture) -> dict | None:
+def _scaling(model: Architecture) -> dict[str, Any] | None:
     """Megatron-LM's arguments for a stretching of rotary positions by transformers' names; None if
     it has none."""
     given = dict(model.rope_scaling or {})
@@ -252,7 +254,7 @@ def _scaling(model: Architecture) -> dict | None:
     return None
 
 
-def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dict:
+def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dict[str, Any]:
     """What Megatron-LM would have saved of such a run at one rank."""
     names, family = states.names(), _family(model)
     is_rotary = family.positions == ROTARY
@@ -260,15 +262,16 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
         states.tensor(MAIN_PARAM, WORD_EMBEDDING),
         import_optimizer.model_dtype(states, WORD_EMBEDDING, source.training_state.compute_dtype),
     )
-    groups, head_size = model.groups or model.heads, model.head_size or words.cols // model.heads
+    heads = _known(model.heads)
+    groups, head_size = model.groups or heads, model.head_size or words.cols // heads
     return {
         "num_layers": model.layers,
         "encoder_num_layers": model.layers,
         "hidden_size": words.cols,
         "ffn_hidden_size": states.tensor(MAIN_PARAM, "layers.0.mlp.fc2.weight").cols,
-        "num_attention_heads": model.heads,
+        "num_attention_heads": heads,
         "kv_channels": head_size,
-        "group_query_attention": groups != model.heads,
+        "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "seq_length": model.positions,
         "encoder_seq_length": model.positions,
@@ -276,11 +279,11 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
         "position_embedding_type": "rope" if is_rotary else "learned_absolute",
         "add_position_embedding": not is_rotary,
         "use_rotary_position_embeddings": is_rotary,
-        "rotary_base": _plain(model.rope_theta) if is_rotary else 10000,
+        "rotary_base": _plain(_known(model.rope_theta)) if is_rotary else 10000,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "rope_scaling_factor": 8.0,
-        **_scaling(model),
+        **_known(_scaling(model)),
         "normalization": family.norm,
         "norm_epsilon": model.eps,
         "apply_layernorm_1p": False,
@@ -330,12 +333,18 @@ def _args(source: Checkpoint, model: Architecture, states: SourceTensors) -> dic
     }
 
 
+def _known(value: _Value | None) -> _Value:
+    """What `_check` has seen to be there."""
+    assert value is not None
+    return value
+
+
 def _plain(number: float) -> float:
     """--rotary-base is an integer in all releases."""
     return int(number) if number == int(number) else number
 
 
-def _notes(model: Architecture, args: dict, source: Checkpoint) -> Iterator[str]:
+def _notes(model: Architecture, args: dict[str, Any], source: Checkpoint) -> Iterator[str]:
     flags = [f"--norm-epsilon {model.eps}"] if model.eps is not None else []
     flags += [f"--rotary-base {args['rotary_base']}"] if _family(model).positions == ROTARY else []
     flags += ["--no-bias-gelu-fusion"] if _activation(model) == "gelu" else []

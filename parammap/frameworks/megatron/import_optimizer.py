@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.sidecar import SCHEMA, VERSION, Buffer, RankSidecar, Sidecar, Slot
@@ -78,7 +79,7 @@ def model_dtype(states: SourceTensors, name: str, recorded: str | None) -> str:
     )
 
 
-def meta(source: Checkpoint) -> dict:
+def meta(source: Checkpoint) -> dict[str, Any]:
     """`optimizer` and `opt_param_scheduler` of a model file, lr in units per step, counts of the
     scheduler in samples.
 
@@ -136,12 +137,12 @@ def _recorded_decay(state: TrainingState) -> float | None:
     return 0.0 if state.weight_decay is None and of_groups else state.weight_decay
 
 
-def _schedule(state: TrainingState) -> dict | None:
+def _schedule(state: TrainingState) -> dict[str, Any] | None:
     known = state.schedule.values if state.schedule else {}
     return {key: known[key] for key in _SCHEDULE} if known.keys() >= set(_SCHEDULE) else None
 
 
-def _constant(state: TrainingState) -> dict:
+def _constant(state: TrainingState) -> dict[str, Any]:
     """The schedule of a run that has none, or one that Megatron-LM does not know."""
     rate, samples = state.groups[0].lr, state.consumed_samples or 0
     return {
@@ -154,7 +155,7 @@ def _constant(state: TrainingState) -> dict:
     }
 
 
-def args(source: Checkpoint) -> dict:
+def args(source: Checkpoint) -> dict[str, Any]:
     """The arguments that say how far the run has come, and how it steps."""
     state = source.training_state
     return {
@@ -170,7 +171,7 @@ def args(source: Checkpoint) -> dict:
     }
 
 
-def flags(told: dict) -> list[str]:
+def flags(told: dict[str, Any]) -> list[str]:
     """What the command line of a run that goes on must say, by its arguments."""
     return [
         *(f"--{name}" for name in DTYPES if told[name]),
@@ -180,7 +181,7 @@ def flags(told: dict) -> list[str]:
     ]
 
 
-def sidecar(source: Checkpoint, told: dict, specs: Iterable[TensorSpec]) -> Sidecar:
+def sidecar(source: Checkpoint, told: dict[str, Any], specs: Iterable[TensorSpec]) -> Sidecar:
     """What is known of one rank's parameters by the arguments `told`: all are stepped; where they
     lie is for the rule."""
     layout = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.index import TensorEntry
@@ -53,7 +54,7 @@ def read_rank(
     known = sidecar.ranks.get((place.tp, place.pp, place.ep))
     optimizers = known.optimizers if known else ()
     shapes = {(one.place.vpp, one.name): one.stored.shape for one in model}
-    found = []
+    found: list[TensorEntry] = []
     for number, saved in enumerate(chain):
         buffers = optimizers[number] if number < len(optimizers) else None
         if saved is None:
@@ -91,30 +92,29 @@ def _check_count(path: Path, saved: object, buffers: tuple[Buffer, ...], sidecar
         )
 
 
-def _states(path: Path, saved: dict, gbuf: int) -> dict:
+def _states(path: Path, saved: dict[Any, Any], gbuf: int) -> dict[str, Any]:
     by_dtypes = saved.get(gbuf)
     if not isinstance(by_dtypes, dict) or len(by_dtypes) != 1:
         raise RefusedError(
             f"{path}: buffer {gbuf} is not of a kind that Megatron-LM core 0.6 or later saves"
         )
     ((dtypes, states),) = by_dtypes.items()
-    bounds = saved.get("per_bucket_numel")
-    unpadded = saved.get("per_bucket_numel_unpadded")
-    if bounds:
-        states = {
-            **states,
-            "per_bucket": list(zip(bounds[gbuf][dtypes], unpadded[gbuf][dtypes], strict=True)),
-        }
-    return states
+    if not (bounds := saved.get("per_bucket_numel")):
+        return {**states}
+    unpadded = saved["per_bucket_numel_unpadded"]
+    return {
+        **states,
+        "per_bucket": list(zip(bounds[gbuf][dtypes], unpadded[gbuf][dtypes], strict=True)),
+    }
 
 
 def _buffer_states(
     path: Path,
     place: Place,
     gbuf: int,
-    states: dict,
+    states: dict[str, Any],
     buffer: Buffer,
-    shapes: dict,
+    shapes: dict[tuple[int, str], tuple[int, ...]],
     sidecar: Sidecar,
 ) -> Iterator[TensorEntry]:
     """One Found per state and parameter of a buffer."""
@@ -145,7 +145,7 @@ def _buffer_states(
             yield TensorEntry(slot.name, at, _ROLES.get(key, key), stored, slot.partition)
 
 
-def _buckets(where: str, states: dict, buffer: Buffer) -> tuple[Bucket, ...]:
+def _buckets(where: str, states: dict[str, Any], buffer: Buffer) -> tuple[Bucket, ...]:
     """The bucket bounds: the file's own (core 0.6), else the sidecar's; both must agree where both
     speak."""
     if "per_bucket" in states:

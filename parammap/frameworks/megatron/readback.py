@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import TensorEntry
-from parammap.checkpoint.sidecar import Buffer, Sidecar
+from parammap.checkpoint.sidecar import Buffer, RankSidecar, Sidecar
 from parammap.errors import RefusedError
 from parammap.execute.checks import cast_bits
 from parammap.execute.gather import Files
@@ -55,32 +55,32 @@ def wrong_order(output: Checkpoint, is_written_here: bool) -> list[tuple[str, st
 
 def misplaced(output: Checkpoint, _is_written_here: bool = True) -> list[tuple[str, str]]:
     """The same, by the sidecar alone."""
-    wrong = output.sidecar and registration.misplaced(output.sidecar)
-    return [(str(output.sidecar.folder), wrong)] if wrong else []
+    if output.sidecar and (wrong := registration.misplaced(output.sidecar)):
+        return [(str(output.sidecar.folder), wrong)]
+    return []
 
 
 def _first_misfit(checkpoint: Checkpoint, folders: list[tuple[Coordinates, Path]]) -> str | None:
     """The first parameter of the first rank that has an optimizer whose weight is not the model's,
     as a line to print."""
-    for rank, folder in folders if checkpoint.sidecar else ():
+    ranks = checkpoint.sidecar.ranks if checkpoint.sidecar else {}
+    for rank, folder in folders:
         if (
             (folder / OPTIMIZER_FILE).is_file()
             and (folder / MODEL_FILE).is_file()
-            and rank in checkpoint.sidecar.ranks
+            and rank in ranks
         ):
-            return _misfit(checkpoint, rank, folder)
+            return _misfit(checkpoint, ranks[rank], rank, folder)
     return None
 
 
-def _misfit(checkpoint: Checkpoint, rank: Coordinates, folder: Path) -> str | None:
+def _misfit(
+    checkpoint: Checkpoint, known: RankSidecar, rank: Coordinates, folder: Path
+) -> str | None:
     saved, model = read_model(folder, Place(*rank))
     own = before_core.sidecar_of(folder, [saved]) or Sidecar(
         folder,
-        {
-            rank: replace(
-                checkpoint.sidecar.ranks[rank], optimizers=_by_rule(checkpoint, rank, model)
-            )
-        },
+        {rank: replace(known, optimizers=_by_rule(checkpoint, known, rank, model))},
         complete=True,
     )
     states = optimizer.read_rank(folder, Place(*rank), model, own, frozenset())
@@ -99,11 +99,10 @@ def _misfit(checkpoint: Checkpoint, rank: Coordinates, folder: Path) -> str | No
 
 
 def _by_rule(
-    checkpoint: Checkpoint, rank: Coordinates, model: list[TensorEntry]
+    checkpoint: Checkpoint, known: RankSidecar, rank: Coordinates, model: list[TensorEntry]
 ) -> tuple[tuple[Buffer, ...] | None, ...]:
     """The optimizers' buffers as the release lays them out; as recorded, where the run's own hook
     did that."""
-    known = checkpoint.sidecar.ranks[rank]
     if registration.is_recorded(known.layout):
         return known.optimizers
     buffers = [buffer for optimizers in known.optimizers for buffer in optimizers or ()]
@@ -122,7 +121,7 @@ def _by_rule(
         for number, found in _by_chunk(model)
     ]
     rule = Rule.of(known.layout, args_of(checkpoint.rank_metadata[rank]), checkpoint.layout)
-    grads = {buffer.param_dtype: buffer.grad_dtype for buffer in buffers}
+    grads = {buffer.param_dtype: buffer.grad_dtype for buffer in buffers if buffer.param_dtype}
     return rule.optimizers(chunks, Place(*rank), grads, any(slot.expert for slot in slots.values()))
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import extra_states, owners
@@ -54,7 +56,7 @@ class Rank:
 
     folder: Path
     place: Place
-    content: dict
+    content: dict[str, Any]
 
     @property
     def coordinates(self) -> Coordinates:
@@ -66,11 +68,11 @@ class Rank:
             chunk: dict(_flatten(self.content[key])) for chunk, key in enumerate(self._model_keys())
         }
 
-    def meta(self) -> dict:
+    def meta(self) -> dict[str, Any]:
         """All but the model."""
         return {key: value for key, value in self.content.items() if key not in self._model_keys()}
 
-    def structures(self) -> list[dict]:
+    def structures(self) -> list[dict[str, Any]]:
         """Each chunk's state dict with a TensorSpec in place of each tensor."""
         return [specified(self.content[key], _dtype_and_shape) for key in self._model_keys()]
 
@@ -170,7 +172,7 @@ def read(
     kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
     states = (
         []
-        if weights_only
+        if weights_only or sidecar is None
         else [
             state
             for rank, own in zip(ranks, by_rank, strict=True)
@@ -299,7 +301,7 @@ def _read_ranks(folder: Path, sidecar: Sidecar | None) -> list[Rank]:
     return ranks
 
 
-def _content(path: Path) -> dict:
+def _content(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RefusedError(f"{path}: missing; copy the whole checkpoint")
     content = torch_zip.read(path)
@@ -308,12 +310,13 @@ def _content(path: Path) -> dict:
     return content
 
 
-def _second_number_is_ep(contents: dict[Path, dict], sidecar: Sidecar | None) -> bool:
+def _second_number_is_ep(contents: dict[Path, dict[str, Any]], sidecar: Sidecar | None) -> bool:
     """mp_rank_TT_NNN: NNN is the pipeline stage if there are several, else the expert rank; the
     sizes tell."""
     layout = sidecar.any_layout() if sidecar else None
     if layout:
-        return layout["parallel"]["pp"] == 1 and layout["parallel"]["ep"] > 1
+        sizes: dict[str, int] = layout["parallel"]
+        return sizes["pp"] == 1 and sizes["ep"] > 1
     args = args_of(next(iter(contents.values())))
     if args:
         return (args.get("pipeline_model_parallel_size") or 1) == 1
@@ -365,7 +368,7 @@ def read_model(folder: Path, place: Place) -> tuple[Rank, list[TensorEntry]]:
     return rank, list(_model_tensors(rank, MODEL_PARAM))
 
 
-def _model_tensors(rank: Rank, role: str):
+def _model_tensors(rank: Rank, role: str) -> Iterator[TensorEntry]:
     for chunk, tensors in rank.chunks().items():
         place = Place(rank.place.tp, rank.place.pp, rank.place.ep, chunk)
         for name, stored in tensors.items():
@@ -404,8 +407,12 @@ def _global_layers(
     return layers
 
 
-def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
-    for (_, pp, _), rank in (sidecar.ranks if sidecar else {}).items():
+def _check_layers(
+    layers: dict[tuple[int, int], dict[str, list[int]]], sidecar: Sidecar | None
+) -> None:
+    if sidecar is None:
+        return
+    for (_, pp, _), rank in sidecar.ranks.items():
         for chunk in rank.layout["chunks"] if rank.layout else []:
             for prefix, numbers in chunk["layers"].items():
                 counted = layers.get((pp, chunk["vpp"]), {}).get(prefix, [])
@@ -417,7 +424,7 @@ def _check_layers(layers: dict, sidecar: Sidecar | None) -> None:
                     )
 
 
-def _flatten(tree: object, prefix: str = ""):
+def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, Stored]]:
     """(dotted name, Stored) of every tensor in nested dicts; `_extra_state` and other leaves are no
     tensors."""
     if extra_states.is_one(prefix):

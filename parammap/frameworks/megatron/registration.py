@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.sidecar import Buffer, Sidecar, Slot
@@ -172,8 +173,9 @@ def _merged(runs: list[list[str]], others: list[str]) -> list[str]:
     """One sequence that holds all names and keeps the order of each run."""
     runs = [list(run) for run in dict.fromkeys(map(tuple, runs))]
     names = [*dict.fromkeys(name for run in runs for name in run), *others]
-    if None not in map(place_of, names) and not any(map(_misfit, runs)):
-        return sorted(names, key=place_of)
+    places = {name: place for name in names if (place := place_of(name)) is not None}
+    if len(places) == len(names) and not any(map(_misfit, runs)):
+        return sorted(names, key=places.__getitem__)
     merged = []
     while runs := [run for run in runs if run]:
         inner = {name for run in runs for name in run[1:]}
@@ -226,7 +228,7 @@ def has_own_order(sidecar: Sidecar) -> bool:
 OWN_ORDER = {"parameter_order": "recorded"}
 
 
-def is_recorded(layout: dict | None) -> bool:
+def is_recorded(layout: dict[str, Any] | None) -> bool:
     """Whether the order is that of a hook: bare maps and files with the numbers of groups are a
     hook's own."""
     return (
@@ -240,5 +242,5 @@ def is_recorded(layout: dict | None) -> bool:
 
 def _misfit(names: Sequence[str]) -> tuple[str, str] | None:
     """The first two neighbours, of those that the rule knows, that it has in the other order."""
-    known = [name for name in names if place_of(name) is not None]
-    return next(((a, b) for a, b in pairwise(known) if place_of(a) > place_of(b)), None)
+    known = [(place, name) for name in names if (place := place_of(name)) is not None]
+    return next(((a, b) for (first, a), (second, b) in pairwise(known) if first > second), None)

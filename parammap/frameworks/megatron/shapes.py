@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.frameworks.megatron.facts import Facts
@@ -88,7 +89,9 @@ def contradictions(checkpoint: Checkpoint) -> dict[str, str]:
     return {shorten_names(names): what for what, names in wrong.items()}
 
 
-def _wrong(tensor: Tensor, shapes: dict[str, tuple[_Size | None, ...]], said: dict) -> str | None:
+def _wrong(
+    tensor: Tensor, shapes: dict[str, tuple[_Size | None, ...]], said: dict[str, Any]
+) -> str | None:
     sizes = shapes.get(_pattern(tensor.name), ())
     if len(sizes) != len(tensor.shape):
         return None
@@ -109,7 +112,7 @@ def _wrong(tensor: Tensor, shapes: dict[str, tuple[_Size | None, ...]], said: di
     )
 
 
-def _value(size: _Size, said: dict) -> int | None:
+def _value(size: _Size, said: dict[str, Any]) -> int | None:
     """A size in numbers; None where an argument is not recorded."""
     total = 0
     for product in size:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
@@ -57,7 +58,7 @@ class Specification:
     experts: str
 
     @classmethod
-    def of(cls, args: dict) -> Specification:
+    def of(cls, args: dict[str, Any]) -> Specification:
         """What Megatron-LM builds by the arguments that it recorded; without any, Transformer
         Engine's layers."""
         impl = LOCAL if args.get("transformer_impl") == LOCAL else TRANSFORMER_ENGINE
@@ -96,7 +97,7 @@ class Specification:
         return dict.fromkeys(f"{module}.{extra_states.KEY}" for module in (*modules, *attentions))
 
 
-def _grouped(match: re.Match) -> str:
+def _grouped(match: re.Match[str]) -> str:
     expert, linear, kind = match.groups()
     return f".{linear}.{kind}" if kind == extra_states.KEY else f".{linear}.{kind}{expert}"
 
@@ -129,5 +130,5 @@ def check_specification(source: Checkpoint, given: str | None) -> None:
         )
 
 
-def _args(source: Checkpoint) -> dict:
+def _args(source: Checkpoint) -> dict[str, Any]:
     return args_of(source.common_metadata)

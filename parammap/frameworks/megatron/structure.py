@@ -8,6 +8,7 @@ core_r0.6.0)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from parammap import families
 from parammap.checkpoint import extra_states
@@ -19,6 +20,8 @@ from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.facts import Facts, experts_per_rank, global_layers, is_gated
 from parammap.tensors.layout import Layout
 from parammap.tensors.logical import TensorSpec
+
+Leaf = TypeVar("Leaf")
 
 #: the linear layers that hold an extra state, by the last part of their module's name
 _LINEAR = (
@@ -36,8 +39,8 @@ _FLAT_PARTS = ("encoder", "decoder", "pooler")
 
 
 def specified(
-    tree: object, tensor: Callable[[object], tuple[str, tuple[int, ...]] | None], prefix: str = ""
-) -> object:
+    tree: Any, tensor: Callable[[object], tuple[str, tuple[int, ...]] | None], prefix: str = ""
+) -> Any:
     """The tree with a TensorSpec, under its dotted path, for each leaf of which `tensor` tells
     dtype and shape; extra states stay as they are."""
     if extra_states.is_one(prefix):
@@ -52,7 +55,7 @@ def specified(
     return tree
 
 
-def leaves(tree: object, kind: type) -> Iterator:
+def leaves(tree: object, kind: type[Leaf]) -> Iterator[Leaf]:
     """The leaves of one kind in nested dicts and lists."""
     if isinstance(tree, kind):
         yield tree
@@ -61,7 +64,7 @@ def leaves(tree: object, kind: type) -> Iterator:
             yield from leaves(value, kind)
 
 
-def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict]]:
+def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict[str, Any]]]:
     """Each rank's chunks, with a TensorSpec for each tensor: as recorded, else put together from
     the sidecar.
 
@@ -81,7 +84,9 @@ def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict]]:
     return structures
 
 
-def megatron_naming(source: Checkpoint, structures: dict[Coordinates, list[dict]]) -> NameResolver:
+def megatron_naming(
+    source: Checkpoint, structures: dict[Coordinates, list[dict[str, Any]]]
+) -> NameResolver:
     """The naming of a checkpoint's tensors under the names that Megatron-LM gives them, whatever
     framework it is of."""
     facts = Facts.of_checkpoint(source)
@@ -114,27 +119,27 @@ def rank_folder(layout: Layout, rank: Coordinates) -> str:
     )
 
 
-def nested(entries: Iterable[tuple[tuple[str, ...], object]]) -> dict:
+def nested(entries: Iterable[tuple[tuple[str, ...], object]]) -> dict[str, Any]:
     """Nested dicts from pairs of keys and leaf."""
-    tree: dict = {}
+    tree: dict[str, Any] = {}
     for keys, leaf in entries:
         _insert(tree, list(keys), leaf)
     return tree
 
 
-def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list[dict]:
+def structures_from_slots(sidecar: Sidecar, rank: Coordinates, vpp: int) -> list[dict[str, Any]]:
     """Each chunk's state dict, with a TensorSpec for each parameter, in the order of
     named_parameters().
 
     Dense parameters that only the first expert rank's optimizer holds are in every expert rank's
     model."""
-    chunks: list[dict] = []
+    chunks: list[dict[str, Any]] = []
     for chunk in range(vpp):
         buffers = [buffer for buffer in sidecar.buffers(rank) if buffer.chunk == chunk]
         slots: dict[str, Slot] = {slot.name: slot for buffer in buffers for slot in buffer.slots}
         sequences = [registration.names_of(buffer) for buffer in buffers]
-        tree: dict = {}
-        for slot in map(slots.get, registration.in_order(slots, sequences)):
+        tree: dict[str, Any] = {}
+        for slot in map(slots.__getitem__, registration.in_order(slots, sequences)):
             _insert(tree, _path(slot.name), TensorSpec(slot.name, slot.dtype, slot.shape))
         chunks.append(_with_extra_states(tree))
     return chunks
@@ -151,13 +156,13 @@ def _path(name: str) -> list[str]:
     return [name]
 
 
-def _insert(tree: dict, path: list[str], leaf: object) -> None:
+def _insert(tree: dict[str, Any], path: list[str], leaf: object) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf
 
 
-def _with_extra_states(tree: dict) -> dict:
+def _with_extra_states(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with `_extra_state: None` after the last tensor of each linear layer."""
     result, keys = {}, list(tree)
     for number, key in enumerate(keys):

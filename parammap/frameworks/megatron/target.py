@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
@@ -42,12 +43,12 @@ def output(source: Checkpoint, options: Options) -> Output:
     """Plan the files. Raises RefusedError if the sidecar is missing or maps tensors that the source
     lacks, and for tensors that are not named as the arguments' model names them."""
     check_specification(source, options.transformer_impl)
-    if source.sidecar is None and source.with_optimizer:
-        raise RefusedError(
-            f"{source.folder}: nobody knows the optimizer's buckets without layout_*.json or "
-            "param_map*.json; name their folder with --sidecar, or convert --weights-only"
-        )
     if source.with_optimizer:
+        if source.sidecar is None:
+            raise RefusedError(
+                f"{source.folder}: nobody knows the optimizer's buckets without layout_*.json or "
+                "param_map*.json; name their folder with --sidecar, or convert --weights-only"
+            )
         registration.check(source.sidecar)
     writer = _Writer(source)
     files = [file for rank in source.rank_folders for file in writer.rank_files(rank)]
@@ -80,10 +81,10 @@ def output(source: Checkpoint, options: Options) -> Output:
 class _Writer:
     source: Checkpoint
     missing: set[str] = field(default_factory=set)
-    _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    _structures: dict[Coordinates, list[dict]] = field(default_factory=dict)
-    _naming: NameResolver | None = None
-    _held: dict[tuple[Place, str, str], StoredTensor] = field(default_factory=dict)
+    _tensors: dict[tuple[str, str], Tensor] = field(init=False)
+    _structures: dict[Coordinates, list[dict[str, Any]]] = field(init=False)
+    _naming: NameResolver = field(init=False)
+    _held: dict[tuple[Place, str, str], StoredTensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.source.index.shards}
@@ -103,8 +104,9 @@ class _Writer:
     def rank_files(self, rank: Coordinates) -> Iterator[WantedFile]:
         folder = f"{self.iteration_folder}/{rank_folder(self.source.layout, rank)}"
         yield self._file(f"{folder}/{MODEL_FILE}", rank, *self._model(rank))
-        if self.source.with_optimizer and self._saves_optimizer(rank):
-            yield self._file(f"{folder}/{OPTIMIZER_FILE}", rank, *self._optimizer(rank))
+        sidecar = self.source.sidecar if self.source.with_optimizer else None
+        if sidecar and _saves_optimizer(sidecar, rank):
+            yield self._file(f"{folder}/{OPTIMIZER_FILE}", rank, *self._optimizer(sidecar, rank))
 
     def _file(
         self, path: str, rank: Coordinates, tree: object, wanted: dict[TensorSpec, Wanted]
@@ -121,7 +123,7 @@ class _Writer:
     # ----------------------------------------------------------------------------------------------
     # model_optim_rng.pt
 
-    def _model(self, rank: Coordinates) -> tuple[dict, dict[TensorSpec, Wanted]]:
+    def _model(self, rank: Coordinates) -> tuple[dict[str, Any], dict[TensorSpec, Wanted]]:
         wanted: dict[TensorSpec, Wanted] = {}
         chunks = [
             self._chunk(rank, number, tree, wanted)
@@ -159,34 +161,30 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------
     # distrib_optim.pt
 
-    def _saves_optimizer(self, rank: Coordinates) -> bool:
-        """Whether some state is this rank's to save: without experts, another expert rank saves
-        all."""
-        tp, pp, ep = rank
-        return (
-            ep == 0
-            or rank in self.source.sidecar.ranks
-            or (tp, pp, 0) not in self.source.sidecar.ranks
-        )
-
-    def _optimizer(self, rank: Coordinates) -> tuple[object, dict[TensorSpec, Wanted]]:
-        sidecar = self.source.sidecar.ranks.get(rank)
-        if sidecar is None:
+    def _optimizer(
+        self, sidecar: Sidecar, rank: Coordinates
+    ) -> tuple[object, dict[TensorSpec, Wanted]]:
+        known = sidecar.ranks.get(rank)
+        if known is None:
             raise RefusedError(
-                f"{self.source.sidecar.folder}: says nothing of {Place(*rank)}; copy that rank's "
-                f"files"
+                f"{sidecar.folder}: says nothing of {Place(*rank)}; copy that rank's files"
             )
         wanted: dict[TensorSpec, Wanted] = {}
         chain = [
-            None if buffers is None else self._buffers(rank, number, buffers, wanted)
-            for number, buffers in enumerate(sidecar.optimizers)
+            None if buffers is None else self._buffers(sidecar, rank, number, buffers, wanted)
+            for number, buffers in enumerate(known.optimizers)
         ]
         return (chain if len(chain) > 1 else chain[0]), wanted
 
     def _buffers(
-        self, rank: Coordinates, link: int, buffers: tuple[Buffer, ...], wanted: dict
-    ) -> dict:
-        coalesced = _is_coalesced(self.source.sidecar)
+        self,
+        sidecar: Sidecar,
+        rank: Coordinates,
+        link: int,
+        buffers: tuple[Buffer, ...],
+        wanted: dict[TensorSpec, Wanted],
+    ) -> dict[Any, Any]:
+        coalesced = _is_coalesced(sidecar)
         per_bucket, per_bucket_unpadded, saved = [], [], {}
         for gbuf, buffer in enumerate(buffers):
             dtypes = self._dtypes(buffer)
@@ -195,7 +193,7 @@ class _Writer:
             )
             per_bucket.append({dtypes: [bucket.end - bucket.start for bucket in buckets]})
             per_bucket_unpadded.append({dtypes: [bucket.numel_unpadded for bucket in buckets]})
-            states = {}
+            states: dict[str, Any] = {}
             for role, key in _STATES.items():
                 flat = [
                     self._flat(
@@ -210,7 +208,7 @@ class _Writer:
             if coalesced:
                 states["numel_unpadded"] = sum(bucket.numel_unpadded for bucket in buckets)
             saved[gbuf] = {dtypes: states}
-        if megatron_before_core.describes(self.source.sidecar):
+        if megatron_before_core.describes(sidecar):
             return megatron_before_core.saved(saved)
         if coalesced:
             return {"buckets_coalesced": True, **saved}
@@ -282,7 +280,9 @@ class _Writer:
             name, place, role, Stored("float32", shape, ()), slot.partition if slot else UNRECORDED
         )
         held = self._naming.hold(found)
-        return tuple(replace(part, tensor=self._known(part.tensor)) for part in held.parts)
+        return tuple(
+            replace(part, tensor=part.tensor and self._known(part.tensor)) for part in held.parts
+        )
 
     def _known(self, wanted: Tensor) -> Tensor:
         """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
@@ -300,6 +300,13 @@ class _Writer:
 
 def _gap(start: int, numel: int) -> list[Shard]:
     return [gap(1, numel).at("", start * ITEMSIZE["float32"])] if numel else []
+
+
+def _saves_optimizer(sidecar: Sidecar, rank: Coordinates) -> bool:
+    """Whether some state is this rank's to save: without experts, another expert rank saves
+    all."""
+    tp, pp, ep = rank
+    return ep == 0 or rank in sidecar.ranks or (tp, pp, 0) not in sidecar.ranks
 
 
 def _is_coalesced(sidecar: Sidecar) -> bool:

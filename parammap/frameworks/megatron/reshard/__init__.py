@@ -8,6 +8,7 @@ data is read."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
@@ -76,9 +77,9 @@ class _Resharding:
 
     def _recorded_layers(self) -> dict[tuple[int, int], int]:
         """How many layers each chunk of the source holds, by (pp, vpp)."""
-        there = self.source.layout
+        there, layers = self.source.layout, self.naming.layers or {}
         return {
-            (pp, vpp): sum(map(len, self.naming.layers.get((pp, vpp), {}).values()))
+            (pp, vpp): sum(map(len, layers.get((pp, vpp), {}).values()))
             for pp in range(there.pp)
             for vpp in range(there.vpp)
         }
@@ -212,9 +213,9 @@ class _Resharding:
         return range(ep * count, (ep + 1) * count)
 
     def _local_shape(self, entry: Entry, parameter: Parameter) -> tuple[int, ...]:
-        shape = (
-            (self.vocab_rows, *parameter.shape[1:]) if parameter.kind == VOCAB else parameter.shape
-        )
+        shape = parameter.shape
+        if parameter.kind == VOCAB and self.vocab_rows is not None:
+            shape = self.vocab_rows, *shape[1:]
         try:
             return local_shape(
                 parameter.kind, shape, self.layout.tp, self.naming.sizes, self.layout.ep
@@ -238,14 +239,13 @@ class _Resharding:
                     parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep)
                 )
                 for role in self.roles.get(parameter.canonical, ()):
+                    tensors = [self._tensor(role, parameter, one.name, one.shape) for one in parts]
                     shards = tuple(
-                        Shard(
-                            self._tensor(role, parameter, one.name, one.shape), one.region, one.view
-                        )
-                        for one in parts
+                        Shard(tensor, one.region, one.view)
+                        for tensor, one in zip(tensors, parts, strict=True)
                     )
                     found = TensorEntry(
-                        entry.name, place, role, Stored(shards[0].tensor.dtype, shape, ())
+                        entry.name, place, role, Stored(tensors[0].dtype, shape, ())
                     )
                     yield StoredTensor(
                         found, parameter.canonical, parameter.row, parameter.kind, shards
@@ -259,7 +259,7 @@ class _Resharding:
             return Tensor(role, name, self.tensors[role, parameter.canonical].dtype, shape)
         return self.tensors[role, name]
 
-    def _structure(self, chunk: Chunk) -> dict:
+    def _structure(self, chunk: Chunk) -> dict[str, Any]:
         return nested(
             (
                 entry.keys,
@@ -299,7 +299,7 @@ class _Resharding:
             return []
         has_own_rate = bool(self.facts.args.get("decoupled_lr"))
         dense = [
-            entry
+            (entry.name, entry.content)
             for chunk in chunks
             for entry in chunk.entries
             if isinstance(entry.content, Parameter)
@@ -308,10 +308,10 @@ class _Resharding:
         return list(
             dict.fromkeys(
                 (
-                    not entry.name.endswith(".bias") and len(entry.content.shape) > 1,
-                    has_own_rate and entry.content.kind == VOCAB,
+                    not name.endswith(".bias") and len(parameter.shape) > 1,
+                    has_own_rate and parameter.kind == VOCAB,
                 )
-                for entry in dense
+                for name, parameter in dense
             )
         )
 
@@ -319,7 +319,7 @@ class _Resharding:
         there, rows = self.source.layout, self._source_vocab_rows()
         if self.vocab_rows != rows:
             yield f"vocabulary padded to {self.vocab_rows} rows, from {rows}" + (
-                ": the new ones repeat the last one" if self.vocab_rows > rows else ""
+                ": the new ones repeat the last one" if (self.vocab_rows or 0) > (rows or 0) else ""
             )
         has_random = any(state.random_state for state in self.source.training_states.values())
         if has_random and (self.layout.tp > there.tp or self.layout.pp > there.pp):
@@ -329,7 +329,7 @@ class _Resharding:
                 "dropout nothing depends on it"
             )
 
-    def _model_facts(self) -> dict:
+    def _model_facts(self) -> dict[str, Any]:
         known = (
             self.facts.recorded["model"]
             if self.facts.recorded

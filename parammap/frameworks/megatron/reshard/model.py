@@ -6,13 +6,14 @@ another layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import extra_states
-from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
@@ -35,8 +36,9 @@ _NOWHERE = Stored("float32", (), ())
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor of the model: its fused canonical name, arrangement, and dtype and shape as a whole;
-    `is_head` for the last stage's copy of the word embedding."""
+    """A tensor of the model: its fused canonical name, arrangement ('' where it is not known, which
+    is refused), and dtype and shape as a whole; `is_head` for the last stage's copy of the word
+    embedding."""
 
     canonical: str
     kind: str
@@ -69,8 +71,9 @@ class Entry:
 
     @property
     def path(self) -> str:
-        """Of the list of layers."""
-        return families.layer_of(self.name)[0]
+        """Of the list of layers; '' if it is of none."""
+        layer = families.layer_of(self.name)
+        return layer[0] if layer else ""
 
     def at(self, layer: int | None, expert: int | None) -> Entry:
         """The same under other local numbers."""
@@ -138,7 +141,9 @@ def _is_head(entry: Entry) -> bool:
     return isinstance(entry.content, Parameter) and entry.content.is_head
 
 
-def model_of(source: Checkpoint, structures: dict, naming: NameResolver) -> Model:
+def model_of(
+    source: Checkpoint, structures: dict[Coordinates, list[dict[str, Any]]], naming: NameResolver
+) -> Model:
     """The model that a checkpoint's state dicts (by rank, a list of chunks) make up; `naming` is of
     their names.
 
@@ -146,7 +151,7 @@ def model_of(source: Checkpoint, structures: dict, naming: NameResolver) -> Mode
     of layers."""
     experts = (naming.experts_per_rank or 0) * source.layout.ep or naming.sizes.experts or 0
     model = Model(naming.dialect, experts, naming.tied)
-    seen: dict[tuple, Entry] = {}
+    seen: dict[tuple[str, ...], Entry] = {}
     facts = _partition_facts(source.sidecar)
     for (tp, pp, ep), chunks in sorted(
         structures.items(), key=lambda item: (item[0][1], item[0][2])
@@ -178,7 +183,12 @@ def _partition_facts(sidecar: Sidecar | None) -> _Facts:
 
 
 def _add_chunk(
-    model: Model, tree: dict, place: Place, naming: NameResolver, facts: _Facts, seen: dict
+    model: Model,
+    tree: dict[str, Any],
+    place: Place,
+    naming: NameResolver,
+    facts: _Facts,
+    seen: dict[tuple[str, ...], Entry],
 ) -> None:
     outside = model.first if (place.pp, place.vpp) == (0, 0) else model.last
     for keys, leaf in _walk(tree):
@@ -237,12 +247,14 @@ def _parameter(held: StoredTensor, naming: NameResolver) -> Parameter:
         if held.kind
         else stored.shape
     )
-    return Parameter(held.canonical, held.kind, held.row, stored.dtype, shape, held.is_tied_head)
+    return Parameter(
+        held.canonical, held.kind or "", held.row, stored.dtype, shape, held.is_tied_head
+    )
 
 
 def _refuse_unknown(source: Checkpoint, model: Model) -> None:
     unknown = sorted(
-        {parameter.canonical for parameter in model.parameters() if parameter.kind is None}
+        {parameter.canonical for parameter in model.parameters() if not parameter.kind}
     )
     if unknown:
         raise RefusedError(
@@ -270,19 +282,14 @@ def _check_order(model: Model, sidecar: Sidecar, naming: NameResolver) -> None:
             buffer for buffers in known.optimizers for buffer in buffers or () if tp == 0
         ):
             there = [
-                (
-                    places.get(
-                        naming.canonical(
-                            TensorEntry(name, Place(0, pp, ep, buffer.chunk), MAIN_PARAM, _NOWHERE)
-                        )
-                    ),
-                    name,
-                )
+                (number, name)
                 for name in registration.names_of(buffer)
+                for found in [
+                    TensorEntry(name, Place(0, pp, ep, buffer.chunk), MAIN_PARAM, _NOWHERE)
+                ]
+                if (number := places.get(naming.canonical(found))) is not None
             ]
-            for (first, before), (second, after) in pairwise(
-                one for one in there if one[0] is not None
-            ):
+            for (first, before), (second, after) in pairwise(there):
                 if first > second:
                     raise RefusedError(
                         f"{sidecar.folder}: has {before} registered before {after}, and the "
@@ -291,7 +298,7 @@ def _check_order(model: Model, sidecar: Sidecar, naming: NameResolver) -> None:
                     )
 
 
-def _order(entries: list[Entry]):
+def _order(entries: list[Entry]) -> Callable[[Entry], tuple[int, int, int]]:
     """The order of a layer's entries when experts of several ranks come together: what is of
     experts stands where the first of its list does, expert by expert (local_experts.0.…,
     local_experts.1.… and weight0, weight1 … alike)."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.cuts import dim_of
@@ -41,7 +42,7 @@ def resharded_sidecar(
     naming: NameResolver,
     facts: Facts,
     layout: Layout,
-    model_facts: dict,
+    model_facts: dict[str, Any],
     is_tied: bool,
     ranks: dict[Coordinates, list[Chunk]],
 ) -> Sidecar | None:
@@ -182,7 +183,7 @@ def _slot(
     )
 
 
-def _parallel(layout: Layout) -> dict:
+def _parallel(layout: Layout) -> dict[str, Any]:
     sizes = {
         name: getattr(layout, name)
         for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "dp", "order")
@@ -190,7 +191,7 @@ def _parallel(layout: Layout) -> dict:
     return {**sizes, "world_size": layout.tp * layout.pp * layout.cp * layout.dp}
 
 
-def _rank(layout: Layout, tp: int, pp: int, ep: int) -> dict:
+def _rank(layout: Layout, tp: int, pp: int, ep: int) -> dict[str, Any]:
     return {
         "global": layout.global_rank(tp, pp, ep),
         "tp": tp,
@@ -200,7 +201,7 @@ def _rank(layout: Layout, tp: int, pp: int, ep: int) -> dict:
     }
 
 
-def _described(number: int, chunk: Chunk) -> dict:
+def _described(number: int, chunk: Chunk) -> dict[str, Any]:
     return {
         "vpp": number,
         "layers": {path: list(chunk.layers) for path in _paths(chunk.entries)}
@@ -215,7 +216,7 @@ def _paths(entries: Iterable[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.path for entry in entries if entry.layer is not None))
 
 
-def _optimizer(buffers: tuple[Buffer, ...] | None, rule: Rule) -> dict | None:
+def _optimizer(buffers: tuple[Buffer, ...] | None, rule: Rule) -> dict[str, Any] | None:
     if buffers is None:
         return None
     expert = any(slot.expert for buffer in buffers for slot in buffer.slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.errors import RefusedError
@@ -14,6 +15,8 @@ from parammap.tensors.layout import Layout
 #: what tells parameter groups apart: whether their weights decay, and whether they have a rate of
 #: their own
 GroupKind = tuple[bool, bool]
+#: an optimizer's state as Megatron-LM saves it, or those of a chain
+State = dict[str, Any] | list[dict[str, Any]]
 #: a parameter group of experts apart; by its other keys it is one of the dense groups
 _OF_EXPERTS = "is_expert_parallel"
 
@@ -124,7 +127,7 @@ def nearest(source: Checkpoint, layout: Layout, rank: Coordinates) -> Coordinate
     return tp % there.tp, stage, ep % there.ep
 
 
-def check_stages(args: dict, any_stages: bool, target: TargetArguments) -> None:
+def check_stages(args: dict[str, Any], any_stages: bool, target: TargetArguments) -> None:
     """Refuse stages that the release which saved could not be told: any, only other ends, or none
     at all. Bare megatron-core, without `args`, is told by hand."""
     says_all = any_stages or "pipeline_model_parallel_blocks" in args
@@ -152,7 +155,7 @@ def resharded_metadata(
     rank: Coordinates,
     expert_dims: set[int],
     needed: list[GroupKind],
-) -> dict:
+) -> dict[str, Any]:
     """The metadata of a rank; `expert_dims` are the numbers of dimensions that its experts'
     parameters have, `needed` the kinds of its dense parameter groups where they come in an order of
     its own."""
@@ -188,13 +191,12 @@ def _relaid_args(args: object, target: TargetArguments, rank: Coordinates) -> ob
     )
 
 
-def regrouped(optimizer: object, to_be_apart: bool, expert_dims: set[int]) -> object:
+def regrouped(optimizer: State, to_be_apart: bool, expert_dims: set[int]) -> State:
     """The optimizer's state, where experts come to have, or no longer have, an optimizer of their
     own; `expert_dims` are the numbers of dimensions that their parameters have."""
-    apart = isinstance(optimizer, list)
-    if apart == to_be_apart or not expert_dims:
+    if isinstance(optimizer, list) == to_be_apart or not expert_dims:
         return optimizer
-    if apart:
+    if isinstance(optimizer, list):
         dense, experts = optimizer
         if _values(experts) - _values(dense):
             raise RefusedError(
@@ -215,12 +217,14 @@ def regrouped(optimizer: object, to_be_apart: bool, expert_dims: set[int]) -> ob
     ]
 
 
-def _in_order(optimizer: object, needed: list[GroupKind], others: list[object]) -> object:
+def _in_order(optimizer: State, needed: list[GroupKind], others: list[State | None]) -> State:
     """The optimizer's state with its dense groups as `needed`; those that it lacks are taken from
     the other ranks'. Groups that differ in more than their kind stay as they are."""
     dense = _dense(optimizer)
-    own = {_kind(group): group for group in _groups(dense)} if dense else {}
-    if not needed or len(own) != len(_groups(dense)):
+    if not needed or not dense:
+        return optimizer
+    own = {_kind(group): group for group in _groups(dense)}
+    if len(own) != len(_groups(dense)):
         return optimizer
     known = {
         _kind(group): group for other in map(_dense, others) if other for group in _groups(other)
@@ -230,19 +234,20 @@ def _in_order(optimizer: object, needed: list[GroupKind], others: list[object]) 
     return [ordered, *optimizer[1:]] if isinstance(optimizer, list) else ordered
 
 
-def _dense(optimizer: object) -> dict | None:
+def _dense(optimizer: State | None) -> dict[str, Any] | None:
     return optimizer[0] if isinstance(optimizer, list) else optimizer
 
 
-def _kind(group: dict) -> GroupKind:
+def _kind(group: dict[str, Any]) -> GroupKind:
     return group.get("wd_mult") != 0.0, bool(group.get("is_decoupled_lr"))
 
 
-def _groups(optimizer: dict) -> list[dict]:
-    return optimizer["optimizer"]["param_groups"]
+def _groups(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = optimizer["optimizer"]["param_groups"]
+    return groups
 
 
-def _values(optimizer: dict) -> set[str]:
+def _values(optimizer: dict[str, Any]) -> set[str]:
     """What steps the groups' parameters, but for whose they are."""
     return {
         repr(sorted((key, value) for key, value in group.items() if key != _OF_EXPERTS))
