@@ -442,6 +442,7 @@ def install(extra_state: str = "empty") -> None:
         GroupedLinear=GroupedLinear,
         DotProductAttention=DotProductAttention,
         fp8_autocast=contextlib.nullcontext,
+        fp8_model_init=contextlib.nullcontext,
     )
     add(
         "transformer_engine.pytorch.fp8",
