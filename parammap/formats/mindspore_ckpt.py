@@ -70,7 +70,7 @@ def frame(tensors: Sequence[TensorSpec], crc: bool = False) -> list[Segment]:
     return builder.segments()
 
 
-def read(path: str | os.PathLike) -> dict[str, Stored | str]:
+def read(path: str | os.PathLike[str]) -> dict[str, Stored | str]:
     """Where each tensor's bytes lie, in file order; a string entry is given as the string it holds.
 
     A tensor of several slices has as many extents. Reads record headers only, so neither the crc
@@ -235,12 +235,12 @@ def _joined(
     file: str, record: _Record, before: Stored | str, slice_: Stored | str, adjacent: bool
 ) -> Stored:
     """A tensor with one more of its slices."""
-    same = (
-        isinstance(before, Stored)
+    if not (
+        adjacent
+        and isinstance(before, Stored)
         and isinstance(slice_, Stored)
         and (before.dtype, before.shape) == (slice_.dtype, slice_.shape)
-    )
-    if not (same and adjacent):
+    ):
         raise RefusedError(f"{file}: {record.name!r} occurs twice; the file is damaged")
     return replace(before, extents=before.extents + slice_.extents)
 

@@ -9,6 +9,8 @@ import io
 import math
 import os
 import tokenize
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -18,8 +20,14 @@ from parammap.formats.format import Format
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
 
+#: shape, whether it is column-major, dtype
+_Header: TypeAlias = tuple[tuple[int, ...], bool, np.dtype[Any]]
+
 #: what can be read: version 3.0 differs in the names of fields only, which no plain array has
-_HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+_HEADERS: dict[tuple[int, int], Callable[[BinaryIO], _Header]] = {
+    (1, 0): npy_format.read_array_header_1_0,
+    (2, 0): npy_format.read_array_header_2_0,
+}
 
 
 def frame(spec: TensorSpec) -> list[Segment]:
@@ -39,12 +47,12 @@ def frame(spec: TensorSpec) -> list[Segment]:
     return builder.segments()
 
 
-def numpy_dtype(dtype: str) -> np.dtype:
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The little-endian numpy dtype of a dtype that numpy has."""
     return np.dtype(dtype).newbyteorder("<")
 
 
-def read(path: str | os.PathLike) -> Stored:
+def read(path: str | os.PathLike[str]) -> Stored:
     """Where the array's bytes lie; reads the header only.
 
     Raises RefusedError if the file is missing, cut, no .npy file, or holds an array that is not
@@ -79,7 +87,7 @@ def read(path: str | os.PathLike) -> Stored:
     return stored
 
 
-def _header(stream: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(stream: BinaryIO) -> _Header:
     version = npy_format.read_magic(stream)
     if version not in _HEADERS:
         raise ValueError(f"version {version}")

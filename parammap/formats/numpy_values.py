@@ -12,6 +12,7 @@ import numpy as np
 
 from parammap.errors import RefusedError
 from parammap.formats.pickles import Global, Opaque
+from parammap.tensors.arrays import Array
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ARRAYS = {Global(module, "_reconstruct") for module in _MULTIARRAY}
@@ -29,7 +30,7 @@ def is_numpy(value: Any) -> bool:
     )
 
 
-def decode(record: Opaque) -> np.ndarray | np.generic:
+def decode(record: Opaque) -> Array | np.generic:
     """The array or scalar that the record is of; source: `__reduce__` of both in numpy 1.26 and
     2.2.
 
@@ -38,7 +39,8 @@ def decode(record: Opaque) -> np.ndarray | np.generic:
     try:
         if record.target in _SCALARS:
             dtype, content = record.args
-            return np.frombuffer(content, _dtype(dtype), count=1)[0]
+            scalar: np.generic = np.frombuffer(content, _dtype(dtype), count=1)[0]
+            return scalar
         _, shape, dtype, fortran, content = record.state
         return (
             np.frombuffer(content, _dtype(dtype))
@@ -51,7 +53,7 @@ def decode(record: Opaque) -> np.ndarray | np.generic:
         ) from error
 
 
-def _dtype(record: Opaque) -> np.dtype:
+def _dtype(record: Opaque) -> np.dtype[Any]:
     if record.target != _DTYPE or not _PLAIN.fullmatch(record.args[0]):
         raise ValueError(f"dtype {record.args[:1]} is not plain")
     return np.dtype(record.args[0]).newbyteorder(record.state[1])

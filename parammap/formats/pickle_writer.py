@@ -47,7 +47,7 @@ _PLAIN_CALLABLES = (codecs.encode, *_PLAIN_TYPES)
 class PersistentId:
     """A leaf written as a persistent id, which the reader's `persistent_load` resolves."""
 
-    value: tuple
+    value: tuple[Any, ...]
 
 
 def dumps(tree: Any, substitutes: Mapping[type, Callable[[Any], Opaque]] | None = None) -> bytes:
@@ -64,12 +64,21 @@ def dumps(tree: Any, substitutes: Mapping[type, Callable[[Any], Opaque]] | None 
 class _Pickler(pickle._Pickler):
     """The standard library's pure-Python pickler, for plain types and the record types only."""
 
+    #: the standard library's own, which its stub leaves out
+    memo: dict[int, tuple[int, Any]]
+    memoize: Callable[[Any], None]
+    save: Callable[[Any], None]
+    save_pers: Callable[[Any], None]
+    write: Callable[[bytes], Any]
+    _batch_appends: Callable[[list[Any]], None]
+    _batch_setitems: Callable[[list[tuple[Any, Any]]], None]
+
     def __init__(
         self, stream: io.BytesIO, substitutes: Mapping[type, Callable[[Any], Opaque]]
     ) -> None:
         super().__init__(stream, protocol=PROTOCOL)
         self._substitutes = substitutes
-        records = {
+        records: dict[type, Callable[..., None]] = {
             Global: _Pickler._save_global,
             Opaque: _Pickler._save_opaque,
             Size: _Pickler._save_size,
@@ -77,7 +86,7 @@ class _Pickler(pickle._Pickler):
             **dict.fromkeys(substitutes, _Pickler._save_substitute),
         }
         self._types = _PLAIN_TYPES | records.keys()
-        self.dispatch = {**pickle._Pickler.dispatch, **records}
+        vars(self)["dispatch"] = {**pickle._Pickler.dispatch, **records}
 
     def reducer_override(self, obj: Any) -> Any:
         """Only a gate; which way an allowed value is written is left to `dispatch`."""

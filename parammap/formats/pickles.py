@@ -18,7 +18,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from parammap.errors import RefusedError
 from parammap.formats.standard_library import may_be_read
@@ -48,11 +48,11 @@ class Opaque:
     dict-like object would have been filled with."""
 
     target: Any
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     new: bool = False
     state: Any = None
-    items: list = field(default_factory=list)
+    items: list[Any] = field(default_factory=list)
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
@@ -69,14 +69,14 @@ class Opaque:
     def append(self, item: Any) -> None:
         self.items.append(item)
 
-    def extend(self, items: list) -> None:
+    def extend(self, items: list[Any]) -> None:
         self.items.extend(items)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.pairs.append((key, value))
 
 
-class Size(tuple):
+class Size(tuple[int, ...]):
     """A torch.Size."""
 
 
@@ -84,7 +84,7 @@ class _Refusal(Exception):
     """What is wrong with the pickle, without the file's name."""
 
 
-def _ordered_dict(*args: list) -> OrderedDict:
+def _ordered_dict(*args: list[Any]) -> OrderedDict[Any, Any]:
     return OrderedDict(*args)
 
 
@@ -101,7 +101,7 @@ def _bytearray(content: bytes | str = b"", encoding: str = "latin-1") -> bytearr
 
 
 def _of_list(kind: type) -> Callable[..., Any]:
-    def build(items: list | tuple = ()) -> Any:
+    def build(items: list[Any] | tuple[Any, ...] = ()) -> Any:
         if not isinstance(items, (list, tuple)):
             raise _Refusal(f"fills a {kind.__name__} from a {type(items).__name__}")
         return kind(items)
@@ -180,7 +180,7 @@ def loads(
         ) from error
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """The object in a file that is one bare pickle. Raises RefusedError as `loads` does, or if the
     file is missing."""
     file = os.fspath(path)
@@ -213,7 +213,12 @@ class _Unpickler(pickle._Unpickler):
     pickle.Unpickler (in C) would call whatever `find_class` returns and set state on it; here
     neither ever happens."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    #: what the standard library's class has while it loads
+    proto: int
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
 
     def __init__(
         self,
@@ -225,9 +230,11 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(io.BytesIO(data))
         self._file = file
         self._values = {**_VALUES, **calls}
-        if persistent_load:
-            self.persistent_load = persistent_load
+        self._persistent_load = persistent_load
         self._globals: dict[tuple[str, str], Global] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        return (self._persistent_load or super().persistent_load)(pid)
 
     def find_class(self, module: str, name: str) -> Global:
         known = self._globals.get((module, name))
@@ -241,7 +248,7 @@ class _Unpickler(pickle._Unpickler):
     def get_extension(self, code: int) -> None:
         raise _Refusal(f"uses extension code {code}")
 
-    def _instantiate(self, klass: Any, args: list) -> None:
+    def _instantiate(self, klass: Any, args: list[Any]) -> None:
         self.append(self._call(klass, tuple(args), {}, new=False))
 
     def load_reduce(self) -> None:
@@ -280,7 +287,7 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
-    def _call(self, target: Any, args: tuple, kwargs: dict, new: bool) -> Any:
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], new: bool) -> Any:
         if not isinstance(target, (Global, Opaque)) or not isinstance(args, tuple):
             raise _Refusal(f"calls a {type(target).__name__}")
         value = self._values.get(target) if isinstance(target, Global) and not kwargs else None

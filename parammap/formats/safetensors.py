@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from parammap.errors import RefusedError
 from parammap.formats.format import FlatFormat
@@ -41,7 +42,7 @@ _METADATA = "__metadata__"
 _MAX_HEADER_NBYTES = 100_000_000
 
 
-def read(path: str | os.PathLike) -> dict[str, Stored]:
+def read(path: str | os.PathLike[str]) -> dict[str, Stored]:
     """Where each tensor's bytes lie, in file order; reads the header only.
 
     Raises RefusedError if the file is missing, truncated, not safetensors, or holds a dtype that
@@ -57,10 +58,11 @@ def read(path: str | os.PathLike) -> dict[str, Stored]:
     return tensors
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The header's free-form metadata; empty if there is none. Raises RefusedError as `read`
     does."""
-    return _header(os.fspath(path))[0].get(_METADATA, {})
+    metadata: dict[str, str] = _header(os.fspath(path))[0].get(_METADATA, {})
+    return metadata
 
 
 def frame(
@@ -108,7 +110,7 @@ def _check_names(names: Sequence[str], metadata: Mapping[str, str]) -> None:
         taken.add(name)
 
 
-def _header(file: str) -> tuple[dict, int, int]:
+def _header(file: str) -> tuple[dict[str, Any], int, int]:
     """The JSON header, the offset of the first tensor's bytes, and the size of the file."""
     try:
         with open(file, "rb") as stream:
@@ -124,7 +126,7 @@ def _header(file: str) -> tuple[dict, int, int]:
     return _parse(file, text), 8 + length, size
 
 
-def _parse(file: str, text: bytes) -> dict:
+def _parse(file: str, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -143,7 +145,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _stored(file: str, start: int, name: str, entry: object) -> Stored:
+def _stored(file: str, start: int, name: str, entry: Any) -> Stored:
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from parammap.errors import RefusedError
 from parammap.formats import pickle_writer, pickles, torch_zip
@@ -21,6 +21,9 @@ from parammap.tensors.logical import Extent, Stored, TensorSpec
 
 METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+
+#: by key, and for a tensor the offsets of a chunk
+_Archives: TypeAlias = dict[tuple[str, tuple[int, ...] | None], Extent]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class Contents:
     folder: Path
     tensors: dict[str, Chunked]
     objects: dict[str, Extent]
-    mcore: dict[str, dict] = field(default_factory=dict)
+    mcore: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def load(self, key: str) -> Any:
         """An object that is no tensor, as the restricted unpickler gives it."""
@@ -102,7 +105,7 @@ def read(folder: Path) -> Contents:
     return Contents(folder, tensors, objects, root.attributes.get("mcore_data") or {})
 
 
-def _archives(folder: Path, storage: dict) -> dict[tuple[str, tuple[int, ...] | None], Extent]:
+def _archives(folder: Path, storage: dict[Any, Any]) -> _Archives:
     archives, sizes = {}, {}
     for index, info in storage.items():
         at, where = index.attributes, info.attributes
@@ -136,7 +139,7 @@ def _size(path: Path) -> int:
         raise RefusedError(f"{path}: missing; copy the whole checkpoint") from error
 
 
-def _tensor(key: str, entry: dict, archives: dict) -> Chunked:
+def _tensor(key: str, entry: dict[str, Any], archives: _Archives) -> Chunked:
     properties = entry["properties"].state
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
     chunks = {}

@@ -37,7 +37,7 @@ _NUMEL = struct.Struct("<q")
 _PREFIX = "legacy"
 
 
-def is_legacy(path: str | os.PathLike) -> bool:
+def is_legacy(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as such a checkpoint does; False for one that cannot be read."""
     try:
         with open(path, "rb") as stream:
@@ -46,12 +46,12 @@ def is_legacy(path: str | os.PathLike) -> bool:
         return False
 
 
-def read_either(path: str | os.PathLike) -> Any:
+def read_either(path: str | os.PathLike[str]) -> Any:
     """The pickled object of a torch.save of either kind, with a Stored in place of each tensor."""
     return read(path) if is_legacy(path) else torch_zip.read(path, kind=torch_zip.Views)
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """The pickled object, with a Stored in place of each tensor and parameter; reads the pickles
     and the storages' sizes only.
 
@@ -74,7 +74,8 @@ def _read(file: str, stream: BinaryIO) -> Any:
             f"{file}: holds big-endian numbers; load it and save it again on a little-endian "
             f"machine"
         )
-    pickled, kinds = _pickle(file, stream), {}
+    pickled = _pickle(file, stream)
+    kinds: dict[str, tuple[Any, ...]] = {}
     pickles.loads(
         pickled,
         file,
@@ -108,8 +109,9 @@ class _Bounded:
 def _pickle(file: str, stream: BinaryIO) -> bytes:
     """The pickle that begins here; leaves the stream at its end."""
     start = stream.tell()
+    bounded: Any = _Bounded(file, stream)  # all that genops needs of an IO
     try:
-        for _ in pickletools.genops(_Bounded(file, stream)):
+        for _ in pickletools.genops(bounded):
             if stream.tell() - start > pickles.MAX_PICKLE_NBYTES:
                 raise RefusedError(
                     f"{file}: its pickle is longer than {pickles.MAX_PICKLE_NBYTES} bytes; tensors "
@@ -125,7 +127,7 @@ def _pickle(file: str, stream: BinaryIO) -> bytes:
     return stream.read(end - start)
 
 
-def _five(file: str, named: Any) -> tuple:
+def _five(file: str, named: Any) -> tuple[Any, ...]:
     """A persistent id as archives have it, without the view, which torch has not used since 0.4."""
     if not isinstance(named, tuple) or len(named) != 6 or named[5] is not None:
         raise RefusedError(
@@ -137,7 +139,7 @@ def _five(file: str, named: Any) -> tuple:
 
 
 def _storages(
-    file: str, stream: BinaryIO, keys: list, kinds: dict[str, tuple]
+    file: str, stream: BinaryIO, keys: list[Any], kinds: dict[str, tuple[Any, ...]]
 ) -> dict[str, Extent]:
     """Where each storage lies, under the name that an archive would give it."""
     size, records = os.fstat(stream.fileno()).st_size, {}
@@ -154,7 +156,7 @@ def _storages(
                 f"the file is "
                 "damaged"
             )
-        dtype = torch_zip._DTYPE_OF_STORAGE.get(getattr(kind, "name", None))
+        dtype = torch_zip._DTYPE_OF_STORAGE.get(getattr(kind, "name", ""))
         start, nbytes = stream.tell(), numel * (ITEMSIZE[dtype] if dtype else 1)
         if start + nbytes > size:
             raise RefusedError(

@@ -71,7 +71,7 @@ class Storage:
 
 
 def read(
-    path: str | os.PathLike, within: Extent | None = None, kind: type[Reader] | None = None
+    path: str | os.PathLike[str], within: Extent | None = None, kind: type[Reader] | None = None
 ) -> Any:
     """The pickled object, with a Stored in place of each tensor and parameter; reads headers and
     the pickle only.
@@ -116,11 +116,11 @@ class Reader:
         self.file = file
         self.prefix = prefix
         self.records = records
-        self._storages: dict[tuple, Storage] = {}
+        self._storages: dict[tuple[Any, ...], Storage] = {}
 
     def calls(self) -> dict[Global, Callable[..., Any]]:
         """What each of torch's rebuild functions yields."""
-        yields = {
+        yields: dict[Global, Callable[..., Any]] = {
             _REBUILD_TENSOR: self.tensor,
             _REBUILD_TENSOR_OF_DTYPE: self.tensor_of_dtype,
             Global("torch._utils", "_rebuild_tensor"): self.tensor,
@@ -155,11 +155,7 @@ class Reader:
                 f"{self.file}: lacks the storage {key!r} that its pickle names; the file is damaged"
             )
         untyped = isinstance(kind, Global) and kind.name == _UNTYPED.name
-        dtype = (
-            None
-            if untyped
-            else _DTYPE_OF_STORAGE.get(kind.name if isinstance(kind, Global) else None)
-        )
+        dtype = _DTYPE_OF_STORAGE.get(kind.name) if isinstance(kind, Global) else None
         if dtype is None and not untyped:
             raise RefusedError(
                 f"{self.file}: storage {key!r} is a {kind}; only {', '.join(_DTYPE_OF_STORAGE)}"
@@ -173,7 +169,12 @@ class Reader:
         return Storage(dtype, extent)
 
     def tensor(
-        self, storage: Storage, offset: int, shape: tuple, stride: tuple, *_flags: Any
+        self,
+        storage: Storage,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *_flags: Any,
     ) -> Stored:
         """Flags: requires_grad, backward hooks, metadata. `offset` counts elements."""
         if not isinstance(storage, Storage) or storage.dtype is None:
@@ -184,8 +185,8 @@ class Reader:
         self,
         storage: Storage,
         offset: int,
-        shape: tuple,
-        stride: tuple,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
         _requires_grad: bool,
         _hooks: Any,
         dtype: Global,
@@ -203,7 +204,7 @@ class Reader:
         return data
 
     def tensor_with_attributes(
-        self, rebuild: Global, kind: Global, args: tuple, _attributes: Any
+        self, rebuild: Global, kind: Global, args: tuple[Any, ...], _attributes: Any
     ) -> Any:
         """A tensor that carries Python attributes, or is of a subclass of torch.Tensor."""
         call = self.calls().get(rebuild)

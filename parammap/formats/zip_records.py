@@ -15,10 +15,14 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from parammap.errors import RefusedError
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, TensorSpec
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
@@ -36,7 +40,7 @@ _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 
 
-def read(path: str | os.PathLike, within: Extent | None = None) -> dict[str, Extent]:
+def read(path: str | os.PathLike[str], within: Extent | None = None) -> dict[str, Extent]:
     """Where each record's content lies; reads the central directory and the local headers only.
 
     `within` is the part of the file that is the archive, if not all of it. Raises RefusedError if
@@ -68,10 +72,11 @@ class _Window(io.RawIOBase):
             raise ValueError("a position before the start")
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
-        nbytes = min(len(buffer), max(self.extent.nbytes - self._position, 0))
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer)
+        nbytes = min(len(view), max(self.extent.nbytes - self._position, 0))
         data = os.pread(self.fd, nbytes, self.extent.offset + self._position) if nbytes else b""
-        buffer[: len(data)] = data
+        view[: len(data)] = data
         self._position += len(data)
         return len(data)
 
