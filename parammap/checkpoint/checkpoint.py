@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.index import Index
@@ -44,8 +45,8 @@ class Checkpoint:
     with_optimizer: bool
     num_layers: int
     rank_folders: dict[Coordinates, Path]
-    rank_metadata: dict[Coordinates, dict]
-    structures: dict[Coordinates, list[dict]] = field(default_factory=dict)
+    rank_metadata: dict[Coordinates, dict[str, Any]]
+    structures: dict[Coordinates, list[dict[str, Any]]] = field(default_factory=dict)
     sidecar: Sidecar | None = None
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -54,7 +55,7 @@ class Checkpoint:
     describe: Callable[[Checkpoint], Architecture] = _undescribed
 
     @property
-    def common_metadata(self) -> dict:
+    def common_metadata(self) -> dict[str, Any]:
         """The first rank's metadata, for what is the same in that of every rank; {} where there is
         none."""
         return next(iter(self.rank_metadata.values()), {})

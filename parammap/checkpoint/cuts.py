@@ -24,9 +24,9 @@ from parammap.tensors.arrangement import (
 )
 
 #: the dimension that tensor parallel cuts, by arrangement; 0 for the others
-_DIMS = {REPLICATED: -1, SHARD_1: 1, EXPERTS_FC1: 1}
+_DIMS: dict[str | None, int] = {REPLICATED: -1, SHARD_1: 1, EXPERTS_FC1: 1}
 #: the arrangement of a tensor of which nothing is fused, by the dimension that is cut
-_PLAIN = {-1: REPLICATED, 0: SHARD_0, 1: SHARD_1}
+_PLAIN: dict[int | None, str] = {-1: REPLICATED, 0: SHARD_0, 1: SHARD_1}
 #: weights of several parts, each cut over ranks, which the attributes do not say: Mamba's and gated
 #: delta nets' input projections and convolutions, and gated MLPs of Transformer Engine and of
 #: legacy models

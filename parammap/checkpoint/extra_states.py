@@ -17,6 +17,7 @@ import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from parammap.formats.pickles import Opaque
 from parammap.tensors.layout import Place
@@ -42,7 +43,7 @@ class ExtraState:
         return f"{self.name} of {self.place}"
 
 
-def filled(structures: dict[tuple[int, int, int], list[dict]]) -> list[ExtraState]:
+def filled(structures: dict[tuple[int, int, int], list[dict[str, Any]]]) -> list[ExtraState]:
     """The extra states that hold anything, in the state dicts of a checkpoint's ranks and
     chunks."""
     return [

@@ -239,7 +239,11 @@ def in_role(held: StoredTensor, role: str, dtype: str | None = None) -> StoredTe
         held,
         found=replace(held.found, role=role),
         parts=tuple(
-            replace(part, tensor=replace(part.tensor, role=role, dtype=dtype or part.tensor.dtype))
+            replace(
+                part,
+                tensor=part.tensor
+                and replace(part.tensor, role=role, dtype=dtype or part.tensor.dtype),
+            )
             for part in held.parts
         ),
     )
@@ -354,7 +358,7 @@ class Index:
     def __post_init__(self) -> None:
         known: dict[tuple[str, str], Tensor] = {}
         for held in self.held:
-            for tensor in dict.fromkeys(part.tensor for part in held.parts):
+            for tensor in dict.fromkeys(part.tensor for part in held.parts if part.tensor):
                 first = known.setdefault((tensor.role, tensor.name), tensor)
                 if first != tensor:
                     raise RefusedError(

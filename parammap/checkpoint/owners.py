@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parammap.checkpoint import manifest
 from parammap.errors import RefusedError
@@ -39,8 +40,8 @@ def check(folder: Path, files: Sequence[Owned]) -> None:
     if len({file.rank for file in said}) == 1:
         _check_copies(said)
         return
-    for file in said:
-        if not file.fits(file.rank):
+    for file in files:
+        if file.rank is not None and not file.fits(file.rank):
             raise RefusedError(
                 f"{file.path}: was written by rank {file.rank}, which is not {file.place}; files "
                 f"of two "
@@ -49,7 +50,9 @@ def check(folder: Path, files: Sequence[Owned]) -> None:
             )
 
 
-def fits(layout: Layout, args: dict, tp: int, pp: int, ep: int = 0) -> Callable[[int], bool]:
+def fits(
+    layout: Layout, args: Mapping[str, Any], tp: int, pp: int, ep: int = 0
+) -> Callable[[int], bool]:
     """Whether a rank of Megatron-LM's is one of (tp, pp, ep), whichever of their data- and
     context-parallel ranks it is; all are where the arguments say a world of another size, or the
     rank is of a larger one, as then its order is not known."""

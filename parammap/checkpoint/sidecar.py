@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from parammap.checkpoint.cuts import Partition
 from parammap.errors import RefusedError
@@ -77,13 +78,17 @@ class Buffer:
     slots: tuple[Slot, ...]
 
 
+#: the buffers of each optimizer in a rank's chain; None: held by another rank
+Optimizers: TypeAlias = tuple[tuple[Buffer, ...] | None, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RankSidecar:
     """What is known of one (tp, pp, ep): the buffers of each optimizer in the chain; None: held by
     another rank."""
 
-    optimizers: tuple[tuple[Buffer, ...] | None, ...]
-    layout: dict | None = None
+    optimizers: Optimizers
+    layout: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -104,13 +109,16 @@ class Sidecar:
             yield from ((path.name, path.read_bytes()) for path in self.files)
             return
         for rank, known in self.ranks.items():
-            if known.layout:
+            if layout := known.layout:
                 yield (
-                    f"layout{_suffix(rank, known.layout)}.json",
-                    json.dumps(_layout_content(known)).encode(),
+                    f"layout{_suffix(rank, layout)}.json",
+                    json.dumps(_layout_content(layout, known.optimizers)).encode(),
                 )
                 yield from _map_contents(
-                    rank, known, self.ranks[rank[0], rank[1], 0].optimizers[0] or ()
+                    rank,
+                    layout,
+                    known.optimizers,
+                    self.ranks[rank[0], rank[1], 0].optimizers[0] or (),
                 )
 
     def buffers(self, rank: Coordinates) -> Iterator[Buffer]:
@@ -130,7 +138,7 @@ class Sidecar:
         for buffer in self.buffers(rank):
             yield from ((buffer.chunk, slot) for slot in buffer.slots)
 
-    def any_layout(self) -> dict | None:
+    def any_layout(self) -> dict[str, Any] | None:
         """A rank's layout file, of one that has layers if there is any: it tells more of the model."""
         layouts = [rank.layout for rank in self.ranks.values() if rank.layout]
         with_layers = (
@@ -145,19 +153,21 @@ def read(folder: Path) -> Sidecar | None:
     if not folder.is_dir():
         return None
     names = sorted(path.name for path in folder.iterdir())
-    layouts = [name for name in names if _LAYOUT_FILE.match(name)]
-    maps = [name for name in names if _MAP_FILE.match(name)]
+    layouts = list(filter(None, map(_LAYOUT_FILE.match, names)))
+    maps = list(filter(None, map(_MAP_FILE.match, names)))
     if not layouts and not maps:
         return None
     sidecar = _read_layouts(folder, layouts) if layouts else _read_maps(folder, maps)
-    sidecar.files = [folder / name for name in layouts + maps]
+    sidecar.files = [folder / match.string for match in layouts + maps]
     return sidecar
 
 
-def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
-    ranks, iterations = {}, set()
-    for name in names:
-        tp, pp, ep = (int(number or 0) for number in _LAYOUT_FILE.match(name).groups())
+def _read_layouts(folder: Path, layouts: list[re.Match[str]]) -> Sidecar:
+    ranks: dict[Coordinates, RankSidecar] = {}
+    iterations: set[int | None] = set()
+    for match in layouts:
+        name = match.string
+        tp, pp, ep = (int(number or 0) for number in match.groups())
         data = _load(folder / name)
         if (
             not isinstance(data, dict)
@@ -181,20 +191,21 @@ def _read_layouts(folder: Path, names: list[str]) -> Sidecar:
         iterations.add(data.get("iteration"))
     if len(iterations) > 1:
         raise RefusedError(
-            f"{folder}: layout files of several iterations {sorted(iterations)}; "
+            f"{folder}: layout files of several iterations "
+            f"{sorted(iterations, key=lambda number: number or 0)}; "
             "use the folder that lies inside the iteration's own folder"
         )
     return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
 
 
-def _without_buffers(optimizers: list[dict | None]) -> list[dict | None]:
+def _without_buffers(optimizers: list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
     return [
         entry and {key: value for key, value in entry.items() if key != "buffers"}
         for entry in optimizers
     ]
 
 
-def _has_marks(optimizers: list[dict | None]) -> bool:
+def _has_marks(optimizers: list[dict[str, Any] | None]) -> bool:
     """Whether tensor_parallel was recorded. ParamMap up to 0.1 wrote false for every parameter
     where it did not know: in a real model some are cut."""
     return any(
@@ -206,7 +217,7 @@ def _has_marks(optimizers: list[dict | None]) -> bool:
     )
 
 
-def _layout_optimizer(entry: dict | None, marked: bool) -> tuple[Buffer, ...] | None:
+def _layout_optimizer(entry: dict[str, Any] | None, marked: bool) -> tuple[Buffer, ...] | None:
     if entry is None:
         return None
     return tuple(
@@ -237,27 +248,28 @@ def _layout_optimizer(entry: dict | None, marked: bool) -> tuple[Buffer, ...] | 
     )
 
 
-def _suffix(rank: Coordinates, layout: dict) -> str:
+def _suffix(rank: Coordinates, layout: dict[str, Any]) -> str:
     tp, pp, ep = rank
     return f"_tp{tp:02}_pp{pp:03}" + (f"_ep{ep:03}" if layout["parallel"]["ep"] > 1 else "")
 
 
-def _layout_content(known: RankSidecar) -> dict:
+def _layout_content(layout: dict[str, Any], known: Optimizers) -> dict[str, Any]:
     """A layout file's content."""
     optimizers = [
         None if buffers is None else {**entry, "buffers": list(map(_buffer_content, buffers))}
-        for entry, buffers in zip(known.layout["optimizers"], known.optimizers, strict=True)
+        for entry, buffers in zip(layout["optimizers"], known, strict=True)
     ]
-    return {**known.layout, "optimizers": optimizers}
+    return {**layout, "optimizers": optimizers}
 
 
-def _buffer_content(buffer: Buffer) -> dict:
+def _buffer_content(buffer: Buffer) -> dict[str, Any]:
+    buckets = buffer.buckets or ()
     return {
         "chunk": buffer.chunk,
         "param_dtype": buffer.param_dtype,
         "grad_dtype": buffer.grad_dtype,
-        "numel": buffer.buckets[-1].end,
-        "buckets": [asdict(bucket) for bucket in buffer.buckets],
+        "numel": buckets[-1].end,
+        "buckets": [asdict(bucket) for bucket in buckets],
         "params": [
             {**asdict(slot), "shape": list(slot.shape)}
             for slot in sorted(buffer.slots, key=lambda slot: slot.start)
@@ -266,14 +278,14 @@ def _buffer_content(buffer: Buffer) -> dict:
 
 
 def _map_contents(
-    rank: Coordinates, known: RankSidecar, dense: tuple[Buffer, ...]
+    rank: Coordinates, layout: dict[str, Any], known: Optimizers, dense: tuple[Buffer, ...]
 ) -> Iterator[tuple[str, bytes]]:
     """The maps of MindSpeed-Core-MS (r0.1.0, param_map.patch): a chunk's `dense` buffers count
     first, then its experts'."""
     tp, pp, ep = rank
-    after = f"ep{ep}" if known.layout["parallel"]["ep"] > 1 else ""
+    after = f"ep{ep}" if layout["parallel"]["ep"] > 1 else ""
     counted: Counter[int] = Counter()
-    for buffers in known.optimizers:
+    for buffers in known:
         for buffer in dense if buffers is None else buffers:
             number = counted[buffer.chunk]
             counted[buffer.chunk] += 1
@@ -295,11 +307,12 @@ def _map_contents(
                 )
 
 
-def _read_maps(folder: Path, names: list[str]) -> Sidecar:
+def _read_maps(folder: Path, maps: list[re.Match[str]]) -> Sidecar:
     """Bare maps. Every data-parallel rank wrote a copy: the copies must agree, and count once."""
-    found: dict[tuple, tuple[Slot, ...]] = {}
-    for name in names:
-        buffer, _, tp, pp, vpp, ep = (int(number or 0) for number in _MAP_FILE.match(name).groups())
+    found: dict[tuple[Coordinates, int, int], tuple[Slot, ...]] = {}
+    for match in maps:
+        name = match.string
+        buffer, _, tp, pp, vpp, ep = (int(number or 0) for number in match.groups())
         key = (tp, pp, ep), vpp, buffer
         slots = _map_slots(folder / name)
         if found.setdefault(key, slots) != slots:
@@ -359,7 +372,7 @@ def _checked(slot: Slot) -> Slot:
     return slot
 
 
-def _load(path: Path) -> object:
+def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
