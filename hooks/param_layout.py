@@ -9,7 +9,7 @@ rank, touches no GPU memory and never raises.
 """
 
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -42,6 +42,8 @@ class Owner(NamedTuple):
 
 
 Owners = Dict[torch.nn.Parameter, Owner]
+#: the model chunks of a rank, or its only one
+Model = Union[torch.nn.Module, List[torch.nn.Module], Tuple[torch.nn.Module, ...]]
 
 
 class RankLayout(NamedTuple):
@@ -60,7 +62,7 @@ class RankLayout(NamedTuple):
 def save_param_layout(
     args: Any,
     iteration: int,
-    model: Sequence[torch.nn.Module],
+    model: Model,
     optimizer: Any,
     checkpoint_name: str,
 ) -> None:
@@ -84,7 +86,7 @@ def save_param_layout(
 def describe_rank(
     args: Any,
     iteration: int,
-    model: Sequence[torch.nn.Module],
+    model: Model,
     optimizer: Any,
     checkpoint_name: str,
 ) -> Optional[RankLayout]:
@@ -186,9 +188,8 @@ def _is_writer(opt: Any) -> bool:
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    while isinstance(getattr(chunk, "module", None), torch.nn.Module):
-        chunk = chunk.module
-    return chunk
+    inner = getattr(chunk, "module", None)
+    return _unwrap(inner) if isinstance(inner, torch.nn.Module) else chunk
 
 
 def _owners(chunks: List[torch.nn.Module]) -> Owners:

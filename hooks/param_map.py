@@ -13,11 +13,18 @@ import io
 import os
 import re
 from collections import Counter
-from typing import Any, Dict, Sequence, Set, Tuple
+from typing import Any, Dict, Set, Tuple
 
 import torch
 
-from parammap.hooks.param_layout import RankLayout, describe_rank, layout_file, layout_folder, place
+from parammap.hooks.param_layout import (
+    Model,
+    RankLayout,
+    describe_rank,
+    layout_file,
+    layout_folder,
+    place,
+)
 from parammap.hooks.sidecar_files import (
     harmless,
     sync_in_background,
@@ -37,7 +44,7 @@ LATEST_FILES = ("param_map_buffer", "layout_tp", "args_tp")
 def save_param_map(
     args: Any,
     iteration: int,
-    model: Sequence[torch.nn.Module],
+    model: Model,
     optimizer: Any,
     checkpoint_name: str,
 ) -> None:
