@@ -139,7 +139,7 @@ class _Writer:
         }
         if not self.source.with_optimizer:
             meta.pop("optimizer", None)
-        head = {
+        head: dict[str, Any] = {
             key: meta.pop(key) for key in ("args", "checkpoint_version", "iteration") if key in meta
         }
         return {**head, **dict(zip(names, chunks, strict=True)), **meta}, wanted
