@@ -574,3 +574,8 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
     assert Path(start.view.file).name == "checkpoint_last-model_part-5-shard51.pt"
     assert (start.place_of(1537, 5172) - flat.offset) // 2 == 1241838
     assert (start.place_of(1537, 5189) - flat.offset) // 2 == 1241855
+
+
+def test_metadata_from_what_is_no_pt_file_is_refused():
+    with pytest.raises(RefusedError, match="README.md: is no .pt file of metaseq"):
+        metaseq.read(FP16, metadata_from=paths.ROOT / "README.md")
