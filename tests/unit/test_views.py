@@ -168,10 +168,19 @@ ROWS_OF = {
 )
 def test_arrangements_are_numpys_slices(kind, tp):
     """Of whole matrices of distinct numbers; also where ranks end amid a group."""
-    sizes = Sizes(SIZES.heads, SIZES.groups, SIZES.vocab, experts=8, gated=True)
+    check_slices(kind, tp, ROWS_OF[kind], SIZES.heads if kind == STACKED_QKV else SIZES.groups)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_stacked_heads_may_share_keys_and_values(tp):
+    check_slices(STACKED_QKV, tp, ROWS_OF[QKV], SIZES.groups)
+
+
+def check_slices(kind, tp, rows_of, groups):
+    sizes = Sizes(SIZES.heads, groups, SIZES.vocab, experts=8, gated=True)
     parts = {
         name: np.arange(rows * 16, dtype=np.uint32).reshape(rows, 16) + 1000 * number
-        for number, (name, rows) in enumerate(ROWS_OF[kind].items())
+        for number, (name, rows) in enumerate(rows_of.items())
     }
     seen = {name: np.zeros(part.shape, int) for name, part in parts.items()}
     for rank in range(tp):
