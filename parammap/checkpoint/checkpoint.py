@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.index import Index
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.checkpoint.training_state import Number, TrainingState, together
 from parammap.errors import RefusedError
+from parammap.families import Architecture
 from parammap.tensors.layout import Layout
 
 #: (tp, pp, ep) of a rank that has files of its own

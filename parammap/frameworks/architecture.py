@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
+from parammap.families import Architecture
 
 
 def check_family(source: Checkpoint, family: str, wanted: tuple[str, ...], target: str) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.errors import RefusedError
+from parammap.families import Architecture
 from parammap.frameworks.target import Target
 from parammap.tensors.logical import MAIN_PARAM
 

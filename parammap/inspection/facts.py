@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from parammap.checkpoint import completeness
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.index import is_padding
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.families import HEAD, WORD_EMBEDDING, Architecture
 from parammap.frameworks import registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.frameworks.framework import Inspection

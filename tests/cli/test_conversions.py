@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, OPT, YUAN
 from parammap.cli.main import main
-from parammap.families import FAMILIES
+from parammap.families import BLOOM, FAMILIES, GPT2, LLAMA, OPT, YUAN
 from parammap.frameworks import conversions, registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.tensors.logical import EXP_AVG_SQ, MAIN_PARAM

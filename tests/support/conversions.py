@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
 from parammap.cli.main import main
+from parammap.families import BLOOM, GPT2, LLAMA, MIXTURE, OPT, YUAN
 from parammap.frameworks import registry
 from parammap.proof import verify
 from parammap.tensors.arrangement import PADDING

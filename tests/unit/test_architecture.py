@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from parammap.checkpoint.architecture import GPT2, LLAMA, OPT
 from parammap.cli.main import main
 from parammap.errors import RefusedError
+from parammap.families import GPT2, LLAMA, OPT
 from parammap.frameworks import registry
 from parammap.frameworks.architecture import architecture_of
 from tests.support import paths

@@ -4,9 +4,8 @@ b8078a9, llm_serving/model/opt_model.py, get_config)."""
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.families import FAMILIES, WORD_EMBEDDING
+from parammap.families import BLOOM, FAMILIES, GPT2, OPT, WORD_EMBEDDING, Architecture
 from parammap.frameworks.alpa.reader import recorded
 from parammap.frameworks.alpa.serving import EPS, POSITIONS, PUBLIC
 from parammap.plan.source_tensors import SourceTensors

@@ -16,10 +16,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import FAMILIES, HEAD, HF_BLOOM, WORD_EMBEDDING, Row, tensors_of
+from parammap.families import (
+    BLOOM,
+    FAMILIES,
+    GPT2,
+    HEAD,
+    HF_BLOOM,
+    OPT,
+    WORD_EMBEDDING,
+    Architecture,
+    Row,
+    tensors_of,
+)
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.architecture import architecture_for, architecture_of

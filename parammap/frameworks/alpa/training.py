@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from parammap.checkpoint.architecture import GPT2, OPT
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING
+from parammap.families import GPT2, HEAD, OPT, WORD_EMBEDDING
 from parammap.families.opt import BUFFERS
 from parammap.formats import msgpack, npy
 from parammap.formats.frames import Literal

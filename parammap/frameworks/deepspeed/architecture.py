@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import WORD_EMBEDDING
+from parammap.families import BLOOM, GPT2, WORD_EMBEDDING, Architecture
 from parammap.formats.pickles import Opaque
 from parammap.frameworks.megatron.facts import args_of
 from parammap.plan.source_tensors import SourceTensors

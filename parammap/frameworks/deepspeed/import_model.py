@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from parammap.checkpoint.architecture import BLOOM, GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
-from parammap.families import DEEPSPEED, HEAD, WORD_EMBEDDING
+from parammap.families import BLOOM, DEEPSPEED, GPT2, HEAD, WORD_EMBEDDING, Architecture
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import CORE, FAMILIES, HEAD, WORD_EMBEDDING, with_dialect
+from parammap.families import CORE, FAMILIES, HEAD, WORD_EMBEDDING, Architecture, with_dialect
 from parammap.families.family import LAYER_NORM, LEARNED, RMS_NORM, ROTARY
 from parammap.frameworks.megatron.facts import Facts
 from parammap.plan.source_tensors import SourceTensors

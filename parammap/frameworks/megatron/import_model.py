@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
 from parammap.errors import RefusedError
-from parammap.families import CORE, FAMILIES, WORD_EMBEDDING
+from parammap.families import CORE, FAMILIES, WORD_EMBEDDING, Architecture
 from parammap.families.family import ROTARY, Family
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_for

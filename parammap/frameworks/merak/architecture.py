@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from parammap.checkpoint.architecture import GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import WORD_EMBEDDING
+from parammap.families import GPT2, WORD_EMBEDDING, Architecture
 from parammap.frameworks.megatron.facts import Facts, args_of
 from parammap.tensors.logical import MAIN_PARAM
 

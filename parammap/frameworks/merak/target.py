@@ -20,10 +20,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from parammap import families
-from parammap.checkpoint.architecture import GPT2, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, MERAK, MERAK_CUT, WORD_EMBEDDING
+from parammap.families import GPT2, HEAD, MERAK, MERAK_CUT, WORD_EMBEDDING, Architecture
 from parammap.formats import torch_legacy, torch_zip
 from parammap.formats.frames import Literal
 from parammap.formats.pickles import Global, Opaque

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from parammap.checkpoint.architecture import OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING
+from parammap.families import FAMILIES, HEAD, OPT, WORD_EMBEDDING, Architecture
 from parammap.frameworks.metaseq import reader as metaseq
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import MAIN_PARAM

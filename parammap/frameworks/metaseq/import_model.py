@@ -14,11 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from parammap import families
-from parammap.checkpoint.architecture import OPT, Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
 from parammap.errors import RefusedError
-from parammap.families import HEAD, METASEQ
+from parammap.families import HEAD, METASEQ, OPT, Architecture
 from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.metaseq.architecture import ACTIVATIONS
 from parammap.frameworks.metaseq.architecture import of as describe

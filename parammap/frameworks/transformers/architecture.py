@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.families import Architecture
 from parammap.frameworks.transformers.model import CONFIG, Model
 
 

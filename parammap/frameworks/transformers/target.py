@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parammap import families
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.families import HEAD, WORD_EMBEDDING, rows_of, with_dialect
+from parammap.families import HEAD, WORD_EMBEDDING, Architecture, rows_of, with_dialect
 from parammap.formats.format import TreeFormat
 from parammap.formats.frames import Frame, FrameBuilder, Literal
 from parammap.frameworks.architecture import architecture_of, check_family

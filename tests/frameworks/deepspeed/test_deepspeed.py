@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from parammap.checkpoint.architecture import BLOOM as BLOOM_FAMILY
-from parammap.checkpoint.architecture import GPT2
 from parammap.cli import main
 from parammap.errors import RefusedError
+from parammap.families import BLOOM as BLOOM_FAMILY
+from parammap.families import GPT2
 from parammap.frameworks import registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.job.conversion import convert

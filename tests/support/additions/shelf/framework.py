@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from additions.shelf import reader, target
 
-from parammap.checkpoint.architecture import GPT2
+from parammap.families import GPT2
 from parammap.frameworks.flags import DTYPE, Flag
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.target import Target

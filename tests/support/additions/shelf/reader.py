@@ -8,9 +8,9 @@ from typing import Any
 
 from additions import tray
 
-from parammap.checkpoint.architecture import Architecture
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
+from parammap.families import Architecture
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM

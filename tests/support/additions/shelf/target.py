@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from additions import tray
 from additions.shelf.reader import FACTS, WEIGHTS
 
-from parammap.checkpoint.architecture import GPT2
 from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.families import GPT2
 from parammap.formats.frames import Literal
 from parammap.frameworks.architecture import architecture_for
 from parammap.plan.plan import Output, WantedFile
