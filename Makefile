@@ -52,10 +52,12 @@ demo: $(READY)  ## train a tiny Megatron model, convert it, compare what MindSpo
 	$(RUN) -m examples.demo .cache/demo --workers $(WORKERS)
 
 test: $(READY)  ## the tests
-	$(RUN) -m pytest -m "not full" $(PARALLEL)
+	@status=0; $(RUN) -m pytest -m "not full and not alone" $(PARALLEL) || status=$$?; \
+	$(RUN) -m pytest -m "alone and not full" || status=$$?; exit $$status
 
 test-full: $(READY)  ## all tests, with the matrix of Megatron releases
-	$(RUN) -m pytest $(PARALLEL)
+	@status=0; $(RUN) -m pytest -m "not alone" $(PARALLEL) || status=$$?; \
+	$(RUN) -m pytest -m alone || status=$$?; exit $$status
 
 coverage: $(READY)  ## which lines the quick tests run
 	$(RUN) -m coverage run -m pytest -m "not full" && $(RUN) -m coverage combine && $(RUN) -m coverage report

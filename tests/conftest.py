@@ -41,10 +41,14 @@ _TRAINING = {"trained", "trained_variant"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `live` what trains: all of tests/live, and whatever asks for a run."""
+    """Mark `live` what trains: all of tests/live, and whatever asks for a run; `alone` what starts
+    a Ray cluster."""
     for item in items:
-        if "tests/live/" in item.nodeid or _TRAINING & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "tests/live/" in item.nodeid or _TRAINING & fixtures:
             item.add_marker(pytest.mark.live)
+        if "cluster" in fixtures:
+            item.add_marker(pytest.mark.alone)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -26,6 +26,9 @@ from parammap.execute.writer import Outcome
 from parammap.plan.plan import FileTask
 
 CONNECT_SECONDS = 10.0
+#: Ray's client server gives up after 30 s on a session that starts slowly, on a busy head or an
+#: environment on a network file system
+CONNECT_TRIES = 3
 #: how long a cluster may be without any CPU (a head alone, before its workers join or after they
 #: died)
 NODES_SECONDS = 60.0
@@ -90,10 +93,15 @@ def _connect(address: str) -> ModuleType:
         ) from None
     _check_answers(address)
     package = {"py_modules": [str(Path(__file__).parents[1])], "excludes": ["__pycache__"]}
-    try:
-        ray.init(address, runtime_env=package, log_to_driver=False, logging_level=logging.CRITICAL)
-    except Exception as error:  # of many types, by way of connecting
-        raise _unreachable(address, str(error)) from error
+    for left in reversed(range(CONNECT_TRIES)):
+        try:
+            ray.init(
+                address, runtime_env=package, log_to_driver=False, logging_level=logging.CRITICAL
+            )
+            break
+        except Exception as error:  # of many types, by way of connecting
+            if not (left and isinstance(error, ConnectionError)):
+                raise _unreachable(address, str(error)) from error
     return ray
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -145,6 +146,15 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def free_port() -> int:
+    """Below those that the kernel gives to connections, of which a cluster makes hundreds."""
+    while True:
+        with socket.socket() as probe:
+            port = random.randrange(25_000, 32_000)
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
 def answers(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
@@ -266,9 +276,7 @@ def test_interrupted_then_run_again(cluster, large, tmp_path):
 
 def test_through_ray_client_with_relative_paths(cluster, tmp_path):
     pytest.importorskip("grpc", reason="ray:// needs grpcio (pip install 'parammap[ray]')")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     cluster(1, ray_client_server_port=port)
     wait_for(lambda: answers(port))
     out = tmp_path / "out"

@@ -2,16 +2,16 @@
 universal checkpoints.
 
 `python deepspeed_train.py JOBS.json`: a list of jobs, done one after the other in forked processes,
-one per rank, over gloo. A job's results go to `truth`: the losses of its steps, and each
-parameter's fp32 weight and Adam moments by deepspeed's own name, as deepspeed.utils gathers them,
-after loading and at the end. JOBS: see Job; a job with `universal` runs deepspeed's own
-ds_to_universal."""
+one per rank, over gloo. `rendezvous` is a file that is not there yet. A job's results go to
+`truth`: the losses of its steps, and each parameter's fp32 weight and Adam moments by deepspeed's
+own name, as deepspeed.utils gathers them, after loading and at the end. JOBS: see Job; a job with
+`universal` runs deepspeed's own ds_to_universal."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 from argparse import Namespace
@@ -42,7 +42,7 @@ class Job:
     seen before. load, save: roots; load_universal: which kind `load` holds. input, output: folders
     of ds_to_universal."""
 
-    port: int
+    rendezvous: str
     truth: str = ""
     dp: int = 2
     stages: int = 0
@@ -239,11 +239,16 @@ def work(job: Job, rank: int, world: int) -> None:
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(job.port),
     )
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", verbose=False)
+    deepspeed.init_distributed(
+        "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        init_method=f"file://{job.rendezvous}",
+        rank=rank,
+        world_size=world,
+    )
     engine = engine_of(job)
     results: dict = {}
     if job.load:
@@ -301,7 +306,8 @@ def convert(job: Job) -> None:
 
 
 def run(job: Job) -> None:
-    """All ranks of a job. Raises SystemExit if one fails."""
+    """All ranks of a job. Raises SystemExit if one fails; the others, which would wait for it, are
+    killed."""
     world = max(job.stages, 1) * job.dp
     ranks = (
         [(convert, (job,))]
@@ -314,10 +320,12 @@ def run(job: Job) -> None:
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{job}: a rank failed")
+    while running := [process.sentinel for process in processes if process.exitcode is None]:
+        multiprocessing.connection.wait(running)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+            raise SystemExit(f"{job}: a rank failed")
 
 
 if __name__ == "__main__":

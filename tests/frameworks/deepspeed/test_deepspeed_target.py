@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,9 +43,11 @@ STEPS, MORE = 3, 2
 
 def work(folder: Path, jobs: list[dict]) -> None:
     """Run jobs of tests/support/deepspeed_train.py."""
-    port = 29000 + os.getpid() % 500 * 8
+    meeting = Path(tempfile.mkdtemp(dir=folder))
     (folder / "jobs.json").write_text(
-        json.dumps([{"port": port + number, **job} for number, job in enumerate(jobs)])
+        json.dumps(
+            [{"rendezvous": str(meeting / str(number)), **job} for number, job in enumerate(jobs)]
+        )
     )
     done = subprocess.run(
         [sys.executable, str(HERE / "support/deepspeed_train.py"), str(folder / "jobs.json")],

