@@ -93,7 +93,7 @@ def _convert(args: argparse.Namespace) -> int:
         raise RefusedError(
             "--param-map-path: name the folder of the parameter maps, or give --convert-param-only"
         )
-    roles = tuple(MAIN_PARAM if state == "param" else state for state in args.dist_opt_content)
+    states = tuple(MAIN_PARAM if state == "param" else state for state in args.dist_opt_content)
     sizes = {
         size: value for flag, size in _SIZES.items() if (value := getattr(args, flag)) is not None
     }
@@ -110,7 +110,7 @@ def _convert(args: argparse.Namespace) -> int:
                 args.format,
                 "mindspore",
                 args.file_prefix,
-                roles,
+                states,
                 "float32" if args.convert_param_only else None,
                 generate_all_dp_cp=args.generate_all_dp_cp,
             ),

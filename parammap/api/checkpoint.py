@@ -13,9 +13,8 @@ from parammap.frameworks import registry
 from parammap.name_list import suggest
 from parammap.plan.plan import Wanted
 from parammap.plan.planner import FIRST, Planner
-from parammap.tensors import logical
 from parammap.tensors.layout import Layout
-from parammap.tensors.logical import MAIN_PARAM, TensorSpec
+from parammap.tensors.logical import MAIN_PARAM, LogicalTensor, TensorSpec
 from parammap.tensors.shard import whole_of
 
 
@@ -63,7 +62,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, source: Source) -> None:
         self._source = source
         self._planner = Planner(source.index, replicas=FIRST)
-        self._tensors = {(one.role, one.name): one for one in source.index.shards}
+        self._tensors = {(one.state, one.name): one for one in source.index.shards}
 
     @property
     def framework(self) -> str:
@@ -106,7 +105,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def tensors(self, state: str | None = None) -> Iterator[Tensor]:
         """All tensors, or those of one state, in the order of the files."""
-        return (self._tensor(one) for one in self._tensors.values() if state in (None, one.role))
+        return (self._tensor(one) for one in self._tensors.values() if state in (None, one.state))
 
     def tensor(self, name: str, state: str = MAIN_PARAM) -> Tensor:
         """A parameter's weight, or another state of it. Raises KeyError, with the closest names."""
@@ -141,6 +140,6 @@ class Checkpoint(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"<Checkpoint {self.folder}: {self.framework}, iteration {self.iteration}, {self.layout}>"
 
-    def _tensor(self, tensor: logical.Tensor) -> Tensor:
+    def _tensor(self, tensor: LogicalTensor) -> Tensor:
         spec = TensorSpec(tensor.name, tensor.dtype, tensor.shape)
-        return Tensor(Wanted(spec, (whole_of(tensor),)), tensor.role, self._planner)
+        return Tensor(Wanted(spec, (whole_of(tensor),)), tensor.state, self._planner)

@@ -43,7 +43,7 @@ class StateDict(Mapping[str, Tensor]):
             wanted.spec.name: wanted
             for file in self._output.files
             for wanted in file.tensors
-            if {part.tensor.role for part in wanted.parts if part.tensor} == {MAIN_PARAM}
+            if {part.tensor.state for part in wanted.parts if part.tensor} == {MAIN_PARAM}
         }
         for name, other in self._output.aliases.items():
             same = weights[other]
@@ -102,7 +102,7 @@ def _in_state(
             raise RefusedError(f"{source.folder}: holds no {state} of {shorten_names(lacking)}")
         own = known[min(names)].dtype
         parts = [
-            replace(part, tensor=part.tensor and replace(part.tensor, role=state, dtype=own))
+            replace(part, tensor=part.tensor and replace(part.tensor, state=state, dtype=own))
             for part in wanted.parts
         ]
         spec = replace(wanted.spec, dtype=str(dtype) if dtype else own)

@@ -44,7 +44,7 @@ def missing(source: Checkpoint, *, whole_layers: bool = False) -> list[str]:
     known = {
         held.canonical
         for held in source.index.held
-        if held.row and held.found.role in (MAIN_PARAM, MODEL_PARAM)
+        if held.row and held.found.state in (MAIN_PARAM, MODEL_PARAM)
     }
     strange = {held.layer for held in source.index.held if not held.row}
     layers: dict[int, set[str]] = {}
@@ -154,13 +154,13 @@ def _of_pairs(source: Checkpoint, known: set[str], strange: set[int | None]) -> 
 def _of_states(source: Checkpoint) -> Iterator[str]:
     """The one moment of tensors that have the other, and the weights of those that have moments."""
     there: dict[str, set[str]] = {
-        role: set() for role in (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
+        state: set() for state in (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
     }
     for held in source.index.held:
-        there[held.found.role].add(held.canonical)
+        there[held.found.state].add(held.canonical)
     stepped = there[EXP_AVG] | there[EXP_AVG_SQ]
     yield from sorted(
-        f"{name} ({role})"
-        for role in (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
-        for name in stepped - there[role]
+        f"{name} ({state})"
+        for state in (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
+        for name in stepped - there[state]
     )

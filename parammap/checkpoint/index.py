@@ -34,7 +34,7 @@ from parammap.tensors.arrangement import (
     arranged,
 )
 from parammap.tensors.layout import Layout, Place
-from parammap.tensors.logical import MODEL_PARAM, Stored, Tensor
+from parammap.tensors.logical import MODEL_PARAM, LogicalTensor, Stored
 from parammap.tensors.region import Region, covers_once
 from parammap.tensors.shard import Shard, fitted, lying, merged
 
@@ -53,12 +53,12 @@ _FUSED_SEGMENT = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor as a reader found it: its key in the checkpoint, where it lives, its role, and what
+    """A tensor as a reader found it: its key in the checkpoint, where it lives, its state, and what
     the sidecar says."""
 
     name: str
     place: Place
-    role: str
+    state: str
     stored: Stored
     partition: Partition = UNRECORDED
 
@@ -97,7 +97,7 @@ class StoredTensor:
         layer = families.layer_of(self.canonical)
         return layer and layer[1]
 
-    def shards(self, replica: int, only: Tensor | None = None) -> Iterator[Shard]:
+    def shards(self, replica: int, only: LogicalTensor | None = None) -> Iterator[Shard]:
         """Where its parts, or those of one logical tensor, lie in the files; several extents give
         shards for each."""
         stored = self.found.stored
@@ -218,31 +218,31 @@ def _hold(
     except RefusedError as error:
         raise RefusedError(f"{found.where}: {found.name}: {error}") from error
     return StoredTensor(
-        found, canonical, row, kind, atoms(found.role, canonical, kind, found.stored.dtype, parts)
+        found, canonical, row, kind, atoms(found.state, canonical, kind, found.stored.dtype, parts)
     )
 
 
 def atoms(
-    role: str, canonical: str, kind: str | None, dtype: str, parts: tuple[Part, ...]
+    state: str, canonical: str, kind: str | None, dtype: str, parts: tuple[Part, ...]
 ) -> tuple[Shard, ...]:
     """The logical tensors of which a tensor's parts are regions, with where these lie in it."""
     tensors = {
-        name: Tensor(role, atom_name(canonical, kind, name), dtype, shape)
+        name: LogicalTensor(state, atom_name(canonical, kind, name), dtype, shape)
         for name, shape in {part.name: part.shape for part in parts}.items()
     }
     return tuple(Shard(tensors[part.name], part.region, part.view) for part in parts)
 
 
-def in_role(held: StoredTensor, role: str, dtype: str | None = None) -> StoredTensor:
+def in_state(held: StoredTensor, state: str, dtype: str | None = None) -> StoredTensor:
     """The tensor as another state of the same parameters, of `dtype` if that is another too."""
     return replace(
         held,
-        found=replace(held.found, role=role),
+        found=replace(held.found, state=state),
         parts=tuple(
             replace(
                 part,
                 tensor=part.tensor
-                and replace(part.tensor, role=role, dtype=dtype or part.tensor.dtype),
+                and replace(part.tensor, state=state, dtype=dtype or part.tensor.dtype),
             )
             for part in held.parts
         ),
@@ -260,30 +260,30 @@ def atom_name(canonical: str, kind: str | None, part: str) -> str:
     )
 
 
-def is_padding(tensor: Tensor) -> bool:
+def is_padding(tensor: LogicalTensor) -> bool:
     """Whether a logical tensor is a vocabulary's padding, of which each layout has its own."""
     return tensor.name.endswith(f".{PADDING}")
 
 
-class Shards(Mapping[Tensor, dict[Region, list[Shard]]]):
+class Shards(Mapping[LogicalTensor, dict[Region, list[Shard]]]):
     """The shards of each logical tensor by region, by row, where equal regions are replicas; made
     when asked for, some are kept, so that only who holds what is kept for good."""
 
-    def __init__(self, holders: dict[Tensor, list[StoredTensor]], layout: Layout) -> None:
+    def __init__(self, holders: dict[LogicalTensor, list[StoredTensor]], layout: Layout) -> None:
         self.holders, self.layout = holders, layout
         self._expand = lru_cache(maxsize=64)(self._expanded)
         self._rows = lru_cache(maxsize=64)(self._sorted_rows)
 
-    def __getitem__(self, tensor: Tensor) -> dict[Region, list[Shard]]:
+    def __getitem__(self, tensor: LogicalTensor) -> dict[Region, list[Shard]]:
         return self._expand(tensor)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[LogicalTensor]:
         return iter(self.holders)
 
     def __len__(self) -> int:
         return len(self.holders)
 
-    def _expanded(self, tensor: Tensor) -> dict[Region, list[Shard]]:
+    def _expanded(self, tensor: LogicalTensor) -> dict[Region, list[Shard]]:
         regions: dict[Region, list[Shard]] = {}
         for held in self.holders[tensor]:
             for shard in held.shards(replica_of(held, self.layout), tensor):
@@ -294,7 +294,9 @@ class Shards(Mapping[Tensor, dict[Region, list[Shard]]]):
             shards.sort(key=lambda shard: shard.replica)
         return dict(sorted(regions.items(), key=lambda item: item[0].offsets))
 
-    def overlapping(self, tensor: Tensor, region: Region) -> Iterator[tuple[Region, list[Shard]]]:
+    def overlapping(
+        self, tensor: LogicalTensor, region: Region
+    ) -> Iterator[tuple[Region, list[Shard]]]:
         """The parts of `region` that the tensor's regions hold, by row, with the shards of each
         such region by replica."""
         rows, regions, tallest = self._rows(tensor)
@@ -305,7 +307,7 @@ class Shards(Mapping[Tensor, dict[Region, list[Shard]]]):
             if part := there.intersect(region):
                 yield part, shards[there]
 
-    def _sorted_rows(self, tensor: Tensor) -> tuple[list[int], list[Region], int]:
+    def _sorted_rows(self, tensor: LogicalTensor) -> tuple[list[int], list[Region], int]:
         regions = list(self[tensor])
         return (
             [region.offsets[0] for region in regions],
@@ -352,17 +354,17 @@ class Index:
 
     held: list[StoredTensor]
     layout: Layout
-    holders: dict[Tensor, list[StoredTensor]] = field(default_factory=dict)
+    holders: dict[LogicalTensor, list[StoredTensor]] = field(default_factory=dict)
     shards: Shards = field(init=False)
 
     def __post_init__(self) -> None:
-        known: dict[tuple[str, str], Tensor] = {}
+        known: dict[tuple[str, str], LogicalTensor] = {}
         for held in self.held:
             for tensor in dict.fromkeys(part.tensor for part in held.parts if part.tensor):
-                first = known.setdefault((tensor.role, tensor.name), tensor)
+                first = known.setdefault((tensor.state, tensor.name), tensor)
                 if first != tensor:
                     raise RefusedError(
-                        f"{held.found.where}: {tensor.name} ({tensor.role}) is {tensor.dtype} "
+                        f"{held.found.where}: {tensor.name} ({tensor.state}) is {tensor.dtype} "
                         f"{list(tensor.shape)} here and {first.dtype} {list(first.shape)} on "
                         f"another rank; "
                         "these files are of different runs"
@@ -377,17 +379,17 @@ class Index:
             if not covers_once(list(regions), tensor.matrix):
                 files = sorted({shard.view.file for shards in regions.values() for shard in shards})
                 raise RefusedError(
-                    f"{files[0]}: the pieces of {tensor.name} ({tensor.role}) found in "
+                    f"{files[0]}: the pieces of {tensor.name} ({tensor.state}) found in "
                     f"{len(files)} files "
                     f"do not make up its shape {list(tensor.shape)} exactly once; a rank is "
                     f"missing"
                 )
 
-    def tensors(self, role: str) -> list[Tensor]:
-        return [tensor for tensor in self.shards if tensor.role == role]
+    def tensors(self, state: str) -> list[LogicalTensor]:
+        return [tensor for tensor in self.shards if tensor.state == state]
 
     def num_layers(self) -> int:
         return 1 + max((held.layer for held in self.held if held.layer is not None), default=-1)
 
-    def roles(self) -> set[str]:
-        return {tensor.role for tensor in self.shards if tensor.role != MODEL_PARAM}
+    def states(self) -> set[str]:
+        return {tensor.state for tensor in self.shards if tensor.state != MODEL_PARAM}

@@ -28,7 +28,7 @@ class TensorDigest:
     those of copies on other ranks that differ; of some of its `elements` only, where the others are
     still to come."""
 
-    role: str
+    state: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class TensorDigest:
     def to_json(self) -> dict[str, Any]:
         of_part = self.elements is not None
         return {
-            "role": self.role,
+            "role": self.state,
             "name": self.name,
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -51,7 +51,7 @@ class TensorDigest:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> TensorDigest:
         return cls(
-            role=entry["role"],
+            state=entry["role"],
             name=families.renamed(entry["name"]),
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),

@@ -57,7 +57,7 @@ def _entry(found: Difference) -> dict[str, Any]:
     return {
         "name": found.a.name,
         "name_b": found.b.name,
-        "role": found.a.role,
+        "role": found.a.state,
         "elements": found.elements,
         "of": found.a.numel,
         "largest_difference": found.largest,

@@ -83,7 +83,7 @@ def _entry(run: Run) -> dict[str, Any]:
     """`index` and `rows` × `columns` count in the logical tensor seen as a matrix."""
     return {
         "tensor": run.tensor.name,
-        "role": run.tensor.role,
+        "role": run.tensor.state,
         "dtype": run.tensor.dtype,
         "shape": list(run.tensor.shape),
         "place": asdict(run.place),
@@ -104,7 +104,7 @@ def _line(run: Run) -> str:
     value = value_at(run.file, run.offset, run.tensor.dtype)
     what = f"{list(run.region.offsets)}" + (f" and {count - 1} more" if count > 1 else "")
     return (
-        f"{run.tensor.name} ({run.tensor.role}) {what} = {value:.9g}{' …' if count > 1 else ''}: "
+        f"{run.tensor.name} ({run.tensor.state}) {what} = {value:.9g}{' …' if count > 1 else ''}: "
         f"{run.file} bytes "
         f"{run.offset} to {run.offset + run.nbytes}, {run.key} element {run.element} ({run.place})"
     )

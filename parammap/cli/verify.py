@@ -106,7 +106,7 @@ def _entry(found: Difference) -> dict[str, Any]:
     """`a` and `b` are two ranks' copies of one tensor."""
     return {
         "name": found.a.name,
-        "role": found.a.role,
+        "role": found.a.state,
         "elements": found.elements,
         "largest_difference": found.largest,
         "first": positions(found),

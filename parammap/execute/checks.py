@@ -16,7 +16,7 @@ from typing import Self, TypeAlias, TypeVar
 import numpy as np
 
 from parammap.tensors.arrays import Array
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.region import Cells
 from parammap.tensors.shard import Shard
 from parammap.tensors.view import View
@@ -39,7 +39,7 @@ class Elements:
     """Some elements of a tensor: how many, and the `positions` of the first ones, each (row,
     column, what is told of it)."""
 
-    tensor: Tensor
+    tensor: LogicalTensor
     count: int = 0
     positions: list[Shown] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ _EXPONENT = {
 _OVERFLOW = {"bfloat16": 0x4780, "float32": 0x477FF000}
 
 
-def non_finite(tensor: Tensor, cells: Cells, bits: Array, file: str) -> NonFinite | None:
+def non_finite(tensor: LogicalTensor, cells: Cells, bits: Array, file: str) -> NonFinite | None:
     """What of these elements is not finite; None if all is."""
     mask = _EXPONENT.get(tensor.dtype)
     return (
@@ -118,7 +118,7 @@ def non_finite(tensor: Tensor, cells: Cells, bits: Array, file: str) -> NonFinit
     )
 
 
-def overflown(tensor: Tensor, cells: Cells, bits: Array, file: str) -> Overflown | None:
+def overflown(tensor: LogicalTensor, cells: Cells, bits: Array, file: str) -> Overflown | None:
     """What of these elements, of a float32 or bfloat16 tensor, is finite but not so in float16;
     None if nothing is."""
     sizes = bits & bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
@@ -128,7 +128,9 @@ def overflown(tensor: Tensor, cells: Cells, bits: Array, file: str) -> Overflown
     )
 
 
-def unequal(tensor: Tensor, cells: Cells, first: Array, other: Array, file: str) -> Unequal | None:
+def unequal(
+    tensor: LogicalTensor, cells: Cells, first: Array, other: Array, file: str
+) -> Unequal | None:
     """Compare the bits of two copies of some elements; None if they are equal."""
     return _marked(
         Unequal,
@@ -140,7 +142,11 @@ def unequal(tensor: Tensor, cells: Cells, first: Array, other: Array, file: str)
 
 
 def _marked(
-    kind: type[Found], tensor: Tensor, cells: Cells, wrong: Array, tell: Callable[[int], Shown]
+    kind: type[Found],
+    tensor: LogicalTensor,
+    cells: Cells,
+    wrong: Array,
+    tell: Callable[[int], Shown],
 ) -> Found | None:
     """The elements that are True in `wrong`, with what `tell` says of the first ones; None if none
     is."""
@@ -169,7 +175,7 @@ def mean_bits(copies: list[Array], dtype: str) -> Array:
 
 
 def compare(
-    tensor: Tensor, main: Array, cells: Cells, model: Array, model_dtype: str
+    tensor: LogicalTensor, main: Array, cells: Cells, model: Array, model_dtype: str
 ) -> Misfit | None:
     """Compare the bits of a float32 main weight with the model's bits in `model_dtype`; None if all
     fit."""

@@ -29,7 +29,7 @@ from parammap.formats import frames
 from parammap.plan.plan import FileTask, Fill, panels
 from parammap.tensors.arrays import Array
 from parammap.tensors.digest import MASK, cells_digest
-from parammap.tensors.logical import ITEMSIZE, Tensor
+from parammap.tensors.logical import ITEMSIZE, LogicalTensor
 from parammap.tensors.region import Cells, Region, cells_of
 
 REPORT_BYTES = 8 << 20
@@ -46,15 +46,15 @@ class Outcome:
 
     path: str
     nbytes: int
-    digests: dict[tuple[Tensor, int], tuple[int, int]] = field(default_factory=dict)
-    misfits: dict[Tensor, Misfit] = field(default_factory=dict)
-    unequal: dict[Tensor, Unequal] = field(default_factory=dict)
-    non_finite: dict[Tensor, NonFinite] = field(default_factory=dict)
-    overflown: dict[Tensor, Overflown] = field(default_factory=dict)
+    digests: dict[tuple[LogicalTensor, int], tuple[int, int]] = field(default_factory=dict)
+    misfits: dict[LogicalTensor, Misfit] = field(default_factory=dict)
+    unequal: dict[LogicalTensor, Unequal] = field(default_factory=dict)
+    non_finite: dict[LogicalTensor, NonFinite] = field(default_factory=dict)
+    overflown: dict[LogicalTensor, Overflown] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=64)
-def _as(tensor: Tensor, dtype: str) -> Tensor:
+def _as(tensor: LogicalTensor, dtype: str) -> LogicalTensor:
     return replace(tensor, dtype=dtype)
 
 
@@ -62,7 +62,7 @@ class _Known(NamedTuple):
     """Which cells of which logical tensor some elements are, and the file that they are read
     from."""
 
-    tensor: Tensor
+    tensor: LogicalTensor
     cells: Cells
     file: str
 
@@ -212,7 +212,7 @@ class Writer:
         if self.dtype == "float16" != tensor.dtype:
             _take(outcome.overflown, overflown(tensor, cells, bits, file))
 
-    def _digest(self, tensor: Tensor, fill: Fill, cells: Cells, bits: Array) -> None:
+    def _digest(self, tensor: LogicalTensor, fill: Fill, cells: Cells, bits: Array) -> None:
         """Add the digest of what was read of a tensor, or of what that is written as."""
         digest, count = self.outcome.digests.get((tensor, fill.replica), (0, 0))
         self.outcome.digests[tensor, fill.replica] = (
@@ -221,7 +221,7 @@ class Writer:
         )
 
 
-def _take(known: dict[Tensor, Found], found: Found | None) -> None:
+def _take(known: dict[LogicalTensor, Found], found: Found | None) -> None:
     """Add what was found to what is known."""
     if found and known.setdefault(found.tensor, found) is not found:
         known[found.tensor].merge(found)

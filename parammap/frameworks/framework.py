@@ -31,7 +31,7 @@ class Inspection:
     it, in chunks whose layers have numbers of their own, with that run's sidecar; else a sidecar
     tells of the run that the checkpoint was made from. `keeps_args` says that Megatron-LM's
     arguments are kept, and `file_kinds`, by name or ending, what each file of a rank is for (None:
-    ranks share folders, whose files hold tensors). `weights_role` is what the weights are that are
+    ranks share folders, whose files hold tensors). `weights_state` is what the weights are that are
     read without an optimizer.
 
     `unreadable` tells of a checkpoint of which the weights can be read, and the whole raised an
@@ -45,7 +45,7 @@ class Inspection:
     as_trained: bool = False
     keeps_args: bool = False
     file_kinds: Mapping[str, str] | None = None
-    weights_role: str = MAIN_PARAM
+    weights_state: str = MAIN_PARAM
     unreadable: Callable[[Checkpoint, RefusedError], Unreadable] | None = _no_states
     layout: Callable[[Mapping[str, Any]], str] | None = None
     flat_parameters: (

@@ -23,7 +23,7 @@ from parammap.inspection import training_state
 from parammap.inspection.buffers import RELEASES, Optimizers
 from parammap.inspection.kinds import KINDS, kind_of
 from parammap.name_list import shorten_names
-from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, Tensor
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, LogicalTensor
 
 SCHEMA, VERSION = "parammap.inspection", 1
 
@@ -55,7 +55,7 @@ _ARCHITECTURE_FACTS = {
     "positions": "max_position_embeddings",
     "activation": "activation",
 }
-_ROLE_ORDER = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
+_STATE_ORDER = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,7 @@ def _ranks(whole: Checkpoint, files: dict[Coordinates, list[Path]]) -> list[dict
     counted = set()
     for held in whole.index.held:
         one = held.found
-        if one.role in (MAIN_PARAM, MODEL_PARAM) and (one.place, one.name) not in counted:
+        if one.state in (MAIN_PARAM, MODEL_PARAM) and (one.place, one.name) not in counted:
             counted.add((one.place, one.name))
             elements[one.place.tp, one.place.pp, one.place.ep][kind_of(held.canonical)] += (
                 one.stored.numel
@@ -325,7 +325,7 @@ def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
         for held in whole.index.held
         if held.is_tied_head
         for part in held.parts
-        if part.tensor and part.tensor.role == MAIN_PARAM
+        if part.tensor and part.tensor.state == MAIN_PARAM
     }
     tied = sum(map(_numel, copied))
     is_told = tied or facts.tied() is not None or HEAD not in {tensor.name for tensor in weights}
@@ -339,50 +339,50 @@ def _parameters(whole: Checkpoint, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _numel(tensor: Tensor) -> int:
+def _numel(tensor: LogicalTensor) -> int:
     return tensor.rows * tensor.cols
 
 
 def _states(reading: Reading) -> list[dict[str, Any]]:
-    """Each role and dtype: tensors and logical elements, and bytes on disk with the copies that
+    """Each state and dtype: tensors and logical elements, and bytes on disk with the copies that
     several ranks keep."""
     counted: dict[tuple[str, str], dict[str, int]] = {}
-    for checkpoint, roles in _read_roles(reading):
+    for checkpoint, states in _read_states(reading):
         for tensor in checkpoint.index.shards:
-            if tensor.role in roles:
+            if tensor.state in states:
                 entry = counted.setdefault(
-                    (roles[tensor.role], tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0}
+                    (states[tensor.state], tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0}
                 )
                 entry["tensors"] += 1
                 entry["elements"] += _numel(tensor)
         for held in checkpoint.index.held:
-            if held.found.role in roles:
-                counted[roles[held.found.role], held.found.stored.dtype]["bytes"] += (
+            if held.found.state in states:
+                counted[states[held.found.state], held.found.stored.dtype]["bytes"] += (
                     held.found.stored.nbytes
                 )
-    order = {role: number for number, role in enumerate(_ROLE_ORDER)}
+    order = {state: number for number, state in enumerate(_STATE_ORDER)}
     return [
-        {"role": role, "dtype": dtype, **entry}
-        for (role, dtype), entry in sorted(
+        {"role": state, "dtype": dtype, **entry}
+        for (state, dtype), entry in sorted(
             counted.items(), key=lambda item: (order.get(item[0][0], 9), item[0])
         )
     ]
 
 
-def _read_roles(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
-    """The checkpoints to count, with the roles to take from each and what they are: without an
+def _read_states(reading: Reading) -> list[tuple[Checkpoint, dict[str, str]]]:
+    """The checkpoints to count, with the states to take from each and what they are: without an
     optimizer, the weights that Megatron-LM's model computes with stand in for those that an
     optimizer steps."""
-    roles = {role: role for role in reading.best.index.roles() | {MODEL_PARAM}}
+    states = {state: state for state in reading.best.index.states() | {MODEL_PARAM}}
     alone = (
         reading.weights,
-        {MAIN_PARAM: _asked(reading.weights).weights_role},
+        {MAIN_PARAM: _asked(reading.weights).weights_state},
     )
     if reading.states is None:
         return [alone]
     if reading.reason is None:
-        return [(reading.states, roles)]
-    return [(reading.states, {role: role for role in roles if role != MODEL_PARAM}), alone]
+        return [(reading.states, states)]
+    return [(reading.states, {state: state for state in states if state != MODEL_PARAM}), alone]
 
 
 def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def _optimizer(reading: Reading, optimizers: Optimizers) -> dict[str, Any]:
         "reason": reading.reason,
         "generation": generation,
         "written_by": RELEASES.get(generation) if generation else None,
-        "states": sorted(reading.states.index.roles() - {MAIN_PARAM}) if reading.states else [],
+        "states": sorted(reading.states.index.states() - {MAIN_PARAM}) if reading.states else [],
         **training_state.optimizer(checkpoint.training_state),
     }
 
@@ -464,7 +464,7 @@ def _missing(reading: Reading, facts: Facts) -> list[str]:
 
 
 def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
-    """Each logical tensor: shape, dtype of each role, how it is split, and who holds it under which
+    """Each logical tensor: shape, dtype of each state, how it is split, and who holds it under which
     name."""
     entries: dict[str, dict[str, Any]] = {}
     for tensor, regions in whole.index.shards.items():
@@ -479,8 +479,8 @@ def _tensors(whole: Checkpoint) -> list[dict[str, Any]]:
                 "held_by": [],
             },
         )
-        entry["roles"][tensor.role] = tensor.dtype
-        if tensor.role == MAIN_PARAM:
+        entry["roles"][tensor.state] = tensor.dtype
+        if tensor.state == MAIN_PARAM:
             rows = any(region.sizes[0] != tensor.rows for region in regions)
             cols = any(region.sizes[1] != tensor.cols for region in regions)
             entry["split"] = "rows" if rows else "columns" if cols else "whole"

@@ -258,7 +258,7 @@ def _bucket(number: int, bucket: dict[str, Any], largest: int, shards: int | Non
     )
     spoken = f"{label}, {text.counted(len(bucket['params']), 'parameter')}"
     return (
-        f"<div class=bucket><span>{label}</span><div class=bar tabindex=0 role=group "
+        f"<div class=bucket><span>{label}</span><div class=bar tabindex=0 state=group "
         f'aria-label="{spoken}" '
         f'style="--w:{width}">{"".join(_segments(bucket))}</div>{ticks}</div>'
     )

@@ -9,7 +9,7 @@ from parammap.frameworks import registry
 from parammap.frameworks.framework import Inspection
 from parammap.name_list import shorten_names
 
-ROLES = {
+STATES = {
     "weight": "weight",
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -160,7 +160,7 @@ def parameters(counts: dict[str, Any]) -> Iterator[str]:
 
 def state(one: dict[str, Any]) -> str:
     return (
-        f"{ROLES.get(one['role'], one['role'])}: {one['dtype']}, "
+        f"{STATES.get(one['role'], one['role'])}: {one['dtype']}, "
         f"{counted(one['tensors'], 'tensor')}, "
         f"{counted(one['elements'], 'element')}, {size(one['bytes'])}"
     )
@@ -279,10 +279,10 @@ def _tree(tensors: list[dict[str, Any]]) -> Iterator[str]:
             yield "  " * (depth + 1) + path[depth]
         above = path
         dtypes: dict[str, list[str]] = {}
-        for role, dtype in tensor["roles"].items():
-            dtypes.setdefault(dtype, []).append(role)
-        states = "; ".join(f"{dtype} {' '.join(roles)}" for dtype, roles in dtypes.items())
-        yield "  " * (len(path) + 1) + f"{leaf}  {tensor['shape']}  {states}  {_split(tensor)}"
+        for state, dtype in tensor["roles"].items():
+            dtypes.setdefault(dtype, []).append(state)
+        stored = "; ".join(f"{dtype} {' '.join(states)}" for dtype, states in dtypes.items())
+        yield "  " * (len(path) + 1) + f"{leaf}  {tensor['shape']}  {stored}  {_split(tensor)}"
         for held in tensor["held_by"]:
             stages = spans(rank[1] for rank in held["ranks"])
             chunk = f" chunk {held['vpp']}" if held["vpp"] else ""

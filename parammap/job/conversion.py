@@ -191,7 +191,7 @@ def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) 
     unasked = [
         name
         for name in plan.unused
-        if name.rsplit("(", 1)[1][:-1] in planned.roles
+        if name.rsplit("(", 1)[1][:-1] in planned.states
         and not name.split(" ")[0].endswith(f".{PADDING}")
         and name.split(" ")[0] not in planned.ignorable
     ]

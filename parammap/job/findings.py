@@ -23,7 +23,7 @@ from parammap.execute.writer import Outcome
 from parammap.job.request import Request
 from parammap.name_list import shorten_names
 from parammap.plan.planner import REFUSE
-from parammap.tensors.logical import MODEL_PARAM, Tensor
+from parammap.tensors.logical import MODEL_PARAM, LogicalTensor
 
 
 class Findings:
@@ -38,10 +38,10 @@ class Findings:
     def __init__(
         self, index: Index, outcomes: Iterable[Outcome], before: Manifest | None = None
     ) -> None:
-        self.misfits: dict[Tensor, Misfit] = {}
-        self.unequal: dict[Tensor, Unequal] = {}
-        self.non_finite: dict[Tensor, NonFinite] = {}
-        self.overflown: dict[Tensor, Overflown] = {}
+        self.misfits: dict[LogicalTensor, Misfit] = {}
+        self.unequal: dict[LogicalTensor, Unequal] = {}
+        self.non_finite: dict[LogicalTensor, NonFinite] = {}
+        self.overflown: dict[LogicalTensor, Overflown] = {}
         self.before = before
         sums = _sums(before)
         for outcome in outcomes:
@@ -53,12 +53,12 @@ class Findings:
                 total, counted = sums.setdefault(tensor, {}).get(replica, (0, 0))
                 sums[tensor][replica] = (total + digest) & (1 << 64) - 1, counted + count
         entries, self.partial, self.differing = _digests(sums)
-        read = {(tensor.role, tensor.name, tensor.dtype) for tensor in index.shards}
+        read = {(tensor.state, tensor.name, tensor.dtype) for tensor in index.shards}
         self.digests, self.written = (
             [
                 entry
                 for entry in entries
-                if ((entry.role, entry.name, entry.dtype) in read) == was_read
+                if ((entry.state, entry.name, entry.dtype) in read) == was_read
             ]
             for was_read in (True, False)
         )
@@ -68,7 +68,7 @@ class Findings:
             {
                 tensor.name: [shard for shards in index.shards[tensor].values() for shard in shards]
                 for tensor in index.shards
-                if tensor.role == MODEL_PARAM and tensor.name in names
+                if tensor.state == MODEL_PARAM and tensor.name in names
             },
         )
 
@@ -119,7 +119,7 @@ class Findings:
             for one in kinds.values():
                 row, column, *value, file = one.positions[0]
                 lines.append(
-                    f"{one.tensor.name} ({one.tensor.role}): {one.count} elements {what}, first at "
+                    f"{one.tensor.name} ({one.tensor.state}): {one.count} elements {what}, first at "
                     f"row {row}, "
                     f"column {column}{''.join(f' ({number:.9g})' for number in value)} in {file}"
                 )
@@ -162,13 +162,13 @@ class Findings:
 
 
 def _entries(
-    found: Mapping[Tensor, Unequal | NonFinite | Overflown], fields: tuple[str, ...]
+    found: Mapping[LogicalTensor, Unequal | NonFinite | Overflown], fields: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """A manifest's entries; `fields` is what a position says beside row and column."""
     return [
         {
             "tensor": one.tensor.name,
-            "role": one.tensor.role,
+            "role": one.tensor.state,
             "elements": one.count,
             "first": [
                 dict(zip(("row", "column", *fields), position, strict=True))
@@ -179,7 +179,7 @@ def _entries(
     ]
 
 
-def _add(known: dict[Tensor, Found], found: Mapping[Tensor, Found]) -> None:
+def _add(known: dict[LogicalTensor, Found], found: Mapping[LogicalTensor, Found]) -> None:
     for tensor, one in found.items():
         if known.setdefault(tensor, one) is not one:
             known[tensor].merge(one)
@@ -205,7 +205,7 @@ def _told(misfits: list[Misfit]) -> str:
 def _position(one: Unequal) -> str:
     row, column, first, other, file = one.positions[0]
     return (
-        f"{one.tensor.name} ({one.tensor.role}): {one.count} elements differ, first at row {row}, "
+        f"{one.tensor.name} ({one.tensor.state}): {one.count} elements differ, first at row {row}, "
         f"column {column}: "
         f"{first:.9g} and {other:.9g} in {file}"
     )
@@ -215,7 +215,7 @@ def _position(one: Unequal) -> str:
 #: follow downwards, as the replicas of each part count from 0
 _EARLIER = -1
 #: by logical tensor and replica, the digest and the number of elements that it is of
-_Sums = dict[Tensor, dict[int, tuple[int, int]]]
+_Sums = dict[LogicalTensor, dict[int, tuple[int, int]]]
 
 
 def _sums(manifest: Manifest | None) -> _Sums:
@@ -226,7 +226,7 @@ def _sums(manifest: Manifest | None) -> _Sums:
     )
     sums: _Sums = {}
     for one in known:
-        tensor = Tensor(one.role, one.name, one.dtype, one.shape)
+        tensor = LogicalTensor(one.state, one.name, one.dtype, one.shape)
         if one.elements is not None:
             sums[tensor] = {0: (int(one.digest, 16), one.elements)}
         else:
@@ -250,7 +250,7 @@ def _digests(sums: _Sums) -> tuple[list[TensorDigest], list[TensorDigest], list[
         first = next((number for number in (_EARLIER, 0) if number in whole), None)
         if first is not None:
             others = sorted(set(whole.values()) - {whole[first]})
-            differing += [f"{tensor.name} ({tensor.role})"] if others else []
+            differing += [f"{tensor.name} ({tensor.state})"] if others else []
             told = tuple(f"{other:016x}" for other in others)
             entries.append(_digest(tensor, whole[first], others=told))
         elif 0 in replicas:
@@ -259,9 +259,9 @@ def _digests(sums: _Sums) -> tuple[list[TensorDigest], list[TensorDigest], list[
     return entries, partial, sorted(set(differing))
 
 
-def _digest(tensor: Tensor, digest: int, **rest: Any) -> TensorDigest:
+def _digest(tensor: LogicalTensor, digest: int, **rest: Any) -> TensorDigest:
     return TensorDigest(
-        role=tensor.role,
+        state=tensor.state,
         name=tensor.name,
         dtype=tensor.dtype,
         shape=tensor.shape,

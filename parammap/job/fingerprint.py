@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from parammap.plan.plan import FileTask, Plan
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.region import Region
 from parammap.tensors.view import View
 
@@ -77,7 +77,7 @@ def _plain(value: Any, known: dict[int, object]) -> object:
     plain = known.get(id(value))
     if plain is None:
         plain = kind.__name__, *[_plain(one, known) for one in _getter(kind)(value)]
-        if kind is Tensor:
+        if kind is LogicalTensor:
             known[id(value)] = plain
     return plain
 

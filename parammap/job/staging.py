@@ -16,7 +16,7 @@ from parammap.errors import RefusedError
 from parammap.execute.checks import Misfit, NonFinite, Overflown, Unequal
 from parammap.execute.durable import sync
 from parammap.execute.writer import Outcome
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 
 #: what an outcome says of elements, beside misfits
 _FOUND = {"unequal": Unequal, "non_finite": NonFinite, "overflown": Overflown}
@@ -166,13 +166,13 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _key(tensor: Tensor) -> list[Any]:
-    return [tensor.role, tensor.name, tensor.dtype, list(tensor.shape)]
+def _key(tensor: LogicalTensor) -> list[Any]:
+    return [tensor.state, tensor.name, tensor.dtype, list(tensor.shape)]
 
 
-def _tensor(key: list[Any]) -> Tensor:
-    role, name, dtype, shape = key
-    return Tensor(role, name, dtype, tuple(shape))
+def _tensor(key: list[Any]) -> LogicalTensor:
+    state, name, dtype, shape = key
+    return LogicalTensor(state, name, dtype, tuple(shape))
 
 
 def _outcome(entry: dict[str, Any]) -> Outcome:

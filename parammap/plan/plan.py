@@ -14,8 +14,8 @@ from parammap.tensors.logical import (
     EXP_AVG_SQ,
     ITEMSIZE,
     MAIN_PARAM,
+    LogicalTensor,
     Stored,
-    Tensor,
     TensorSpec,
 )
 from parammap.tensors.region import Region
@@ -110,7 +110,7 @@ class WantedFile:
 class Output:
     """What a framework's writer asks for: the files, each rank's source folder with its file or
     folder in the output, the links to make (link, existing file), and what is worth saying in the
-    manifest. `roles` are the states that it has room for, `needless` the names of tensors that no
+    manifest. `states` are the states that it has room for, `needless` the names of tensors that no
     model computes with, and `extra_states` those that are kept, by name and place. `aliases` are names
     under which a state dict has a tensor of another name once more."""
 
@@ -118,7 +118,7 @@ class Output:
     converted: list[tuple[Path, str]]
     links: list[tuple[str, str]]
     notes: dict[str, object]
-    roles: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
+    states: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
     ignorable: frozenset[str] = frozenset()
     extra_states: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Fill:
 
     target: View
     source: View | None
-    tensor: Tensor | None = None
+    tensor: LogicalTensor | None = None
     region: Region | None = None
     replica: int = 0
     counted: bool = False

@@ -15,7 +15,7 @@ from parammap.errors import RefusedError
 from parammap.plan.plan import FileTask, Fill, Plan, Wanted, WantedFile, panels, placed
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.layout import Place
-from parammap.tensors.logical import Tensor, TensorSpec
+from parammap.tensors.logical import LogicalTensor, TensorSpec
 from parammap.tensors.region import Region, covers
 from parammap.tensors.shard import Shard, fitted, views_of
 
@@ -25,7 +25,7 @@ OWN, REFUSE, FIRST, MEAN = "own", "refuse", "first", "mean"
 
 @dataclass(slots=True)
 class Planner:
-    """Plans the wanted files over one source index. `model_copies` maps a role to that which
+    """Plans the wanted files over one source index. `model_copies` maps a state to that which
     repeats it in less precision.
 
     `replicas` says what becomes of a region that several ranks keep: OWN, each takes its own copy;
@@ -35,12 +35,12 @@ class Planner:
     index: Index
     model_copies: dict[str, str] = field(default_factory=dict)
     replicas: str = OWN
-    _used: dict[Tensor, set[Region]] = field(default_factory=dict)
-    _counted: set[tuple[Tensor, Region, int]] = field(default_factory=set)
-    _tensors: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _used: dict[LogicalTensor, set[Region]] = field(default_factory=dict)
+    _counted: set[tuple[LogicalTensor, Region, int]] = field(default_factory=set)
+    _tensors: dict[tuple[str, str], LogicalTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.index.shards}
+        self._tensors = {(tensor.state, tensor.name): tensor for tensor in self.index.shards}
 
     def plan(self, files: list[WantedFile]) -> Plan:
         tasks = [
@@ -82,14 +82,14 @@ class Planner:
         elif is_padding(tensor):
             yield from self._padding(part, tensor, place)
         else:
-            yield from self._filled(part, self._known(tensor.role, tensor.name), place)
+            yield from self._filled(part, self._known(tensor.state, tensor.name), place)
 
-    def _filled(self, part: Shard, tensor: Tensor, place: Place) -> Iterator[Fill]:
+    def _filled(self, part: Shard, tensor: LogicalTensor, place: Place) -> Iterator[Fill]:
         """A part filled with the shards of the source, cut where those of its model copy end."""
         if part.tensor != tensor:
             raise RefusedError(f"{part.tensor} is {tensor!r} in the source")
         held = list(self.index.shards.overlapping(tensor, part.region))
-        copy = self._tensors.get((self.model_copies.get(tensor.role, ""), tensor.name))
+        copy = self._tensors.get((self.model_copies.get(tensor.state, ""), tensor.name))
         holding = [
             (low, shards, copies)
             for region, shards in held
@@ -99,7 +99,7 @@ class Planner:
         ]
         if sum(region.numel for region, _, _ in holding) != part.region.numel:
             raise RefusedError(
-                f"{tensor.name} ({tensor.role}): the source does not hold {part.region}"
+                f"{tensor.name} ({tensor.state}): the source does not hold {part.region}"
             )
         self._used.setdefault(tensor, set()).add(part.region)
         for region, shards, copies in holding:
@@ -121,12 +121,12 @@ class Planner:
                     self.replicas == MEAN,
                 )
 
-    def _padding(self, part: Shard, tensor: Tensor, place: Place) -> Iterator[Fill]:
+    def _padding(self, part: Shard, tensor: LogicalTensor, place: Place) -> Iterator[Fill]:
         """Rows of a vocabulary's padding: the source's as far as they go, then copies of its last
         row (as Megatron-LM's tools/checkpoint pads, core_r0.6.0 … 0.16), which enter no digest."""
-        role, name = tensor.role, tensor.name
+        state, name = tensor.state, tensor.name
         padding, ((row, col), (rows, cols)) = (
-            self._tensors.get((role, name)),
+            self._tensors.get((state, name)),
             (part.region.offsets, part.region.sizes),
         )
         kept = max(min(rows, (padding.rows if padding else 0) - row), 0)
@@ -135,7 +135,7 @@ class Planner:
                 yield from self._filled(Shard(padding, there, target), padding, place)
         if kept == rows:
             return
-        last = padding or self._known(role, name.removesuffix(f".{PADDING}"))
+        last = padding or self._known(state, name.removesuffix(f".{PADDING}"))
         for region, shards in self.index.shards.overlapping(
             last, Region((last.rows - 1, col), (1, cols))
         ):
@@ -149,10 +149,10 @@ class Planner:
                 )
                 yield Fill(target, repeated, last, region)
 
-    def _known(self, role: str, name: str) -> Tensor:
-        if (role, name) not in self._tensors:
-            raise RefusedError(f"{name} ({role}) is not in the source")
-        return self._tensors[role, name]
+    def _known(self, state: str, name: str) -> LogicalTensor:
+        if (state, name) not in self._tensors:
+            raise RefusedError(f"{name} ({state}) is not in the source")
+        return self._tensors[state, name]
 
     # -------------------------------------------------------------------------------------------------
     # replicas and proof
@@ -166,7 +166,7 @@ class Planner:
         return min(shards, key=lambda shard: (shard.replica != own, shard.replica % tp != place.tp))
 
     def _reckoned(
-        self, tensor: Tensor, region: Region, shards: list[Shard], taken: Shard
+        self, tensor: LogicalTensor, region: Region, shards: list[Shard], taken: Shard
     ) -> tuple[bool, list[Shard]]:
         """Whether this is the first use of a replica, which enters its digest; and with which
         others it is compared: then, or wherever their mean is taken."""
@@ -181,9 +181,9 @@ class Planner:
         not count)."""
         repeated = set(self.model_copies.values())
         return sorted(
-            f"{tensor.name} ({tensor.role})"
+            f"{tensor.name} ({tensor.state})"
             for tensor in self.index.shards
-            if tensor.role not in repeated
+            if tensor.state not in repeated
             and not covers(list(self._used.get(tensor, ())), tensor.matrix)
         )
 

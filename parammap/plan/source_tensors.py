@@ -25,7 +25,7 @@ from parammap.tensors.arrangement import (
     arranged,
     local_shape,
 )
-from parammap.tensors.logical import MAIN_PARAM, Tensor, TensorSpec
+from parammap.tensors.logical import MAIN_PARAM, LogicalTensor, TensorSpec
 from parammap.tensors.shard import transposed
 
 #: the atoms of fused tensors that a model may have as one or apart
@@ -50,12 +50,12 @@ class Parameter:
 
 
 class SourceTensors:
-    """The logical tensors of a source by role and name, with `vocab_rows` rows of words (None: as
+    """The logical tensors of a source by state and name, with `vocab_rows` rows of words (None: as
     many as the vocabulary truly has, or, where nobody recorded that, as there are)."""
 
     def __init__(self, source: Checkpoint, vocab_rows: int | None = None) -> None:
         self.source = source
-        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
+        self.tensors = {(tensor.state, tensor.name): tensor for tensor in source.index.shards}
         words = self.tensor(MAIN_PARAM, WORD_EMBEDDING).rows
         self.vocab_rows = vocab_rows or words
         if self.vocab_rows < words:
@@ -69,14 +69,14 @@ class SourceTensors:
         """The canonical names of the weights, padding of the vocabulary left out."""
         return {
             name
-            for role, name in self.tensors
-            if role == MAIN_PARAM and not name.endswith(f".{PADDING}")
+            for state, name in self.tensors
+            if state == MAIN_PARAM and not name.endswith(f".{PADDING}")
         }
 
-    def tensor(self, role: str, name: str) -> Tensor:
-        if (role, name) not in self.tensors:
-            raise RefusedError(f"{self.source.folder}: holds no {role} of {name}")
-        return self.tensors[role, name]
+    def tensor(self, state: str, name: str) -> LogicalTensor:
+        if (state, name) not in self.tensors:
+            raise RefusedError(f"{self.source.folder}: holds no {state} of {name}")
+        return self.tensors[state, name]
 
     def parameters(
         self, dialect: str, ignorable: frozenset[str] = frozenset()
@@ -108,7 +108,7 @@ class SourceTensors:
     def wanted(
         self,
         parameter: Parameter,
-        role: str,
+        state: str,
         sizes: Sizes,
         *,
         dtype: str | None = None,
@@ -118,11 +118,11 @@ class SourceTensors:
     ) -> Wanted:
         """A rank's share of a parameter, or of one of its moments, in the dialect's orientation.
         `dtype` None: as it is; `name` None: the parameter's own."""
-        sizes = replace(sizes, vocab=self.tensor(role, WORD_EMBEDDING).rows)
+        sizes = replace(sizes, vocab=self.tensor(state, WORD_EMBEDDING).rows)
         shape = local_shape(parameter.kind, parameter.shape, tp, sizes)
-        stored = self._dtype(role, parameter)
+        stored = self._dtype(state, parameter)
         parts = atoms(
-            role,
+            state,
             parameter.canonical,
             parameter.kind,
             stored,
@@ -152,6 +152,6 @@ class SourceTensors:
         )
         return (rows, *tensors[0].shape[1:])
 
-    def _dtype(self, role: str, parameter: Parameter) -> str:
+    def _dtype(self, state: str, parameter: Parameter) -> str:
         _, parts = self.parts(parameter.canonical, parameter.row.arrangement)
-        return self.tensor(role, parts[0]).dtype
+        return self.tensor(state, parts[0]).dtype

@@ -19,13 +19,13 @@ from parammap.families import HEAD, WORD_EMBEDDING
 from parammap.frameworks.megatron.facts import Facts
 from parammap.proof.stream import Copy, bands, copies_of, in_processes, tiles
 from parammap.tensors.arrays import Array
-from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, Tensor
+from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, LogicalTensor
 from parammap.tensors.region import Cells, Region, cells_of
 
 #: a tensor that differs in so many elements at most has each of them listed, one that does in more
 #: the first few
 LISTED = 32
-#: (role, name) of a logical tensor
+#: (state, name) of a logical tensor
 Key = tuple[str, str]
 #: gives the file and byte offset of the element at a row and column
 Place = Callable[[int, int], tuple[str, int]]
@@ -65,8 +65,8 @@ class Difference:
     `apart` says in what else the two differ: the shape, so that no elements could be compared, or
     the dtype."""
 
-    a: Tensor
-    b: Tensor
+    a: LogicalTensor
+    b: LogicalTensor
     elements: int = 0
     largest: float = 0.0
     positions: list[Position] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Difference:
     def name(self) -> str:
         """Its name; both where the word embedding of one side is the head of the other."""
         names = " and ".join(dict.fromkeys((self.a.name, self.b.name)))
-        return f"{names} ({self.a.role})"
+        return f"{names} ({self.a.state})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +134,8 @@ class Pair:
     """Two tensors to compare; where `cast`, a's values are those of b in another dtype, and
     compared as such."""
 
-    a: Tensor
-    b: Tensor
+    a: LogicalTensor
+    b: LogicalTensor
     cast: bool = False
 
     @property
@@ -150,18 +150,18 @@ class Pairing:
     rows."""
 
     pairs: list[Pair]
-    only_a: list[Tensor]
-    only_b: list[Tensor]
+    only_a: list[LogicalTensor]
+    only_b: list[LogicalTensor]
     aside: int = 0
-    padding: list[Tensor] = field(default_factory=list)
+    padding: list[LogicalTensor] = field(default_factory=list)
 
 
 def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
-    """Pair tensors by role and name. Left aside are the model's own copies of weights where only
+    """Pair tensors by state and name. Left aside are the model's own copies of weights where only
     one side keeps any, and padding of the vocabulary where one side has none or another number of
     rows, as layouts do."""
     mine, theirs = (
-        {(tensor.role, tensor.name): tensor for tensor in one.index.shards} for one in (a, b)
+        {(tensor.state, tensor.name): tensor for tensor in one.index.shards} for one in (a, b)
     )
     found_a, only_a = _counterparts(mine, theirs, is_tied(b))
     found_b, only_b = _counterparts(theirs, mine, is_tied(a))
@@ -175,7 +175,7 @@ def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
         kept = [
             tensor
             for tensor in alone
-            if tensor.role != MODEL_PARAM or other.index.tensors(MODEL_PARAM)
+            if tensor.state != MODEL_PARAM or other.index.tensors(MODEL_PARAM)
         ]
         pairing.aside += len(alone) - len(kept)
         pairing.padding += filter(is_padding, kept)
@@ -184,8 +184,8 @@ def pair(a: Checkpoint, b: Checkpoint) -> Pairing:
 
 
 def _counterparts(
-    tensors: dict[Key, Tensor], others: dict[Key, Tensor], tied: bool
-) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    tensors: dict[Key, LogicalTensor], others: dict[Key, LogicalTensor], tied: bool
+) -> tuple[list[tuple[LogicalTensor, LogicalTensor]], list[LogicalTensor]]:
     """Each tensor with the other side's, and those without one. Where the other side's head is its
     word embedding, which this side may not have recorded, it stands for this side's head too."""
     found, alone = [], []
@@ -199,10 +199,10 @@ def _counterparts(
 
 
 def as_embedding(key: Key) -> Key:
-    """(role, name) of the word embedding's tensor that a head's tensor is, where the two are tied;
+    """(state, name) of the word embedding's tensor that a head's tensor is, where the two are tied;
     else the key itself."""
-    role, name = key
-    return role, WORD_EMBEDDING + name.removeprefix(HEAD) if name.startswith(HEAD) else name
+    state, name = key
+    return state, WORD_EMBEDDING + name.removeprefix(HEAD) if name.startswith(HEAD) else name
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:

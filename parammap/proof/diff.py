@@ -16,7 +16,7 @@ from parammap.proof.compare import (
     pair,
 )
 from parammap.proof.training_state import training_state_differences
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class Comparison:
     b: Path
     compared: list[Pair]
     differences: list[Difference]
-    only_in_a: list[Tensor]
-    only_in_b: list[Tensor]
+    only_in_a: list[LogicalTensor]
+    only_in_b: list[LogicalTensor]
     metadata: list[str]
     wrong_shapes: list[str]
     aside: int
-    padding: list[Tensor]
+    padding: list[LogicalTensor]
 
     @property
     def is_equal(self) -> bool:

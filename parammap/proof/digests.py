@@ -12,7 +12,7 @@ from parammap.execute.checks import cast_bits, widen_bits
 from parammap.execute.gather import Files
 from parammap.proof.stream import copies_of, in_processes, read_views
 from parammap.tensors.digest import MASK, cells_digest
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.region import Region
 from parammap.tensors.shard import Shard
 
@@ -37,7 +37,7 @@ def tensor_digests(index: Index, workers: int = 1) -> list[TensorDigest]:
     """The digest of every logical tensor, in the order of the files."""
     return [
         TensorDigest(
-            tensor.role,
+            tensor.state,
             tensor.name,
             tensor.dtype,
             tensor.shape,
@@ -71,9 +71,9 @@ class Summed:
 def digests(
     index: Index,
     workers: int = 1,
-    dtypes: dict[Tensor, str] | None = None,
-    only: Iterable[Tensor] | None = None,
-) -> dict[Tensor, Summed]:
+    dtypes: dict[LogicalTensor, str] | None = None,
+    only: Iterable[LogicalTensor] | None = None,
+) -> dict[LogicalTensor, Summed]:
     """The digests of every logical tensor, or of some, read from disk; those in `dtypes` as if they
     still were of that dtype."""
     dtypes, tensors = dtypes or {}, list(index.shards if only is None else only)

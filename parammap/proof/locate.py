@@ -23,7 +23,7 @@ from parammap.name_list import suggest
 from parammap.proof.compare import values
 from parammap.proof.contents import entries_of, structure_at
 from parammap.tensors.layout import Place
-from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, Stored, Tensor
+from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, LogicalTensor, Stored
 from parammap.tensors.region import Region
 from parammap.tensors.shard import Shard, fitted, merged, transposed, views_of
 from parammap.tensors.view import row_major
@@ -42,7 +42,7 @@ class Run:
     `key` is the file's own name of the tensor they lie in, and `element` the number of the first
     one in it, row-major."""
 
-    tensor: Tensor
+    tensor: LogicalTensor
     region: Region
     place: Place
     file: str
@@ -71,7 +71,7 @@ def locate(
     """The runs of bytes that hold `NAME[index, …]`, of every rank that keeps a copy, in the order
     of the ranks.
 
-    NAME is an atom's canonical name, or a tensor's own name in the files; a role and a dot may go
+    NAME is an atom's canonical name, or a tensor's own name in the files; a state and a dot may go
     before it (exp_avg., exp_avg_sq., weight., model_weight.), without it the weight and the model's
     own copy are meant. An index is a number, a slice a:b, or left out for all; it counts in the
     atom's shape, or in the shape that the stored tensor has on its rank. `place` keeps only ranks
@@ -103,19 +103,19 @@ def locate(
     )
 
 
-def _named(checkpoint: Checkpoint, name: str) -> list[tuple[StoredTensor, Tensor | None]]:
+def _named(checkpoint: Checkpoint, name: str) -> list[tuple[StoredTensor, LogicalTensor | None]]:
     """The tensors on disk that hold atom `name`, each with that atom; else those that are called
     so, with None."""
-    for roles, rest in _readings(checkpoint, name):
-        held_of_roles = [held for held in checkpoint.index.held if held.found.role in roles]
-        atoms: list[tuple[StoredTensor, Tensor | None]] = [
+    for states, rest in _readings(checkpoint, name):
+        held_of_states = [held for held in checkpoint.index.held if held.found.state in states]
+        atoms: list[tuple[StoredTensor, LogicalTensor | None]] = [
             (held, tensor)
-            for held in held_of_roles
+            for held in held_of_states
             for tensor in dict.fromkeys(part.tensor for part in held.parts)
             if tensor and tensor.name == rest
         ]
-        stored: list[tuple[StoredTensor, Tensor | None]] = [
-            (held, None) for held in held_of_roles if rest in (held.found.name, held.canonical)
+        stored: list[tuple[StoredTensor, LogicalTensor | None]] = [
+            (held, None) for held in held_of_states if rest in (held.found.name, held.canonical)
         ]
         if atoms or stored:
             return atoms or stored
@@ -127,9 +127,9 @@ def _named(checkpoint: Checkpoint, name: str) -> list[tuple[StoredTensor, Tensor
 
 def _readings(checkpoint: Checkpoint, name: str) -> Iterator[tuple[set[str], str]]:
     yield {MAIN_PARAM, MODEL_PARAM}, name.removeprefix("module.")
-    role, _, rest = name.partition(".")
-    if role in checkpoint.index.roles() | {MODEL_PARAM}:
-        yield {role}, rest.removeprefix("module.")
+    state, _, rest = name.partition(".")
+    if state in checkpoint.index.states() | {MODEL_PARAM}:
+        yield {state}, rest.removeprefix("module.")
 
 
 def _ranges(query: str, index: str | None, shape: tuple[int, ...]) -> Ranges:
@@ -178,7 +178,7 @@ def _flat_runs(ranges: Ranges, shape: tuple[int, ...]) -> Iterator[tuple[int, in
         yield start, start + (high - low) * inner
 
 
-def _runs_of_atom(held: StoredTensor, tensor: Tensor, ranges: Ranges) -> Iterator[Run]:
+def _runs_of_atom(held: StoredTensor, tensor: LogicalTensor, ranges: Ranges) -> Iterator[Run]:
     row, stop = ranges[0] if ranges else (0, 1)
     shards = list(held.shards(0, tensor))
     for low, high in _flat_runs(ranges[1:], tensor.shape[1:]):

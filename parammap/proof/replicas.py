@@ -9,11 +9,11 @@ from parammap.checkpoint.index import Index
 from parammap.execute.gather import Files
 from parammap.proof.compare import Difference, Place, values
 from parammap.proof.stream import in_processes, read_views
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.shard import Shard, fitted
 
 
-def unequal(index: Index, workers: int = 1) -> tuple[list[Tensor], list[Difference]]:
+def unequal(index: Index, workers: int = 1) -> tuple[list[LogicalTensor], list[Difference]]:
     """The tensors of which ranks keep copies, and what differs, bit by bit, between the first copy
     (`a`) and each other.
 
@@ -36,7 +36,7 @@ def _copies(shards: list[Shard]) -> list[Shard]:
     ]
 
 
-def _differences(index: Index, tensor: Tensor) -> list[Difference]:
+def _differences(index: Index, tensor: LogicalTensor) -> list[Difference]:
     by_rank: dict[int, Difference] = {}
     with Files() as files:
         for region, shards in index.shards[tensor].items():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from parammap.errors import TaskError
 from parammap.execute.gather import Files, Memory, array_of
 from parammap.tensors.arrays import Array
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.region import Cells, Region, cells_of, whole
 from parammap.tensors.shard import Shard, fitted
 from parammap.tensors.view import View, row_major
@@ -70,7 +70,9 @@ class Copy:
     """One copy of a logical tensor: of each region, the shard that the `number`-th of its replicas
     keeps."""
 
-    def __init__(self, tensor: Tensor, regions: dict[Region, list[Shard]], number: int = 0) -> None:
+    def __init__(
+        self, tensor: LogicalTensor, regions: dict[Region, list[Shard]], number: int = 0
+    ) -> None:
         self.tensor = tensor
         self.shards = sorted(
             (replica(shards, number) for shards in regions.values()),

@@ -35,7 +35,7 @@ from parammap.proof.replicas import unequal
 from parammap.proof.stream import in_processes
 from parammap.proof.training_state import training_state_differences
 from parammap.tensors.arrangement import PADDING
-from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, Stored, Tensor
+from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, LogicalTensor, Stored
 from parammap.tensors.view import row_major
 
 
@@ -58,9 +58,9 @@ class Verdict:
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    compared: set[Tensor] = field(default_factory=set)
+    compared: set[LogicalTensor] = field(default_factory=set)
     wrong: list[tuple[Pair, Difference]] = field(default_factory=list)
-    rounded: set[Tensor] = field(default_factory=set)
+    rounded: set[LogicalTensor] = field(default_factory=set)
     unequal: list[Difference] = field(default_factory=list)
 
 
@@ -187,12 +187,12 @@ def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
     for held in output.index.held:
         if held.canonical == families.WORD_EMBEDDING:
             ranks[held.is_tied_head].add(
-                (held.found.role, held.found.place.ep, held.found.place.tp)
+                (held.found.state, held.found.place.ep, held.found.place.tp)
             )
-    for role, ep, tp in sorted(ranks[False] - ranks[True]):
+    for state, ep, tp in sorted(ranks[False] - ranks[True]):
         yield Problem(
             str(output.folder),
-            f"lacks the output layer's copy of {families.WORD_EMBEDDING} ({role}) of tp {tp}"
+            f"lacks the output layer's copy of {families.WORD_EMBEDDING} ({state}) of tp {tp}"
             + (f" ep {ep}" if output.layout.ep > 1 else ""),
         )
 
@@ -249,11 +249,11 @@ def _wrong_scalar(
 def _wrong_digests(
     output: Checkpoint, manifest: Manifest, casts: set[str], workers: int, verdict: Verdict
 ) -> Iterator[Problem]:
-    there = {(tensor.role, tensor.name): tensor for tensor in output.index.shards}
-    copied = {(one.role, one.name): one for one in manifest.digests}
+    there = {(tensor.state, tensor.name): tensor for tensor in output.index.shards}
+    copied = {(one.state, one.name): one for one in manifest.digests}
     listed = {key: key if key in copied else as_embedding(key) for key in there}
     declared = {
-        (one.role, one.name, one.dtype): one
+        (one.state, one.name, one.dtype): one
         for one in manifest.digests_of_casts
         if one.dtype in casts
     }
@@ -264,13 +264,13 @@ def _wrong_digests(
         and (not is_padding(there[key]) or there[key].shape == copied[other].shape)
     }
     extra = {
-        (tensor.role, tensor.name)
+        (tensor.state, tensor.name)
         for tensor in output.index.shards
-        if tensor not in known and tensor.role != MODEL_PARAM and not is_padding(tensor)
+        if tensor not in known and tensor.state != MODEL_PARAM and not is_padding(tensor)
     }
     lacking = {key for key in copied.keys() - there.keys() if not key[1].endswith(f".{PADDING}")}
     for what, keys in (("is missing", lacking), ("is not of the source", extra)):
-        yield from (Problem(f"{name} ({role})", what) for role, name in sorted(keys))
+        yield from (Problem(f"{name} ({state})", what) for state, name in sorted(keys))
     cast = {
         tensor: entry.dtype
         for tensor, entry in known.items()
@@ -288,9 +288,13 @@ def _wrong_digests(
 
 
 def _wrong_digest(
-    tensor: Tensor, found: Summed, entry: TensorDigest, narrow: dict[Tensor, str], verdict: Verdict
+    tensor: LogicalTensor,
+    found: Summed,
+    entry: TensorDigest,
+    narrow: dict[LogicalTensor, str],
+    verdict: Verdict,
 ) -> Iterator[Problem]:
-    name = f"{tensor.name} ({tensor.role})"
+    name = f"{tensor.name} ({tensor.state})"
     if tensor.shape != entry.shape:
         yield Problem(name, f"has the shape {list(tensor.shape)} and not {list(entry.shape)}")
     elif tensor.dtype != entry.dtype and tensor not in narrow:
@@ -349,12 +353,12 @@ def _compare(
     casts: set[str],
     verdict: Verdict,
 ) -> None:
-    absent = source.index.roles() - output.index.roles()
-    left_out = absent - {one.role for one in manifest.digests} if manifest else set()
+    absent = source.index.states() - output.index.states()
+    left_out = absent - {one.state for one in manifest.digests} if manifest else set()
     if left_out:
         verdict.notes.append(f"left out by the conversion: {', '.join(sorted(left_out))}")
     verdict.problems += [
-        Problem(str(output.folder), f"has no {role}") for role in sorted(absent - left_out)
+        Problem(str(output.folder), f"has no {state}") for state in sorted(absent - left_out)
     ]
     pairs = _expected_pairs(output, source, casts, verdict)
     expected = {(one.a, one.b): one for one in pairs}
@@ -375,20 +379,20 @@ def _expected_pairs(
     pairing = pair(output, source)
     weights = {one.a: one for one in casts_of_weights(output.index, source.index)}
     verdict.problems += [
-        Problem(f"{tensor.name} ({tensor.role})", "is not in the source")
+        Problem(f"{tensor.name} ({tensor.state})", "is not in the source")
         for tensor in pairing.only_a
         if tensor not in weights
     ]
     verdict.problems += [
-        Problem(f"{tensor.name} ({tensor.role})", "is missing")
+        Problem(f"{tensor.name} ({tensor.state})", "is missing")
         for tensor in pairing.only_b
-        if tensor.role in output.index.roles() | {MODEL_PARAM}
+        if tensor.state in output.index.states() | {MODEL_PARAM}
     ]
     if pairing.padding:
         verdict.notes.append(
             "padding of the vocabulary, which has another number of rows in the source, was not "
             "compared "
-            f"with it: {shorten_names(f'{tensor.name} ({tensor.role})' for tensor in pairing.padding)}"
+            f"with it: {shorten_names(f'{tensor.name} ({tensor.state})' for tensor in pairing.padding)}"
         )
     pairs = [
         Pair(one.a, one.b, cast=one.a.dtype != one.b.dtype and one.a.dtype in casts)

@@ -25,7 +25,7 @@ ITEMSIZE = {
     "bool": 1,
 }
 
-#: roles of the training state: the weight an optimizer steps, its two Adam moments, and the copy
+#: states of the training state: the weight an optimizer steps, its two Adam moments, and the copy
 #: the model computes with
 MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM = "weight", "exp_avg", "exp_avg_sq", "model_weight"
 
@@ -75,14 +75,14 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """A logical tensor (an atom): one role of one parameter, whole, in [out, in, …] orientation.
+class LogicalTensor:
+    """A logical tensor (an atom): one state of one parameter, whole, in [out, in, …] orientation.
 
     It is seen as a matrix: dim 0 × all the other dims. How rows are grouped (by heads, by groups)
     is a matter of who holds them, and frameworks differ in it; that matrix is what they have in
     common, so regions of the tensor are regions of it."""
 
-    role: str
+    state: str
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -104,4 +104,4 @@ class Tensor:
         return self.rows * self.cols
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.role})"
+        return f"{self.name} ({self.state})"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from parammap.tensors.logical import Stored, Tensor
+from parammap.tensors.logical import LogicalTensor, Stored
 from parammap.tensors.region import Region, whole
 from parammap.tensors.view import View, row_major
 
@@ -21,7 +21,7 @@ class Shard:
     of heads) lie together. `replica` tells apart the copies that several ranks keep of the same
     region."""
 
-    tensor: Tensor | None
+    tensor: LogicalTensor | None
     region: Region
     view: View
     replica: int = 0
@@ -132,7 +132,7 @@ def merged(view: View) -> View:
     )
 
 
-def whole_of(tensor: Tensor, region: Region | None = None) -> Shard:
+def whole_of(tensor: LogicalTensor, region: Region | None = None) -> Shard:
     """A logical tensor, or a region of it, row-major."""
     region = region or Region((0, 0), tensor.matrix)
     return Shard(tensor, region, row_major(region.sizes, tensor.dtype))

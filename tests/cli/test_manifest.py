@@ -96,7 +96,7 @@ def test_findings_are_of_the_published_form(tmp_path):
         one
         for one in checkpoint.index.held
         if one.canonical == "layers.0.input_norm.weight"
-        and one.found.role == "weight"
+        and one.found.state == "weight"
         and one.found.place.tp == 1
     )
     (extent,) = held.found.stored.extents

@@ -42,9 +42,9 @@ def digests(source: Path, **reading) -> dict[tuple[str, str], tuple]:
     16-bit copy."""
     summed = verify.digests(registry.read(source, **reading).index, 1)
     return {
-        (tensor.role, tensor.name): (tensor.dtype, tensor.shape, one.digests[0])
+        (tensor.state, tensor.name): (tensor.dtype, tensor.shape, one.digests[0])
         for tensor, one in summed.items()
-        if tensor.role != MODEL_PARAM and not tensor.name.endswith((f".{PADDING}", "version"))
+        if tensor.state != MODEL_PARAM and not tensor.name.endswith((f".{PADDING}", "version"))
     }
 
 

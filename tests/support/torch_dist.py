@@ -24,6 +24,6 @@ LLAMA = {
 
 def digests(path: Path, **flags) -> dict[tuple[str, str, str, tuple[int, ...]], set[int]]:
     return {
-        (tensor.role, tensor.name, tensor.dtype, tensor.shape): set(summed.digests)
+        (tensor.state, tensor.name, tensor.dtype, tensor.shape): set(summed.digests)
         for tensor, summed in verify.digests(registry.read(path, **flags).index, 1).items()
     }

@@ -117,7 +117,7 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 def digests(folder: Path, **reading: Any) -> dict:
     summed = verify.digests(registry.read(folder, **reading).index, 1)
     return {
-        (tensor.role, tensor.name, tensor.dtype, tensor.shape): set(one.digests)
+        (tensor.state, tensor.name, tensor.dtype, tensor.shape): set(one.digests)
         for tensor, one in summed.items()
     }
 

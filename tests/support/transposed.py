@@ -23,7 +23,7 @@ from parammap.plan.planner import OWN, Planner
 from parammap.tensors.arrangement import SHARD_0, SHARD_1, STACKED_QKV, Sizes, arranged, local_shape
 from parammap.tensors.digest import cells_digest
 from parammap.tensors.layout import Layout, Place
-from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, LogicalTensor, Stored, TensorSpec
 from parammap.tensors.region import Cells
 from parammap.tensors.shard import Shard, transposed
 
@@ -247,7 +247,7 @@ def changed(
     return copies, where
 
 
-def in_logical(found: dict[Tensor, object]) -> dict[str, set[tuple[int, int]]]:
+def in_logical(found: dict[LogicalTensor, object]) -> dict[str, set[tuple[int, int]]]:
     """The positions found, those of q, k and v in the fused tensor."""
     result: dict[str, set] = {}
     for tensor, one in found.items():

@@ -11,7 +11,7 @@ from parammap.cli.main import main
 from parammap.execute.checks import Overflown, cast, overflown
 from parammap.execute.writer import Outcome
 from parammap.job.staging import _entry, _outcome
-from parammap.tensors.logical import MAIN_PARAM, Tensor
+from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
 from parammap.tensors.region import Cells
 from tests.support.alpa import opt_weights, singleton
 
@@ -35,7 +35,7 @@ def test_the_elements_are_those_that_torch_makes_infinite(dtype):
     assert lost and np.array_equal(
         np.isinf(cast(bits, dtype, "float16").view(np.float16)), narrow.isinf().numpy()
     )
-    tensor = Tensor(MAIN_PARAM, "w", dtype, (len(bits) // cols + 8, cols + 3))
+    tensor = LogicalTensor(MAIN_PARAM, "w", dtype, (len(bits) // cols + 8, cols + 3))
     found = overflown(tensor, Cells(7, 3, (1,)), bits.reshape(-1, cols), "file")
     assert found.count == len(lost)
     assert found.positions == [
@@ -44,7 +44,7 @@ def test_the_elements_are_those_that_torch_makes_infinite(dtype):
 
 
 def test_a_killed_run_still_knows_of_it():
-    outcome, tensor = Outcome("path", 3), Tensor(MAIN_PARAM, "w", "float32", (3, 4))
+    outcome, tensor = Outcome("path", 3), LogicalTensor(MAIN_PARAM, "w", "float32", (3, 4))
     outcome.overflown[tensor] = Overflown(tensor, 2, [(1, 2, 65520.0, "file"), (2, 0, 1e9, "file")])
     assert _outcome(json.loads(json.dumps(_entry(outcome)))) == outcome
 

@@ -32,8 +32,8 @@ from parammap.tensors.logical import (
     MAIN_PARAM,
     MODEL_PARAM,
     Extent,
+    LogicalTensor,
     Stored,
-    Tensor,
     TensorSpec,
 )
 from parammap.tensors.region import Cells, Region
@@ -44,7 +44,7 @@ SEEDS = pytest.mark.parametrize("seed", range(10))
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NUMPY = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 
-Block = tuple[Tensor | None, Region]
+Block = tuple[LogicalTensor | None, Region]
 
 
 class Lab:
@@ -52,17 +52,17 @@ class Lab:
 
     def __init__(self, folder: Path, seed: int, tp: int = 1) -> None:
         self.draw, self.folder, self.layout = random.Random(seed), folder, Layout(tp=tp)
-        self.matrices: dict[Tensor, np.ndarray] = {}
+        self.matrices: dict[LogicalTensor, np.ndarray] = {}
         self.held: list[StoredTensor] = []
 
     def matrix(
         self, rows: int, cols: int, role: str = MAIN_PARAM, dtype: str = "float32", name: str = "t"
-    ) -> Tensor:
+    ) -> LogicalTensor:
         """Of random bits that are finite numbers; no two elements are equal in float32."""
         values = torch.randperm(
             rows * cols, generator=torch.Generator().manual_seed(self.draw.randrange(1 << 30))
         )
-        tensor = Tensor(role, name, dtype, (rows, cols))
+        tensor = LogicalTensor(role, name, dtype, (rows, cols))
         self.matrices[tensor] = bits((values - rows * cols // 3) * 0.37, dtype).reshape(rows, cols)
         return tensor
 
@@ -89,7 +89,7 @@ class Lab:
             extent = Extent(str(path), file.tell(), flat.nbytes)
             file.write(flat.tobytes())
         found = TensorEntry(
-            "t", Place(tp=rank), blocks[0][0].role, Stored(dtype, (flat.size,), (extent,))
+            "t", Place(tp=rank), blocks[0][0].state, Stored(dtype, (flat.size,), (extent,))
         )
         self.held.append(StoredTensor(found, "t", None, SHARD_0, laid(blocks, dtype, abreast)))
 
@@ -117,7 +117,7 @@ class Lab:
         cut = self.draw.randrange(1, tile.sizes[axis])
         return [tile.narrow(axis, 0, cut), tile.narrow(axis, cut, tile.sizes[axis])]
 
-    def bands(self, tensors: list[Tensor], count: int) -> list[list[Block]]:
+    def bands(self, tensors: list[LogicalTensor], count: int) -> list[list[Block]]:
         """All of the tensors, which have the same rows, in runs of rows; in each, a box of each
         tensor, in some order."""
         rows = tensors[0].rows
@@ -178,7 +178,7 @@ def cast(elements: np.ndarray, source: str, target: str) -> np.ndarray:
     return bits(torch.from_numpy(elements.view(view).copy()).view(TORCH[source]), target)
 
 
-def whole(tensor: Tensor) -> Region:
+def whole(tensor: LogicalTensor) -> Region:
     return Region((0, 0), tensor.matrix)
 
 
@@ -224,7 +224,7 @@ def assert_all_digested(lab: Lab, written: Written, taken: np.ndarray | None = N
     expected = {
         (tensor, 0): (digest(matrix if taken is None else taken), matrix.size)
         for tensor, matrix in lab.matrices.items()
-        if tensor.role == MAIN_PARAM
+        if tensor.state == MAIN_PARAM
     }
     assert written.outcome.digests == expected
     assert written.plan.unused == []
@@ -313,7 +313,7 @@ def test_model_copies_are_compared_at_the_right_elements(tmp_path, buffers, seed
     monkeypatch.setattr("parammap.execute.checks.SHOWN_POSITIONS", 1000)
     lab = Lab(tmp_path, seed)
     tensor = lab.matrix(9, 20)
-    copy = Tensor(MODEL_PARAM, "t", "bfloat16", tensor.shape)
+    copy = LogicalTensor(MODEL_PARAM, "t", "bfloat16", tensor.shape)
     model = cast(lab.matrices[tensor].reshape(-1), "float32", "bfloat16").reshape(tensor.shape)
     lab.matrices[copy], where = flipped(lab, model, 7)
     tiles = lab.tiles(whole(tensor), lab.draw.randrange(6))
@@ -386,7 +386,7 @@ def mean(copies: list[np.ndarray]) -> np.ndarray:
 # refusals
 
 
-def halves(lab: Lab) -> tuple[Tensor, list[Region]]:
+def halves(lab: Lab) -> tuple[LogicalTensor, list[Region]]:
     return lab.matrix(4, 6), [Region((0, 0), (4, 3)), Region((0, 3), (4, 3))]
 
 

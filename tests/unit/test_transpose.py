@@ -19,7 +19,14 @@ from parammap.plan.planner import Planner
 from parammap.tensors.arrangement import SHARD_0, SHARD_1, arranged
 from parammap.tensors.digest import cells_digest
 from parammap.tensors.layout import Layout, Place
-from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Extent, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import (
+    MAIN_PARAM,
+    MODEL_PARAM,
+    Extent,
+    LogicalTensor,
+    Stored,
+    TensorSpec,
+)
 from parammap.tensors.region import Cells
 from parammap.tensors.shard import transposed, whole_of
 
@@ -98,7 +105,9 @@ def turned(*names: str, shape: tuple[int, int], dtype: str = "float32") -> Wante
     spec = TensorSpec("out", dtype, (cols, rows * len(names)))
     return Wanted(
         spec,
-        interleaved([(whole_of(Tensor(MAIN_PARAM, name, "float32", shape)),) for name in names]),
+        interleaved(
+            [(whole_of(LogicalTensor(MAIN_PARAM, name, "float32", shape)),) for name in names]
+        ),
     )
 
 
@@ -165,7 +174,7 @@ def test_three_vectors_are_interleaved(tmp_path):
     for name, vector in zip("qkv", vectors, strict=True):
         source.cut(name, vector, SHARD_0)
     spec = TensorSpec("out", "float32", (24,))
-    panels = [(whole_of(Tensor(MAIN_PARAM, name, "float32", (8,))),) for name in "qkv"]
+    panels = [(whole_of(LogicalTensor(MAIN_PARAM, name, "float32", (8,))),) for name in "qkv"]
     result, _ = source.written(Wanted(spec, interleaved(panels)))
     assert np.array_equal(result, np.stack(vectors, axis=1).reshape(-1))
 
@@ -175,7 +184,7 @@ def test_bands_go_one_below_the_other(tmp_path, small_buffers):
     for name, part in zip("ab", parts, strict=True):
         source.cut(name, part, SHARD_0)
     shards = in_a_row(
-        whole_of(Tensor(MAIN_PARAM, name, "float32", part.shape))
+        whole_of(LogicalTensor(MAIN_PARAM, name, "float32", part.shape))
         for name, part in zip("ab", parts, strict=True)
     )
     result, _ = source.written(

@@ -17,7 +17,14 @@ from parammap.plan.planner import FIRST, MEAN
 from parammap.tensors.arrangement import QKV, SHARD_0
 from parammap.tensors.digest import cells_digest
 from parammap.tensors.layout import Layout, Place
-from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Extent, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import (
+    MAIN_PARAM,
+    MODEL_PARAM,
+    Extent,
+    LogicalTensor,
+    Stored,
+    TensorSpec,
+)
 from parammap.tensors.region import Cells, Region
 from parammap.tensors.shard import Shard, transposed, whole_of
 from parammap.tensors.view import View
@@ -125,7 +132,7 @@ def lying(
 
 
 def whole(name: str, matrix: torch.Tensor) -> Shard:
-    return whole_of(Tensor(MAIN_PARAM, name, str(matrix.dtype)[6:], tuple(matrix.shape)))
+    return whole_of(LogicalTensor(MAIN_PARAM, name, str(matrix.dtype)[6:], tuple(matrix.shape)))
 
 
 def taken(matrix: torch.Tensor, region: Region) -> torch.Tensor:

@@ -30,7 +30,14 @@ from parammap.tensors.arrangement import (
     arranged,
 )
 from parammap.tensors.layout import Layout, Place
-from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Extent, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import (
+    MAIN_PARAM,
+    MODEL_PARAM,
+    Extent,
+    LogicalTensor,
+    Stored,
+    TensorSpec,
+)
 from parammap.tensors.shard import whole_of
 from tests.support.transposed import (
     HIDDEN,
@@ -276,7 +283,7 @@ def test_parts_that_lie_differently_make_one_tensor(tmp_path, buffers):
     layer.save(True)
     content.numpy().tofile(tmp_path / "plain")
     other, out = (
-        Tensor(MAIN_PARAM, name, "float32", (HIDDEN, HIDDEN))
+        LogicalTensor(MAIN_PARAM, name, "float32", (HIDDEN, HIDDEN))
         for name in ("other", "layers.0.attention.out.weight")
     )
     stored = Stored(

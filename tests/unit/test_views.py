@@ -23,7 +23,7 @@ from parammap.tensors.arrangement import (
     Sizes,
     arranged,
 )
-from parammap.tensors.logical import MAIN_PARAM, Tensor
+from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
 from parammap.tensors.region import Region, covers_once
 from parammap.tensors.shard import Shard, fitted, whole_of
 from parammap.tensors.view import View, row_major
@@ -88,7 +88,7 @@ def test_shards_that_group_rows_otherwise_are_cut_to_fit(seed):
     """Groups of any number of rows, at three ends; each row and column turns up once, and means the
     same at each end."""
     draw, cols = random.Random(seed), 3
-    tensor = Tensor(MAIN_PARAM, "t", "float32", (48, cols))
+    tensor = LogicalTensor(MAIN_PARAM, "t", "float32", (48, cols))
     shards = []
     for _ in range(3):
         period = draw.choice([1, 2, 3, 4, 6, 12, 16, 48])
@@ -210,7 +210,7 @@ def test_a_rank_has_one_view_of_each_part_however_many_heads():
 
 
 def test_a_contiguous_view_is_one_run():
-    tensor = Tensor(MAIN_PARAM, "t", "bfloat16", (6, 5, 4))
+    tensor = LogicalTensor(MAIN_PARAM, "t", "bfloat16", (6, 5, 4))
     (view,) = [whole_of(tensor).view]
     assert view == row_major((6, 20), "bfloat16") and view.span == 2 * math.prod(tensor.shape)
     assert len(list(view.runs())) == 1

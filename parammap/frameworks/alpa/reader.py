@@ -25,7 +25,7 @@ from parammap.name_list import shorten_names
 from parammap.plan.plan import in_a_row
 from parammap.tensors.arrangement import PADDING, Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
-from parammap.tensors.logical import MAIN_PARAM, Tensor
+from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
 from parammap.tensors.shard import whole_of
 
 
@@ -135,7 +135,7 @@ def _rows_converted(source: Path) -> dict[str, int]:
     return {
         one.name: one.shape[0]
         for one in (manifest.digests if manifest else ())
-        if one.role == MAIN_PARAM and one.shape
+        if one.state == MAIN_PARAM and one.shape
     }
 
 
@@ -145,7 +145,7 @@ def _without_added(positions: StoredTensor, rows: dict[str, int]) -> StoredTenso
     added = tensor.rows - rows.get(alpa.POSITIONS, tensor.rows) if tensor else 0
     if tensor is None or added <= 0:
         return positions
-    padding = Tensor(
+    padding = LogicalTensor(
         MAIN_PARAM, f"{tensor.name}.{PADDING}", tensor.dtype, (added, *tensor.shape[1:])
     )
     kept = replace(tensor, shape=(tensor.rows - added, *tensor.shape[1:]))

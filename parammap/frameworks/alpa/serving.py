@@ -104,7 +104,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         [(folder, "") for folder in target.rank_folders.values()],
         [],
         {"alpa": {**described(states, architecture), "dtype": options.dtype}},
-        roles=(MAIN_PARAM,),
+        states=(MAIN_PARAM,),
         ignorable=BUFFERS,
     )
 
@@ -192,7 +192,7 @@ def states_of(source: Checkpoint, vocab_size: int | None) -> SourceTensors:
     )
 
 
-def parts_of(states: SourceTensors, role: str, name: str, rows_before: int) -> tuple[Shard, ...]:
+def parts_of(states: SourceTensors, state: str, name: str, rows_before: int) -> tuple[Shard, ...]:
     """A parameter whole: a vocabulary as long as it shall be, positions behind so many rows of
     zeros."""
     tensor, kind = (
@@ -201,7 +201,7 @@ def parts_of(states: SourceTensors, role: str, name: str, rows_before: int) -> t
     )
     rows = states.vocab_rows if kind == VOCAB else tensor.rows
     parameter = Parameter(name, name, Row(name, kind), kind, (rows, *tensor.shape[1:]))
-    parts = states.wanted(parameter, role, Sizes()).parts
+    parts = states.wanted(parameter, state, Sizes()).parts
     return (
         in_a_row([gap(rows_before, tensor.cols), *parts])
         if name == POSITIONS and rows_before

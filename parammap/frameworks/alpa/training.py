@@ -177,7 +177,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         raise RefusedError(
             f"{target.folder}: cannot be flax's {name}: its positions begin with rows of padding"
         )
-    if missing := sorted({EXP_AVG, EXP_AVG_SQ} - target.index.roles()):
+    if missing := sorted({EXP_AVG, EXP_AVG_SQ} - target.index.states()):
         raise RefusedError(
             f"{target.folder}: holds no {' and '.join(missing)}, which Alpa's training state has "
             f"of every "
@@ -270,7 +270,7 @@ class _Writer:
             return {key: self.walk(f"{path}.{key}", tree[key]) for key in sorted(tree)}
         return tree(path) if callable(tree) else tree
 
-    def tree(self, path: str, role: str, dtype: str) -> object:
+    def tree(self, path: str, state: str, dtype: str) -> object:
         """All parameters, or one of their moments."""
         nested: dict[str, Any] = {}
         for name, leaf in self.leaves.items():
@@ -278,13 +278,13 @@ class _Writer:
             inner = nested
             for parent in parents:
                 inner = inner.setdefault(parent, {})
-            inner[last] = lambda path, leaf=leaf: self.parameter(path, role, leaf, dtype)
+            inner[last] = lambda path, leaf=leaf: self.parameter(path, state, leaf, dtype)
         return self.walk(path, nested)
 
-    def parameter(self, path: str, role: str, leaf: Leaf, dtype: str) -> str:
-        panels = [parts_of(self.states, role, name, self.positions_before) for name in leaf.names]
+    def parameter(self, path: str, state: str, leaf: Leaf, dtype: str) -> str:
+        panels = [parts_of(self.states, state, name, self.positions_before) for name in leaf.names]
         rows = sum(part.region.sizes[0] for panel in panels for part in panel)
-        rest = self.states.tensor(role, leaf.names[0]).shape[1:]
+        rest = self.states.tensor(state, leaf.names[0]).shape[1:]
         spec = TensorSpec(path, dtype, (*rest, rows) if leaf.transposed else (rows, *rest))
         parts = (
             interleaved(panels)

@@ -35,7 +35,7 @@ def of(source: Checkpoint) -> Architecture:
     args = args_of(source.common_metadata)
     states = (
         SourceTensors(source)
-        if (MAIN_PARAM, WORD_EMBEDDING) in {(t.role, t.name) for t in source.index.shards}
+        if (MAIN_PARAM, WORD_EMBEDDING) in {(t.state, t.name) for t in source.index.shards}
         else None
     )
     if states is None or "final_norm.weight" not in states.names():

@@ -64,7 +64,7 @@ class Rank:
     def take(self, states: zero.States) -> None:
         """The optimizer's states, by its own names."""
         self.states = replace(
-            states, tensors={role: dict(self.named(own)) for role, own in states.tensors.items()}
+            states, tensors={state: dict(self.named(own)) for state, own in states.tensors.items()}
         )
 
     def shapes(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def read(
         iteration_of(ranks[0].content),
         layout,
         index,
-        len(index.roles()) > 1,
+        len(index.states()) > 1,
         index.num_layers(),
         rank_folders={(rank.place.tp, rank.place.pp, 0): files.folder for rank in ranks},
         rank_metadata={(rank.place.tp, rank.place.pp, 0): rank.meta() for rank in ranks},
@@ -157,7 +157,7 @@ def _universal(
         zero.States()
         if weights_only or not tensors[EXP_AVG]
         else zero.States(
-            {role: tensors[role] for role in (EXP_AVG, EXP_AVG_SQ)},
+            {state: tensors[state] for state in (EXP_AVG, EXP_AVG_SQ)},
             universal.steps(files.folder),
             universal.rest(files.folder),
         )
@@ -329,9 +329,9 @@ def _left_out(ranks: list[Rank], naming: NameResolver) -> list[str]:
 def _found(rank: Rank, naming: NameResolver) -> Iterator[TensorEntry]:
     states = rank.states.tensors
     stepped = states.get(MAIN_PARAM, {}).keys()
-    for role, own in states.items():
+    for state, own in states.items():
         for name, stored in own.items():
-            yield TensorEntry(name, rank.place, role, stored, _partition(name, naming))
+            yield TensorEntry(name, rank.place, state, stored, _partition(name, naming))
     for name, copies in rank.model.items():
         for stored in copies:
             yield TensorEntry(

@@ -40,7 +40,7 @@ from parammap.tensors.arrangement import (
     arranged,
     whole_shape,
 )
-from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Tensor, TensorSpec
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, LogicalTensor, TensorSpec
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
@@ -71,25 +71,27 @@ def output(target: Checkpoint, _options: object = None) -> Output:
 
 
 def _states(folder: str, source: Checkpoint, contents: Contents) -> Iterator[WantedFile]:
-    tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
+    tensors = {(tensor.state, tensor.name): tensor for tensor in source.index.shards}
     names = {parameter.name: [parameter.name] for parameter in contents.parameters}
     for alias, name in contents.aliases.items():
         names[name].append(alias)
     for parameter in contents.parameters:
         parts = _parts(parameter, contents.sizes)
         there = {
-            role: wanted for role in FILES if (wanted := _wanted(parameter, role, parts, tensors))
+            state: wanted
+            for state in FILES
+            if (wanted := _wanted(parameter, state, parts, tensors))
         }
         if len(there) == 2:
             raise RefusedError(
                 f"{source.folder}: {parameter.name} has only one of {' and '.join(_MOMENTS)}"
             )
         for name in names[parameter.name]:
-            for role, wanted in (
+            for state, wanted in (
                 there.items() if name == parameter.name else [(MAIN_PARAM, there[MAIN_PARAM])]
             ):
                 tree = {**_cut(parameter, contents.sizes), PARAM: wanted.spec}
-                yield _file(f"{folder}/{ZERO}/{name}/{FILES[role]}", tree, wanted)
+                yield _file(f"{folder}/{ZERO}/{name}/{FILES[state]}", tree, wanted)
         if parameter.name in contents.steps:
             yield _file(
                 f"{folder}/{ZERO}/{parameter.name}/{STEP_FILE}", contents.steps[parameter.name]
@@ -107,21 +109,21 @@ def _parts(parameter: Parameter, sizes: Sizes) -> tuple[Part, ...]:
 
 def _wanted(
     parameter: Parameter,
-    role: str,
+    state: str,
     parts: tuple[Part, ...],
-    tensors: Mapping[tuple[str, str], Tensor],
+    tensors: Mapping[tuple[str, str], LogicalTensor],
 ) -> Wanted | None:
     """A state of a parameter, None if it has none. What is stepped is float32, the rest as it
     is."""
     first = atom_name(parameter.canonical, parameter.kind, parts[0].name)
-    if (role, first) not in tensors:
+    if (state, first) not in tensors:
         return None
-    shards = atoms(role, parameter.canonical, parameter.kind, tensors[role, first].dtype, parts)
+    shards = atoms(state, parameter.canonical, parameter.kind, tensors[state, first].dtype, parts)
     is_stepped = (EXP_AVG, first) in tensors
     rows = sum(shard.region.sizes[0] for shard in shards)
     shape = (rows, *parameter.shape[1:]) if parameter.shape else ()
     return Wanted(
-        TensorSpec(role, "float32" if is_stepped else tensors[role, first].dtype, shape), shards
+        TensorSpec(state, "float32" if is_stepped else tensors[state, first].dtype, shape), shards
     )
 
 
@@ -180,7 +182,7 @@ def _parameters(source: Checkpoint, functions: dict[int, str] | None) -> Iterato
     seen, unknown = set(), []
     for held in source.index.held:
         name = held.found.name
-        if held.found.role != MAIN_PARAM or name in seen or name == HEAD:
+        if held.found.state != MAIN_PARAM or name in seen or name == HEAD:
             continue
         seen.add(name)
         if held.kind is None:

@@ -87,25 +87,25 @@ def check_complete(folder: Path, tensors: dict[str, dict[str, Stored]], stepped:
 def read(
     folder: Path, num_layers: int | None
 ) -> tuple[dict[str, dict[str, Stored]], Functions | None]:
-    """The tensors by role and the optimizer's name, and, of a pipeline, its functions."""
-    tensors: dict[str, dict[str, Stored]] = {role: {} for role in FILES}
+    """The tensors by state and the optimizer's name, and, of a pipeline, its functions."""
+    tensors: dict[str, dict[str, Stored]] = {state: {} for state in FILES}
     for name in _parameters(folder):
         there = {
-            role: path
-            for role, file in FILES.items()
+            state: path
+            for state, file in FILES.items()
             if (path := folder / ZERO / name / file).is_file()
         }
         if MAIN_PARAM not in there or len(there) == 2:
-            missing = next(file for role, file in FILES.items() if role not in there)
+            missing = next(file for state, file in FILES.items() if state not in there)
             raise RefusedError(
                 f"{folder / ZERO / name / missing}: missing; copy the whole checkpoint"
             )
-        for role, path in there.items():
+        for state, path in there.items():
             content = torch_zip.read(path)
             stored = content.get(PARAM) if isinstance(content, dict) else None
             if not isinstance(stored, Stored):
                 raise RefusedError(f"{path}: holds no {PARAM}; is it of a universal checkpoint?")
-            tensors[role][name] = stored
+            tensors[state][name] = stored
     if not tensors[MAIN_PARAM]:
         raise RefusedError(f"{folder / ZERO}: holds no parameters; copy the whole checkpoint")
     return tensors, _functions(folder, tensors[MAIN_PARAM], num_layers)

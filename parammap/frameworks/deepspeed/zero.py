@@ -33,7 +33,7 @@ _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 @dataclass(slots=True)
 class States:
-    """What the optimizer of one rank of the model keeps: tensors by role and name, `steps` by name
+    """What the optimizer of one rank of the model keeps: tensors by state and name, `steps` by name
     (a Stored of one element, or a number), and `rest`, the first shard's state without what is cut
     over the shards."""
 
@@ -148,14 +148,14 @@ def _add_group(
     groups = [shard.group(number) for shard in shards]
     parts = {
         MAIN_PARAM: [shard.partitions[number] for shard in shards],
-        **{role: [group[role] for group in groups] for role in _MOMENTS},
+        **{state: [group[state] for group in groups] for state in _MOMENTS},
     }
     size = -(-end // (_ALIGNMENT * len(shards))) * _ALIGNMENT
-    for role, partitions in parts.items():
-        _check_sizes(shards, number, role, partitions, size, end)
+    for state, partitions in parts.items():
+        _check_sizes(shards, number, state, partitions, size, end)
         for name, (start, numel, shape) in places.items():
             extents = tuple(_extents(partitions, size, start, numel))
-            states.tensors[role][name] = Stored(partitions[0].dtype, shape, extents)
+            states.tensors[state][name] = Stored(partitions[0].dtype, shape, extents)
     _check_mappings(shards, number, places, size)
     step = _step(shards, groups, number)
     if step is not None:
@@ -176,20 +176,20 @@ def _gaps(shard: Shard, number: int, count: int) -> list[int]:
 
 
 def _check_sizes(
-    shards: list[Shard], number: int, role: str, partitions: list[Stored], size: int, total: int
+    shards: list[Shard], number: int, state: str, partitions: list[Stored], size: int, total: int
 ) -> None:
     """Refuse unless each partition has `size` elements, or, at the end, those that are no
     padding."""
     for rank, (shard, partition) in enumerate(zip(shards, partitions, strict=True)):
         if not isinstance(partition, Stored) or partition.dtype != partitions[0].dtype:
             raise RefusedError(
-                f"{shard.path}: its {role} of group {number} is no tensor as {shards[0].path.name} "
+                f"{shard.path}: its {state} of group {number} is no tensor as {shards[0].path.name} "
                 f"has"
             )
         unpadded = min(max(total - rank * size, 0), size)
         if partition.shape not in ((size,), (unpadded,)):
             raise RefusedError(
-                f"{shard.path}: its {role} of group {number} has {list(partition.shape)} elements, "
+                f"{shard.path}: its {state} of group {number} has {list(partition.shape)} elements, "
                 f"and the "
                 f"{total} of the group's parameters over {len(shards)} shards make {size}; these "
                 f"files are "

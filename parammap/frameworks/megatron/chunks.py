@@ -81,16 +81,16 @@ def stack_of(tensor: Chunked, mcore: dict[str, dict[str, Any]], key: str) -> Sta
 
 
 def whole_of(
-    stack: Stack, numbers: tuple[int, ...], role: str, dtype: str, naming: NameResolver
+    stack: Stack, numbers: tuple[int, ...], state: str, dtype: str, naming: NameResolver
 ) -> StoredTensor:
     """What one tensor of a stack is, without where it lies."""
     return naming.hold(
-        TensorEntry(stack.name(numbers), Place(), role, Stored(dtype, stack.inner, ()))
+        TensorEntry(stack.name(numbers), Place(), state, Stored(dtype, stack.inner, ()))
     )
 
 
 def parts_of(
-    tensor: Chunked, stack: Stack, role: str, naming: NameResolver
+    tensor: Chunked, stack: Stack, state: str, naming: NameResolver
 ) -> Iterator[tuple[tuple[int, ...], StoredTensor]]:
     """What each chunk holds of each tensor of a stack, with that tensor's numbers."""
     wholes = {}
@@ -108,7 +108,7 @@ def parts_of(
             )
         ):
             if numbers not in wholes:
-                wholes[numbers] = whole_of(stack, numbers, role, tensor.dtype, naming)
+                wholes[numbers] = whole_of(stack, numbers, state, tensor.dtype, naming)
             whole = wholes[numbers]
             itemsize = ITEMSIZE[tensor.dtype]
             shards = _shards(whole, start[stack.axes :], sizes[stack.axes :], tensor.key)

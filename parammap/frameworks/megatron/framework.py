@@ -45,7 +45,7 @@ MEGATRON = Framework(
         as_trained=True,
         keeps_args=True,
         file_kinds={reader.MODEL_FILE: "model", reader.OPTIMIZER_FILE: "optimizer"},
-        weights_role=MODEL_PARAM,
+        weights_state=MODEL_PARAM,
         unreadable=unreadable,
     ),
     patch=Patch("param_map.patch", "Megatron-LM, core_r0.6.0 to core_r0.19.0 and main"),

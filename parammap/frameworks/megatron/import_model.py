@@ -115,10 +115,10 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
         TensorEntry(
             tensor.spec.name,
             Place(),
-            role,
-            Stored(states.tensor(role, tensor.first).dtype, tensor.spec.shape, ()),
+            state,
+            Stored(states.tensor(state, tensor.first).dtype, tensor.spec.shape, ()),
         )
-        for role in (import_optimizer.ROLES if stepped else (MAIN_PARAM,))
+        for state in (import_optimizer.STATES if stepped else (MAIN_PARAM,))
         for tensor in tensors
     ]
     whole = replace(empty, index=Index([naming.hold(one) for one in found], Layout()))

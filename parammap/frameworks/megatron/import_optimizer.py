@@ -26,7 +26,7 @@ from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
 
 CORE = "0.16.1"
-ROLES = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
+STATES = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
 _RANK = (0, 0, 0)
 _HYPER = ("lr", "betas", "eps")
 #: what the scheduler of megatron-core does not load without
@@ -58,10 +58,10 @@ _FACTS = (
 
 def check(states: SourceTensors) -> None:
     """Refuse a source that has no moments of some of its parameters."""
-    for role in (EXP_AVG, EXP_AVG_SQ):
-        if still := sorted(name for name in states.names() if (role, name) not in states.tensors):
+    for state in (EXP_AVG, EXP_AVG_SQ):
+        if still := sorted(name for name in states.names() if (state, name) not in states.tensors):
             raise RefusedError(
-                f"{states.source.folder}: {len(still)} parameters have no {role}, and "
+                f"{states.source.folder}: {len(still)} parameters have no {state}, and "
                 f"Megatron-LM's "
                 f"optimizer steps all: {shorten_names(still)}; convert --weights-only"
             )

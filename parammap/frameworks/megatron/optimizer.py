@@ -24,8 +24,8 @@ from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Extent, Stored
 
 FILE = "distrib_optim.pt"
-#: role of a state by its key in the file; the others keep their key
-_ROLES = {"param": MAIN_PARAM}
+#: state of a state by its key in the file; the others keep their key
+_STATES = {"param": MAIN_PARAM}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +122,15 @@ def _buffer_states(
     buckets = _buckets(where, states, buffer)
     _check_slots(where, buffer, buckets)
     at = Place(place.tp, place.pp, place.ep, buffer.chunk)
-    roles = {
+    tensors = {
         key: value
         for key, value in states.items()
         if isinstance(value, Stored)
         or (isinstance(value, list) and value and isinstance(value[0], Stored))
     }
-    if "param" not in roles:
+    if "param" not in tensors:
         raise RefusedError(f"{where}: holds no `param` state, only {sorted(map(str, states))}")
-    for key, value in roles.items():
+    for key, value in tensors.items():
         runs = _runs(where, key, value, buckets)
         for slot in buffer.slots:
             expected = shapes.get((buffer.chunk, slot.name))
@@ -142,7 +142,7 @@ def _buffer_states(
                     "they are of different runs"
                 )
             stored = _slice(runs[_bucket_of(slot, buckets)], slot)
-            yield TensorEntry(slot.name, at, _ROLES.get(key, key), stored, slot.partition)
+            yield TensorEntry(slot.name, at, _STATES.get(key, key), stored, slot.partition)
 
 
 def _buckets(where: str, states: dict[str, Any], buffer: Buffer) -> tuple[Bucket, ...]:

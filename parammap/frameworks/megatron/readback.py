@@ -87,7 +87,7 @@ def _misfit(
     copies = {(one.place, one.name): one.stored for one in model}
     with Files() as files:
         for state in states:
-            if state.role == MAIN_PARAM:
+            if state.state == MAIN_PARAM:
                 element = _first_unequal(state.stored, copies[state.place, state.name], files)
                 if element is not None:
                     return (

@@ -19,7 +19,7 @@ from parammap import families
 from parammap.checkpoint import extra_states, owners
 from parammap.checkpoint import sidecar as sidecars
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
-from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_role
+from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
@@ -242,7 +242,7 @@ def _with_weights(
 
     A bare map names dense parameters only, so there a tensor without a state is one the map is
     missing: refused."""
-    stepped = {held.canonical for held in states if held.found.role == MAIN_PARAM}
+    stepped = {held.canonical for held in states if held.found.state == MAIN_PARAM}
     missing = sorted({held.found.name for held in model if held.canonical not in stepped})
     if missing and sidecar is not None and not sidecar.complete:
         raise RefusedError(
@@ -252,7 +252,7 @@ def _with_weights(
             f"out with "
             "--drop experts, or convert --weights-only"
         )
-    own = [in_role(held, MAIN_PARAM) for held in model if held.canonical not in stepped]
+    own = [in_state(held, MAIN_PARAM) for held in model if held.canonical not in stepped]
     return states + own + [held for held in model if held.canonical in stepped]
 
 
@@ -368,11 +368,11 @@ def read_model(folder: Path, place: Place) -> tuple[Rank, list[TensorEntry]]:
     return rank, list(_model_tensors(rank, MODEL_PARAM))
 
 
-def _model_tensors(rank: Rank, role: str) -> Iterator[TensorEntry]:
+def _model_tensors(rank: Rank, state: str) -> Iterator[TensorEntry]:
     for chunk, tensors in rank.chunks().items():
         place = Place(rank.place.tp, rank.place.pp, rank.place.ep, chunk)
         for name, stored in tensors.items():
-            yield TensorEntry(name, place, role, stored)
+            yield TensorEntry(name, place, state, stored)
 
 
 def _naming(

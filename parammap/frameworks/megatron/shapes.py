@@ -13,7 +13,7 @@ from typing import Any
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.frameworks.megatron.facts import Facts
 from parammap.name_list import shorten_names
-from parammap.tensors.logical import Tensor
+from parammap.tensors.logical import LogicalTensor
 
 _NUMBERS = (
     (re.compile(r"^layers\.\d+\."), "layers.{i}."),
@@ -90,7 +90,7 @@ def contradictions(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _wrong(
-    tensor: Tensor, shapes: dict[str, tuple[_Size | None, ...]], said: dict[str, Any]
+    tensor: LogicalTensor, shapes: dict[str, tuple[_Size | None, ...]], said: dict[str, Any]
 ) -> str | None:
     sizes = shapes.get(_pattern(tensor.name), ())
     if len(sizes) != len(tensor.shape):

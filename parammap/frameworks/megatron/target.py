@@ -30,10 +30,10 @@ from parammap.frameworks.megatron.structure import megatron_naming, rank_folder,
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, gap
 from parammap.tensors.layout import Place
-from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, LogicalTensor, Stored, TensorSpec
 from parammap.tensors.shard import Shard
 
-#: the key of each role in distrib_optim.pt, in Megatron's order
+#: the key of each state in distrib_optim.pt, in Megatron's order
 _STATES = {MAIN_PARAM: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 #: keys of pt_meta's files that are no part of a model file
 _OURS = ("parammap_model_structure", "param_name_list")
@@ -72,7 +72,7 @@ def output(source: Checkpoint, options: Options) -> Output:
         converted,
         [],
         {},
-        roles=tuple(_STATES) if source.with_optimizer else (MAIN_PARAM,),
+        states=tuple(_STATES) if source.with_optimizer else (MAIN_PARAM,),
         extra_states=tuple(map(str, extra_states.filled(source.structures))),
     )
 
@@ -81,17 +81,17 @@ def output(source: Checkpoint, options: Options) -> Output:
 class _Writer:
     source: Checkpoint
     missing: set[str] = field(default_factory=set)
-    _tensors: dict[tuple[str, str], Tensor] = field(init=False)
+    _tensors: dict[tuple[str, str], LogicalTensor] = field(init=False)
     _structures: dict[Coordinates, list[dict[str, Any]]] = field(init=False)
     _naming: NameResolver = field(init=False)
     _held: dict[tuple[Place, str, str], StoredTensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._tensors = {(tensor.role, tensor.name): tensor for tensor in self.source.index.shards}
+        self._tensors = {(tensor.state, tensor.name): tensor for tensor in self.source.index.shards}
         self._structures = structures_of(self.source)
         self._naming = megatron_naming(self.source, self._structures)
         self._held = {
-            (held.found.place, held.found.name, held.found.role): held
+            (held.found.place, held.found.name, held.found.state): held
             for held in self.source.index.held
         }
 
@@ -194,10 +194,10 @@ class _Writer:
             per_bucket.append({dtypes: [bucket.end - bucket.start for bucket in buckets]})
             per_bucket_unpadded.append({dtypes: [bucket.numel_unpadded for bucket in buckets]})
             states: dict[str, Any] = {}
-            for role, key in _STATES.items():
+            for state, key in _STATES.items():
                 flat = [
                     self._flat(
-                        f"{link}.{gbuf}.{key}.{number}", rank, buffer, there, role, coalesced
+                        f"{link}.{gbuf}.{key}.{number}", rank, buffer, there, state, coalesced
                     )
                     for number, there in enumerate(
                         [buckets] if coalesced else [(bucket,) for bucket in buckets]
@@ -224,7 +224,7 @@ class _Writer:
         rank: Coordinates,
         buffer: Buffer,
         buckets: tuple[Bucket, ...],
-        role: str,
+        state: str,
         coalesced: bool,
     ) -> Wanted:
         """The buckets one after the other as a flat tensor, with zeros where no parameter lies."""
@@ -244,7 +244,7 @@ class _Writer:
                             view=part.view.cast("float32").at("", (slot.start + before) * itemsize),
                         )
                         for part in self._parts(
-                            rank, buffer.chunk, slot.name, slot.shape, role, slot
+                            rank, buffer.chunk, slot.name, slot.shape, state, slot
                         )
                     ]
                     position = slot.end
@@ -268,27 +268,27 @@ class _Writer:
         chunk: int,
         name: str,
         shape: tuple[int, ...],
-        role: str,
+        state: str,
         slot: Slot | None = None,
     ) -> tuple[Shard, ...]:
         """The parts of a rank's tensor."""
         tp, pp, ep = rank
         place = Place(tp, pp, ep, chunk)
-        if own := self._held.get((place, name, role)):
+        if own := self._held.get((place, name, state)):
             return own.parts
         found = TensorEntry(
-            name, place, role, Stored("float32", shape, ()), slot.partition if slot else UNRECORDED
+            name, place, state, Stored("float32", shape, ()), slot.partition if slot else UNRECORDED
         )
         held = self._naming.hold(found)
         return tuple(
             replace(part, tensor=part.tensor and self._known(part.tensor)) for part in held.parts
         )
 
-    def _known(self, wanted: Tensor) -> Tensor:
-        """The source's tensor of that role and name, whatever its dtype; a missing one is noted."""
-        there = self._tensors.get((wanted.role, wanted.name))
+    def _known(self, wanted: LogicalTensor) -> LogicalTensor:
+        """The source's tensor of that state and name, whatever its dtype; a missing one is noted."""
+        there = self._tensors.get((wanted.state, wanted.name))
         if there is None:
-            self.missing.add(f"{wanted.name} ({wanted.role})")
+            self.missing.add(f"{wanted.name} ({wanted.state})")
         elif there.shape != wanted.shape:
             raise RefusedError(
                 f"{self.source.folder}: {wanted.name} is {list(there.shape)} and not "

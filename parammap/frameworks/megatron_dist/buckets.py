@@ -25,7 +25,7 @@ _BUCKET = re.compile(
     r"(?:chained_(?P<link>\d+)\.)?optimizer\.distributed\.dp_group_idx_(?P<group>\d+)\."
     r"gbuf_idx_(?P<gbuf>\d+)\.dtype_.+\.bucket_idx_(?P<bucket>\d+)\.(?P<state>\w+)"
 )
-_ROLES = {"param": MAIN_PARAM}
+_STATES = {"param": MAIN_PARAM}
 
 #: state: bucket: its tensor
 _Buffer = dict[str, dict[int, Chunked]]
@@ -87,7 +87,7 @@ def _buffer(
             start = buckets[slot.bucket].start
             stored = _slice(tensors[slot.bucket], extents[slot.bucket], slot, start)
             yield naming.hold(
-                TensorEntry(slot.name, place, _ROLES.get(state, state), stored, slot.partition)
+                TensorEntry(slot.name, place, _STATES.get(state, state), stored, slot.partition)
             )
 
 

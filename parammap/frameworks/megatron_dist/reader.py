@@ -19,7 +19,7 @@ from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.index import Index, NameResolver, StoredTensor, in_role
+from parammap.checkpoint.index import Index, NameResolver, StoredTensor, in_state
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
@@ -45,8 +45,8 @@ _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.")
 _GROUPS = re.compile(
     r"optimizer\.distributed\.dp_group_idx_0\.(?!per_bucket|param_state)(\w+)/shard_0_1"
 )
-#: role of a state by its name in a key; the others keep their name
-_ROLES = {"param": MAIN_PARAM, "fp32_param": MAIN_PARAM}
+#: state of a state by its name in a key; the others keep their name
+_STATES = {"param": MAIN_PARAM, "fp32_param": MAIN_PARAM}
 #: what common.pt holds that model_optim_rng.pt does not
 _OURS = ("content_metadata",)
 _SHARDING = "param_state_sharding_type"
@@ -111,7 +111,7 @@ def read(
             if sidecar and of_run and megatron_dist_buckets.are_in(contents)
             else _in_model_space(contents, kept, naming)
         )
-        parts |= _by_role(held, {whole.canonical for whole in wholes}, folder)
+        parts |= _by_state(held, {whole.canonical for whole in wholes}, folder)
     index = _index(parts, wholes, trained)
     index.check_complete()
     presented = (
@@ -267,7 +267,7 @@ def _model(
     ]
 
 
-def _by_role(
+def _by_state(
     held: Iterable[StoredTensor], known: set[str], folder: Path
 ) -> dict[str, list[StoredTensor]]:
     """What is held of each state of the optimizer. Raises RefusedError unless every parameter has
@@ -275,16 +275,16 @@ def _by_role(
     states: dict[str, list[StoredTensor]] = {}
     for one in held:
         if one.canonical in known:
-            states.setdefault(one.found.role, []).append(one)
+            states.setdefault(one.found.state, []).append(one)
     if MAIN_PARAM not in states:
         raise RefusedError(
             f"{folder}: holds no optimizer state of a kind that is known; convert --weights-only"
         )
-    stepped = {role: {one.canonical for one in held} for role, held in states.items()}
-    for role in (EXP_AVG, EXP_AVG_SQ):
-        if missing := sorted(stepped[MAIN_PARAM] - stepped.get(role, set())):
+    stepped = {state: {one.canonical for one in held} for state, held in states.items()}
+    for state in (EXP_AVG, EXP_AVG_SQ):
+        if missing := sorted(stepped[MAIN_PARAM] - stepped.get(state, set())):
             raise RefusedError(
-                f"{folder}: lacks the {role} of {len(missing)} tensors: {shorten_names(missing)}"
+                f"{folder}: lacks the {state} of {len(missing)} tensors: {shorten_names(missing)}"
             )
     return states
 
@@ -295,11 +295,11 @@ def _in_model_space(
     for key, tensor in contents.tensors.items():
         match = _STATE.fullmatch(key)
         if match and match.group(2) in stacks:
-            role = _ROLES.get(match.group(1), match.group(1))
+            state = _STATES.get(match.group(1), match.group(1))
             yield from (
                 part
                 for _, part in parts_of(
-                    tensor, stack_of(tensor, contents.mcore, match.group(2)), role, naming
+                    tensor, stack_of(tensor, contents.mcore, match.group(2)), state, naming
                 )
             )
 
@@ -319,29 +319,29 @@ def _index(
 ) -> Index:
     """The index of the parts, that lists whole tensors: states first, and the model's copies after
     them."""
-    by_role: dict[str, dict[str, list[StoredTensor]]] = {}
-    for role, held in parts.items():
+    by_state: dict[str, dict[str, list[StoredTensor]]] = {}
+    for state, held in parts.items():
         for part in held:
-            by_role.setdefault(role, {}).setdefault(part.canonical, []).append(part)
-    model, weights = by_role.pop(MODEL_PARAM), by_role.setdefault(MAIN_PARAM, {})
+            by_state.setdefault(state, {}).setdefault(part.canonical, []).append(part)
+    model, weights = by_state.pop(MODEL_PARAM), by_state.setdefault(MAIN_PARAM, {})
     own = (
         model.keys() - weights.keys()
     )  # no optimizer steps these (frozen, or buffers): the model's copy is the weight
     weights.update(
-        (name, [in_role(part, MAIN_PARAM) for part in held])
+        (name, [in_state(part, MAIN_PARAM) for part in held])
         for name, held in model.items()
         if name in own
     )
-    by_role[MODEL_PARAM] = {name: held for name, held in model.items() if name not in own}
+    by_state[MODEL_PARAM] = {name: held for name, held in model.items() if name not in own}
     index = Index(
-        [part for states in by_role.values() for held in states.values() for part in held], trained
+        [part for states in by_state.values() for held in states.values() for part in held], trained
     )
     index.held = [
         joined(
             states[whole.canonical],
-            in_role(whole, role, states[whole.canonical][0].found.stored.dtype),
+            in_state(whole, state, states[whole.canonical][0].found.stored.dtype),
         )
-        for role, states in by_role.items()
+        for state, states in by_state.items()
         for whole in wholes
         if whole.canonical in states
     ]

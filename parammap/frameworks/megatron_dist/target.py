@@ -16,7 +16,7 @@ from typing import Any
 from parammap import families
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry, in_role
+from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
@@ -89,7 +89,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     ep = _expert_ranks(source, options, tensors)
     rng_states = _rng_states(source, args_of(source.common_metadata)) if ep == 1 else {}
     dtypes = {
-        (held.found.role, held.canonical): held.found.stored.dtype for held in source.index.held
+        (held.found.state, held.canonical): held.found.stored.dtype for held in source.index.held
     }
     files = _Writer(tensors, dtypes).files(
         folder, objects | rng_states, _STATES if source.with_optimizer else {}
@@ -113,7 +113,7 @@ def output(source: Checkpoint, options: Options) -> Output:
         [(rank_folder, folder) for rank_folder in source.rank_folders.values()],
         [],
         {},
-        roles=tuple(_STATES) if source.with_optimizer else (MAIN_PARAM,),
+        states=tuple(_STATES) if source.with_optimizer else (MAIN_PARAM,),
         extra_states=kept,
     )
 
@@ -154,7 +154,7 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
     weights = {
         held.canonical: held
         for held in source.index.held
-        if held.found.role == MAIN_PARAM and not held.is_tied_head
+        if held.found.state == MAIN_PARAM and not held.is_tied_head
     }
     if unknown := sorted(
         held.found.name
@@ -258,7 +258,7 @@ def _model_dtypes(source: Checkpoint) -> dict[str, str]:
     dtypes = {
         held.row.canonical: held.found.stored.dtype
         for held in source.index.held
-        if held.found.role == MODEL_PARAM and held.row
+        if held.found.state == MODEL_PARAM and held.row
     }
     specs = [spec for trees in source.structures.values() for spec in leaves(trees, TensorSpec)]
     dialect = families.dialect_of([spec.name for spec in specs])
@@ -274,7 +274,7 @@ def _model_dtypes(source: Checkpoint) -> dict[str, str]:
 @dataclass(slots=True)
 class _Writer:
     """Lays the tensors out in files, and keeps the books for `.metadata`. `dtypes` are the
-    source's, by role and atom."""
+    source's, by state and atom."""
 
     tensors: list[_Tensor]
     dtypes: dict[tuple[str, str], str]
@@ -289,12 +289,12 @@ class _Writer:
         archives = {key: self._file().add([value]) for key, value in objects.items()}
         for tensor in self.tensors:
             self._add(tensor, tensor.key, tensor.dtype, MAIN_PARAM)
-            for role, state in states.items():
+            for state, key in states.items():
                 self._add(
                     tensor,
-                    f"optimizer.state.{state}.{tensor.key}",
-                    self.dtypes[role, tensor.held.canonical],
-                    role,
+                    f"optimizer.state.{key}.{tensor.key}",
+                    self.dtypes[state, tensor.held.canonical],
+                    state,
                 )
         chunked = [
             Chunked(key, dtype, shape, tuple(chunks))
@@ -312,14 +312,14 @@ class _Writer:
             self._files.append(DistcpFile(f"__{len(self._files)}_0.distcp"))
         return self._files[-1]
 
-    def _add(self, tensor: _Tensor, key: str, dtype: str, role: str) -> None:
+    def _add(self, tensor: _Tensor, key: str, dtype: str, state: str) -> None:
         shape, source_dtype = (
             tensor.held.found.stored.shape,
-            self.dtypes[role, tensor.held.canonical],
+            self.dtypes[state, tensor.held.canonical],
         )
         sizes = (*(1 for _ in tensor.numbers), *shape)
         spec = TensorSpec(f"{key}{list(tensor.numbers)}", dtype, sizes)
-        self._wanted[spec] = Wanted(spec, in_role(tensor.held, role, source_dtype).parts)
+        self._wanted[spec] = Wanted(spec, in_state(tensor.held, state, source_dtype).parts)
         chunk = Chunk((*tensor.numbers, *(0 for _ in shape)), sizes, self._file().add(spec))
         self._chunks.setdefault((key, dtype, (*tensor.stack, *shape)), []).append(chunk)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_role
+from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.training_state import ParamGroup, TrainingState, steps_of
 from parammap.errors import RefusedError
 from parammap.families import HEAD, MERAK, MERAK_CUT
@@ -137,14 +137,14 @@ def read(
     )
     states, groups, notes = ([], (), []) if weights_only else _optimizer(files, ranks)
     held = [naming.hold(found) for found in states]
-    stepped = {one.canonical for one in held if one.found.role == MAIN_PARAM}
+    stepped = {one.canonical for one in held if one.found.state == MAIN_PARAM}
     for rank in ranks:
         model = [
             naming.hold(TensorEntry(name, rank.place, MAIN_PARAM, stored))
             for name, stored in rank.tensors()
         ]
         held += [
-            in_role(one, MODEL_PARAM) if one.canonical in stepped else one for one in model
+            in_state(one, MODEL_PARAM) if one.canonical in stepped else one for one in model
         ]  # the model's own copy
     index, iteration = Index(held, layout), files.iteration or _iteration(ranks[0].content)
     _check_complete(files.folder, index, dialect, said(config, args))
@@ -256,9 +256,9 @@ def _optimizer(
     if files.optimizers:
         parts = {rank.place: zero.Partitions(files.optimizers[rank.place]) for rank in ranks}
         found = [
-            TensorEntry(rank.own_name(name), rank.place, role, stored)
+            TensorEntry(rank.own_name(name), rank.place, state, stored)
             for rank in ranks
-            for role, name, stored in parts[rank.place].parameters()
+            for state, name, stored in parts[rank.place].parameters()
         ]
         return found, _groups(parts[ranks[0].place].base), []
     saved: list[Any] = [rank.content.get("optimizer") for rank in ranks]
@@ -274,9 +274,9 @@ def _optimizer(
         ]
         return [], (), notes if any(map(zero.has_state, saved)) else []
     found = [
-        TensorEntry(rank.own_name(name), rank.place, role, stored)
+        TensorEntry(rank.own_name(name), rank.place, state, stored)
         for rank, own in zip(ranks, per_rank, strict=True)
-        for role, name, stored in own
+        for state, name, stored in own
     ]
     return found, _groups(saved[0]), []
 

@@ -89,7 +89,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
                 "parallel_vocab": options.parallel_vocab,
             }
         },
-        roles=(MAIN_PARAM,),
+        states=(MAIN_PARAM,),
     )
 
 

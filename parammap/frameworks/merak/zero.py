@@ -32,7 +32,7 @@ TIED = re.compile(r"(?:.*\.)?tied_modules\.[^.]*\.weight")
 _NORM = re.compile(r"\.ln_(?:1|2|f)\.")
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
-#: (role, the model's name of the parameter, where it lies)
+#: (state, the model's name of the parameter, where it lies)
 State = tuple[str, str, Stored]
 
 
@@ -83,44 +83,46 @@ class Partitions:
 
     def parameters(self) -> Iterator[State]:
         """The weights and, where a step was taken, the moments of each parameter."""
-        roles = (MAIN_PARAM, *(moment for moment in _MOMENTS if self.base["state"]))
+        states = (MAIN_PARAM, *(moment for moment in _MOMENTS if self.base["state"]))
         for number, shapes in enumerate(self.contents[0]["param_shapes"]):
-            for role in roles:
-                yield from self._cut(role, shapes, self._flat(role, number))
+            for state in states:
+                yield from self._cut(state, shapes, self._flat(state, number))
 
-    def _flat(self, role: str, group: int) -> list[Stored]:
+    def _flat(self, state: str, group: int) -> list[Stored]:
         """The partitions of a group's flat tensor, one after the other."""
         by_rank = [
-            self._partitions(state, role, group, path)
-            for state, path in zip(self.states, self.paths, strict=True)
+            self._partitions(saved, state, group, path)
+            for saved, path in zip(self.states, self.paths, strict=True)
         ]
         counts = {tuple(part.numel for part in parts) for parts in by_rank}
         if len(counts) != 1:
             raise RefusedError(
-                f"{self.paths[0].parent}: the dp ranks' partitions of group {group} ({role}) are "
+                f"{self.paths[0].parent}: the dp ranks' partitions of group {group} ({state}) are "
                 f"not alike: "
                 f"{sorted(counts)}; these files are of different runs"
             )
         return [parts[interval] for interval in range(len(by_rank[0])) for parts in by_rank]
 
-    def _partitions(self, state: PartitionState, role: str, group: int, path: Path) -> list[Stored]:
-        if role == MAIN_PARAM:
-            return state["local_sub_partitions_of_fp32_groups"][group]
-        base = state["base_optimizer_state"]
+    def _partitions(
+        self, saved: PartitionState, state: str, group: int, path: Path
+    ) -> list[Stored]:
+        if state == MAIN_PARAM:
+            return saved["local_sub_partitions_of_fp32_groups"][group]
+        base = saved["base_optimizer_state"]
         ids = base["param_groups"][group]["params"]
-        if missing := [number for number in ids if role not in base["state"].get(number, {})]:
+        if missing := [number for number in ids if state not in base["state"].get(number, {})]:
             raise RefusedError(
-                f"{path}: lacks {role} of partition {missing[0]}; convert --weights-only"
+                f"{path}: lacks {state} of partition {missing[0]}; convert --weights-only"
             )
-        return [base["state"][number][role] for number in ids]
+        return [base["state"][number][state] for number in ids]
 
     def _cut(
-        self, role: str, shapes: dict[str, tuple[int, ...]], parts: list[Stored]
+        self, state: str, shapes: dict[str, tuple[int, ...]], parts: list[Stored]
     ) -> Iterator[State]:
         needed, there = sum(map(math.prod, shapes.values())), sum(part.numel for part in parts)
         if needed > there:
             raise RefusedError(
-                f"{self.paths[0]}: {role} has {there} elements in {len(self.paths)} files for "
+                f"{self.paths[0]}: {state} has {there} elements in {len(self.paths)} files for "
                 f"parameters of "
                 f"{needed}; a file of another run is among them"
             )
@@ -129,7 +131,7 @@ class Partitions:
         for name, shape in shapes.items():
             nbytes = math.prod(shape) * itemsize
             yield (
-                role,
+                state,
                 name,
                 Stored(parts[0].dtype, tuple(shape), _extents(runs, position, position + nbytes)),
             )

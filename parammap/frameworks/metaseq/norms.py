@@ -20,34 +20,34 @@ _ONE = {"float32": 0x3F800000, "float16": 0x3C00, "bfloat16": 0x3F80}
 
 
 def without_copies(
-    part: int, by_role: dict[str, dict[str, Stored]]
+    part: int, by_state: dict[str, dict[str, Stored]]
 ) -> tuple[dict[str, dict[str, Stored]], list[str]]:
     """The tensors with `ffn_layernorm.{w}` in place of its copies, and the names of the copies left
     out, which are as they were made. Reads them all. Raises RefusedError if several were
     trained."""
     copies: dict[str, dict[int, str]] = {}
-    for name in by_role[MAIN_PARAM]:
+    for name in by_state[MAIN_PARAM]:
         if match := _COPY.fullmatch(name):
             copies.setdefault(f"{match['path']}.{match['which']}", {})[int(match["number"])] = name
     taken, dropped = {}, []
     for name, numbered in copies.items():
         initial = name.endswith("weight")
         trained = [
-            one for one in numbered.values() if not _is_all(by_role[MAIN_PARAM][one], initial)
+            one for one in numbered.values() if not _is_all(by_state[MAIN_PARAM][one], initial)
         ]
         if len(trained) > 1:
             raise RefusedError(
-                f"{by_role[MAIN_PARAM][trained[0]].extents[0].file}: several copies of one norm "
+                f"{by_state[MAIN_PARAM][trained[0]].extents[0].file}: several copies of one norm "
                 f"were trained: "
                 f"{shorten_names(trained)}; nobody knows which one counts"
             )
         taken[trained[0] if trained else numbered.get(part, next(iter(numbered.values())))] = name
         dropped += [one for one in numbered.values() if one not in taken]
     return {
-        role: {
+        state: {
             taken.get(name, name): stored for name, stored in tensors.items() if name not in dropped
         }
-        for role, tensors in by_role.items()
+        for state, tensors in by_state.items()
     }, dropped
 
 

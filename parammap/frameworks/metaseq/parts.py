@@ -153,7 +153,7 @@ class Part:
     def moments(
         self, weights: dict[str, Stored]
     ) -> tuple[dict[str, dict[str, Stored]], dict[int, str]]:
-        """The optimizer's states by role and full name, and the flat parameter that each of its
+        """The optimizer's states by state and full name, and the flat parameter that each of its
         numbers stands for."""
         if not self.first.states:
             return {}, {}
@@ -163,16 +163,16 @@ class Part:
             for flat in (self.metadata.flats if self.metadata else _each_its_own(weights))
         }
         index = self._index(flats)
-        result: dict[str, dict[str, Stored]] = {role: {} for role in _MOMENTS}
+        result: dict[str, dict[str, Stored]] = {state: {} for state in _MOMENTS}
         for number, key in index.items():
-            for role in _MOMENTS:
-                chunks = [shard.states[number][role] for shard in self.shards]
-                result[role] |= _cut(flats[key], chunks, self._valid_states(flats[key], chunks))
+            for state in _MOMENTS:
+                chunks = [shard.states[number][state] for shard in self.shards]
+                result[state] |= _cut(flats[key], chunks, self._valid_states(flats[key], chunks))
         if lost := {
             name
-            for role in _MOMENTS
-            for name in result[role].keys() ^ result[EXP_AVG].keys()
-            | result[role].keys() - weights.keys()
+            for state in _MOMENTS
+            for name in result[state].keys() ^ result[EXP_AVG].keys()
+            | result[state].keys() - weights.keys()
         }:
             raise RefusedError(
                 f"{self.first.path}: the optimizer has states of {shorten_names(lost)}, and the "
@@ -197,7 +197,7 @@ class Part:
                     and isinstance(value, Stored)
                     and value.shape not in ((), (1,))
                 ]
-                if strange or any(not isinstance(states.get(role), Stored) for role in _MOMENTS):
+                if strange or any(not isinstance(states.get(state), Stored) for state in _MOMENTS):
                     raise RefusedError(
                         f"{shard.path}: parameter {number} of the optimizer has the states "
                         f"{sorted(map(str, states))}, and only Adam's {' and '.join(_MOMENTS)} can "

@@ -71,9 +71,9 @@ def read(
     for number, part in enumerate(parts):
         saves.append(part.first.save)
         saves[0].check_same(saves[-1])
-        by_role, numbers, copies = _tensors(part, weights_only or ema)
-        found += _found(part, by_role)
-        rank_metadata[number, 0, 0] = _meta(part, by_role[MAIN_PARAM], numbers)
+        by_state, numbers, copies = _tensors(part, weights_only or ema)
+        found += _found(part, by_state)
+        rank_metadata[number, 0, 0] = _meta(part, by_state[MAIN_PARAM], numbers)
         training_states[number, 0, 0] = _training_state(part)
         left_out += copies
     layout = Layout(tp=len(files.parts), etp=len(files.parts), dp=len(files.parts[0]))
@@ -97,7 +97,7 @@ def read(
         saves[0].num_updates or 0,
         layout,
         index,
-        len(index.roles()) > 1,
+        len(index.states()) > 1,
         index.num_layers(),
         rank_folders=dict.fromkeys(rank_metadata, files.folder),
         rank_metadata=rank_metadata,
@@ -171,21 +171,21 @@ def _check_parts(held: list[StoredTensor], layout: Layout) -> None:
 def _tensors(
     part: Part, weights_only: bool
 ) -> tuple[dict[str, dict[str, Stored]], dict[int, str], list[str]]:
-    """A part's tensors by role and name, the optimizer's index, and the names left out."""
+    """A part's tensors by state and name, the optimizer's index, and the names left out."""
     weights = part.weights()
     moments, index = ({}, {}) if weights_only else part.moments(weights)
-    by_role, left_out = without_copies(part.number, {MAIN_PARAM: weights, **moments})
-    return by_role, index, left_out
+    by_state, left_out = without_copies(part.number, {MAIN_PARAM: weights, **moments})
+    return by_state, index, left_out
 
 
-def _found(part: Part, by_role: dict[str, dict[str, Stored]]) -> Iterator[TensorEntry]:
+def _found(part: Part, by_state: dict[str, dict[str, Stored]]) -> Iterator[TensorEntry]:
     buffers = part.metadata.buffers if part.metadata else ()
-    for role, tensors in by_role.items():
+    for state, tensors in by_state.items():
         for name, stored in tensors.items():
             yield TensorEntry(
                 name,
                 Place(part.number),
-                role,
+                state,
                 stored,
                 Partition(dim=-1) if name in buffers else UNRECORDED,
             )

@@ -48,7 +48,7 @@ def resharded(source: Checkpoint, target_layout: TargetLayout) -> Checkpoint:
     ranks = {(part, 0, 0): (part % source.layout.tp, 0, 0) for part in range(parts)}
     held = [one for rank in ranks for one in _part(source, naming, parts, rank[0])]
     shapes = {
-        one.found.name: one.found.stored.shape for one in held if one.found.role == MAIN_PARAM
+        one.found.name: one.found.stored.shape for one in held if one.found.state == MAIN_PARAM
     }  # all parts' alike
     rank_metadata = {
         rank: _meta(source.rank_metadata[old], rank[0], parts, shapes)
@@ -87,12 +87,12 @@ def _part(
             f"{source.folder}: nobody recorded how {len(unknown)} tensors are cut over parts: "
             f"{shorten_names(unknown)}; leave the number of parts"
         )
-    known = {(tensor.role, tensor.name): tensor for tensor in source.index.holders}
+    known = {(tensor.state, tensor.name): tensor for tensor in source.index.holders}
     for held in _fused(first) if parts > 1 else first:
         shape = _local(source, held, naming, parts)
         there = arranged(held.kind, shape, parts, part, naming.sizes)
         tensors = [
-            known[held.found.role, atom_name(held.canonical, held.kind, one.name)] for one in there
+            known[held.found.state, atom_name(held.canonical, held.kind, one.name)] for one in there
         ]
         shards = tuple(
             Shard(tensor, one.region, one.view) for tensor, one in zip(tensors, there, strict=True)
@@ -104,15 +104,15 @@ def _part(
 def _fused(first: list[StoredTensor]) -> Iterator[StoredTensor]:
     """The tensors of one part with k_proj, v_proj and q_proj as one qkv_proj, where the first of
     them stands."""
-    rows = {(held.found.role, held.found.name): held.found.stored.shape for held in first}
+    rows = {(held.found.state, held.found.name): held.found.stored.shape for held in first}
     seen: set[tuple[str, str]] = set()
     for held in first:
         name = fused_name(held.found.name)
         if name == held.found.name:
             yield held
-        elif (held.found.role, name) not in seen:
-            seen.add((held.found.role, name))
-            shapes = [rows[held.found.role, name.replace(FUSED, one)] for one in SPLIT]
+        elif (held.found.state, name) not in seen:
+            seen.add((held.found.state, name))
+            shapes = [rows[held.found.state, name.replace(FUSED, one)] for one in SPLIT]
             stored = replace(
                 held.found.stored,
                 shape=(sum(shape[0] for shape in shapes), *shapes[0][1:]),

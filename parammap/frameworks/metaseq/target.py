@@ -127,7 +127,7 @@ class _Part:
         self.held: dict[str, dict[str, StoredTensor]] = {}
         for held in target.index.held:
             if held.found.place.tp == part:
-                self.held.setdefault(held.found.role, {})[held.found.name] = held
+                self.held.setdefault(held.found.state, {})[held.found.name] = held
         self.shards = options.shards or target.layout.dp
         self.optimizer = target.with_optimizer and bool(self.meta.get("last_optimizer_state"))
         self.metadata: dict[str, Any] = self.meta.get("shard_metadata") or (
@@ -253,13 +253,13 @@ class _Part:
             yield from self._sidecar(PurePath(path), shard, tree)
 
     def _slice(
-        self, flat: Flat, role: str, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]
+        self, flat: Flat, state: str, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]
     ) -> TensorSpec:
         """The shard's elements of a flat parameter, or of an optimizer state of it; shape
         [chunk]."""
         chunk, padding = flat.chunk(shards), flat.padding(shards, shard)
         low, high, position, parts = shard * chunk, (shard + 1) * chunk - padding, 0, []
-        for held in (self.held[role][name] for name in flat.names):
+        for held in (self.held[state][name] for name in flat.names):
             for part in held.parts:
                 itemsize = part.view.itemsize
                 parts += [
@@ -271,12 +271,12 @@ class _Part:
             position += held.found.stored.numel
         if padding:
             parts.append(gap(1, padding).at("", (high - low) * ITEMSIZE["float32"]))
-        dtype = self._dtype(flat, role)
-        return self._want(flat.key, (chunk,), dtype, tuple(parts), wanted, role)
+        dtype = self._dtype(flat, state)
+        return self._want(flat.key, (chunk,), dtype, tuple(parts), wanted, state)
 
-    def _dtype(self, flat: Flat, role: str) -> str:
-        dtypes = sorted({self.held[role][name].found.stored.dtype for name in flat.names})
-        if len(dtypes) > 1 and (role != MAIN_PARAM or self.options.dtype is None):
+    def _dtype(self, flat: Flat, state: str) -> str:
+        dtypes = sorted({self.held[state][name].found.stored.dtype for name in flat.names})
+        if len(dtypes) > 1 and (state != MAIN_PARAM or self.options.dtype is None):
             raise RefusedError(
                 f"{self.target.folder}: part {self.part}: {flat.key} would be "
                 f"{' and '.join(dtypes)}; a flat "
@@ -344,11 +344,11 @@ class _Part:
         dtype: str,
         parts: tuple[Shard, ...],
         wanted: dict[TensorSpec, Wanted],
-        role: str = MAIN_PARAM,
+        state: str = MAIN_PARAM,
     ) -> TensorSpec:
         spec = TensorSpec(
-            name if role == MAIN_PARAM else f"{role}.{name}",
-            (role == MAIN_PARAM and self.options.dtype) or dtype,
+            name if state == MAIN_PARAM else f"{state}.{name}",
+            (state == MAIN_PARAM and self.options.dtype) or dtype,
             shape,
         )
         wanted[spec] = Wanted(spec, parts)

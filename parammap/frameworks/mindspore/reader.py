@@ -104,7 +104,7 @@ def read(
         max(meta.get("iteration") or 0 for meta in updated.values()),
         layout,
         index,
-        with_optimizer=EXP_AVG in index.roles(),
+        with_optimizer=EXP_AVG in index.states(),
         num_layers=facts.num_layers() or index.num_layers(),
         rank_folders=folders,
         rank_metadata=updated,
@@ -130,7 +130,7 @@ def _check_states(source: Checkpoint, sidecar: Sidecar, meta_folder: Path) -> No
         there = {
             held.canonical
             for held in source.index.held
-            if held.found.role == EXP_AVG and held.found.place == place
+            if held.found.state == EXP_AVG and held.found.place == place
         }
         said = {
             naming.canonical(
@@ -299,10 +299,10 @@ def _found(
 ) -> Iterator[TensorEntry]:
     tp, pp, ep = rank
     for full_name, stored in tensors.items():
-        role, name = _role_and_name(full_name)
-        if role == MAIN_PARAM or not weights_only:
+        state, name = _role_and_name(full_name)
+        if state == MAIN_PARAM or not weights_only:
             yield TensorEntry(
-                name, Place(tp, pp, ep), role, stored, partitions.get((tp, pp, name), UNRECORDED)
+                name, Place(tp, pp, ep), state, stored, partitions.get((tp, pp, name), UNRECORDED)
             )
 
 

@@ -51,7 +51,7 @@ class Options:
     format: str = "ckpt"
     names: str = "mindspore"
     file_prefix: str = "network"
-    roles: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
+    states: tuple[str, ...] = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)
     dtype: str | None = None
     dp: int | None = None
     cp: int | None = None
@@ -64,7 +64,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     names it has no place for."""
     check_recorded(source, options.transformer_impl)
     _check_names(source, options)
-    _check_roles(source, options)
+    _check_states(source, options)
     numbered = replace(
         source.layout, dp=options.dp or source.layout.dp, cp=options.cp or source.layout.cp
     )
@@ -91,7 +91,7 @@ def output(source: Checkpoint, options: Options) -> Output:
         converted,
         links,
         {"scalars_left_out": left_out, "names_unlike_mindspeed_converter": namer.unlike},
-        roles=options.roles if source.with_optimizer else (MAIN_PARAM,),
+        states=options.states if source.with_optimizer else (MAIN_PARAM,),
         extra_states=tuple(map(str, extra_states.filled(source.structures))),
     )
 
@@ -118,12 +118,12 @@ def _check_names(source: Checkpoint, options: Options) -> None:
             )
 
 
-def _check_roles(source: Checkpoint, options: Options) -> None:
-    unknown = set(options.roles) - source.index.roles()
+def _check_states(source: Checkpoint, options: Options) -> None:
+    unknown = set(options.states) - source.index.states()
     if unknown and source.with_optimizer:
         raise RefusedError(
             f"{source.folder}: holds no optimizer state called {', '.join(sorted(unknown))}, only "
-            f"{', '.join(sorted(source.index.roles()))}"
+            f"{', '.join(sorted(source.index.states()))}"
         )
 
 
@@ -184,7 +184,7 @@ def _rank_file(
     )
 
 
-#: by (tp, pp, ep): canonical name: role: the tensor
+#: by (tp, pp, ep): canonical name: state: the tensor
 _States = dict[Coordinates, dict[str, dict[str, StoredTensor]]]
 
 
@@ -193,7 +193,7 @@ def _states_by_rank(source: Checkpoint) -> _States:
     for held in source.index.held:
         at = held.found.place
         states.setdefault((at.tp, at.pp, at.ep), {}).setdefault(held.canonical, {})[
-            held.found.role
+            held.found.state
         ] = held
     return states
 
@@ -207,12 +207,12 @@ def _states_at(
     With expert parallel, only the first expert rank's optimizer holds the dense parameters, which
     the others share."""
     tp, pp, _ = rank
-    for canonical, by_role in states[rank].items():
-        if MAIN_PARAM not in by_role:
-            by_role = states[tp, pp, 0][canonical]
-        for role in options.roles:
-            if role in by_role:
-                yield by_role[role], "" if role == MAIN_PARAM else f"{role}."
+    for canonical, by_state in states[rank].items():
+        if MAIN_PARAM not in by_state:
+            by_state = states[tp, pp, 0][canonical]
+        for state in options.states:
+            if state in by_state:
+                yield by_state[state], "" if state == MAIN_PARAM else f"{state}."
 
 
 def _check_unique(folder: Path, tensors: list[Wanted]) -> None:

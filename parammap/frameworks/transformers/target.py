@@ -115,7 +115,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
         [(folder, "") for folder in target.rank_folders.values()],
         [],
         {"transformers": {"model_type": model.config.get("model_type"), "format": options.format}},
-        roles=(MAIN_PARAM,),
+        states=(MAIN_PARAM,),
         ignorable=buffers,
         aliases=aliases,
     )

@@ -97,7 +97,7 @@ def test_each_rank_of_a_pipeline_is_as_its_engine_had_it(golden, goldens):
             held.found.place.tp,
             held.found.place.pp,
             held.found.name,
-            held.found.role,
+            held.found.state,
         ): held.found.stored
         for held in checkpoint.index.held
     }

@@ -210,7 +210,7 @@ def test_deepspeeds_loader_cuts_it_as_megatron_did(of_megatron, monkeypatch):
 
     checkpoint, compared = registry.read(MEGATRON), 0
     for held in checkpoint.index.held:
-        if held.found.role not in KEYS or held.is_tied_head:
+        if held.found.state not in KEYS or held.is_tied_head:
             continue
         parameter, fp32 = torch.zeros(held.found.stored.shape), torch.zeros(held.found.stored.numel)
         parameter._hp_mapping = SimpleNamespace(
@@ -219,7 +219,7 @@ def test_deepspeeds_loader_cuts_it_as_megatron_did(of_megatron, monkeypatch):
         )
         folder = of_megatron / "global_step2_universal/zero" / name_of(held)
         assert load_hp_checkpoint_state(parameter, str(folder), held.found.place.tp, 2) == 2
-        key = KEYS[held.found.role]
+        key = KEYS[held.found.state]
         cut = fp32 if key == "fp32" else parameter._hp_mapping.optim_fragment[key]
         assert torch.equal(cut.reshape(parameter.shape), elements(held.found.stored)), (
             held.found.name,

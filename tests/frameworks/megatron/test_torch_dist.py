@@ -76,7 +76,7 @@ def test_it_is_the_live_state(saved, name):
     them."""
     run = saved(name)
     checkpoint = registry.read(run.path)
-    shards = {(t.role, t.name): (t, regions) for t, regions in checkpoint.index.shards.items()}
+    shards = {(t.state, t.name): (t, regions) for t, regions in checkpoint.index.shards.items()}
     for truth in run.truths():
         layers = truth.meta["layers"]
         for chunk, name in truth.names():

@@ -68,7 +68,7 @@ def atoms(name, value):
 
 def copies(checkpoint, role, name):
     """Each rank's copy of a logical tensor, put together from its shards."""
-    (tensor,) = (one for one in checkpoint.index.shards if (one.role, one.name) == (role, name))
+    (tensor,) = (one for one in checkpoint.index.shards if (one.state, one.name) == (role, name))
     regions = checkpoint.index.shards[tensor]
     for number in range(max(map(len, regions.values()))):
         yield matrix_of(tensor, regions, number).view(tensor.dtype).reshape(tensor.shape)
@@ -76,7 +76,7 @@ def copies(checkpoint, role, name):
 
 def assert_truth(folder, roles):
     checkpoint, truth = registry.read(folder), load(folder / "truth.pt")
-    assert {tensor.role for tensor in checkpoint.index.shards} == set(roles)
+    assert {tensor.state for tensor in checkpoint.index.shards} == set(roles)
     compared = set()
     for role in roles:
         for name, value in truth[role].items():
@@ -84,7 +84,7 @@ def assert_truth(folder, roles):
                 for copy in copies(checkpoint, role, own):
                     assert np.array_equal(copy, expected.numpy()), (role, own)
                 compared.add((role, own))
-    assert compared == {(tensor.role, tensor.name) for tensor in checkpoint.index.shards}
+    assert compared == {(tensor.state, tensor.name) for tensor in checkpoint.index.shards}
     return checkpoint
 
 

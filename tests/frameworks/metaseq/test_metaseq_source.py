@@ -90,7 +90,7 @@ def loaded(stored: Stored) -> torch.Tensor:
 
 def of_part(checkpoint: Checkpoint, part: int) -> dict[tuple[str, str], torch.Tensor]:
     return {
-        (held.found.role, held.found.name): loaded(held.found.stored)
+        (held.found.state, held.found.name): loaded(held.found.stored)
         for held in checkpoint.index.held
         if held.found.place.tp == part
     }
@@ -101,7 +101,7 @@ def logical(checkpoint: Checkpoint) -> dict[tuple[str, str], torch.Tensor]:
     result = {}
     for tensor, regions in checkpoint.index.shards.items():
         whole = torch.from_numpy(matrix_of(tensor, regions).view(f"i{ITEMSIZE[tensor.dtype]}"))
-        result[tensor.role, tensor.name] = whole.view(getattr(torch, tensor.dtype)).view(
+        result[tensor.state, tensor.name] = whole.view(getattr(torch, tensor.dtype)).view(
             tensor.shape
         )
     return result
@@ -384,10 +384,10 @@ def test_the_first_part_is_not_the_tenth(written):
 
 def test_padding_of_optimizer_states_is_removed():
     """reshard_fsdp leaves 3585 elements for 3584; its own files are read right all the same."""
-    shapes = {held.found.role: [] for held in metaseq.read(FP32).index.held}
+    shapes = {held.found.state: [] for held in metaseq.read(FP32).index.held}
     for held in metaseq.read(FP32).index.held:
         if held.layer == 0:
-            shapes[held.found.role].append(held.found.stored.numel)
+            shapes[held.found.state].append(held.found.stored.numel)
     assert {role: sum(numels) for role, numels in shapes.items()} == {
         MAIN_PARAM: 3584,
         EXP_AVG: 3584,
@@ -533,7 +533,7 @@ def test_a_whole_model_without_fsdp_has_its_optimizer_states_in_order(copied):
     edit_all(folder, spoil)
     with pytest.raises(RefusedError, match="are not of the sizes"):
         metaseq.read(folder)
-    assert metaseq.read(folder, weights_only=True).index.roles() == {MAIN_PARAM}
+    assert metaseq.read(folder, weights_only=True).index.states() == {MAIN_PARAM}
 
 
 def test_the_moving_average_is_read_in_place_of_the_weights(copied):

@@ -36,7 +36,7 @@ from parammap.frameworks.megatron.structure import (
 from parammap.frameworks.megatron.training_state import training_states
 from parammap.tensors.arrangement import PADDING, VOCAB, arranged, local_shape
 from parammap.tensors.layout import Place, TargetLayout
-from parammap.tensors.logical import MODEL_PARAM, Stored, Tensor, TensorSpec
+from parammap.tensors.logical import MODEL_PARAM, LogicalTensor, Stored, TensorSpec
 from parammap.tensors.shard import Shard
 
 #: the first megatron-core whose parameter groups come in the same order on all ranks
@@ -63,8 +63,8 @@ class _Resharding:
             self._recorded_layers(),
             self._knows_stages(),
         )
-        self.tensors = {(tensor.role, tensor.name): tensor for tensor in source.index.shards}
-        self.roles = _roles(source)
+        self.tensors = {(tensor.state, tensor.name): tensor for tensor in source.index.shards}
+        self.states = _states(source)
         self._check()
         self.vocab_rows = self._padded_vocab()
 
@@ -238,26 +238,28 @@ class _Resharding:
                 parts = arranged(
                     parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep)
                 )
-                for role in self.roles.get(parameter.canonical, ()):
-                    tensors = [self._tensor(role, parameter, one.name, one.shape) for one in parts]
+                for state in self.states.get(parameter.canonical, ()):
+                    tensors = [self._tensor(state, parameter, one.name, one.shape) for one in parts]
                     shards = tuple(
                         Shard(tensor, one.region, one.view)
                         for tensor, one in zip(tensors, parts, strict=True)
                     )
                     found = TensorEntry(
-                        entry.name, place, role, Stored(tensors[0].dtype, shape, ())
+                        entry.name, place, state, Stored(tensors[0].dtype, shape, ())
                     )
                     yield StoredTensor(
                         found, parameter.canonical, parameter.row, parameter.kind, shards
                     )
 
-    def _tensor(self, role: str, parameter: Parameter, part: str, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(
+        self, state: str, parameter: Parameter, part: str, shape: tuple[int, ...]
+    ) -> LogicalTensor:
         """The source's logical tensor of a part; a vocabulary's padding has as many rows as this
         layout has."""
         name = atom_name(parameter.canonical, parameter.kind, part)
         if part == PADDING:
-            return Tensor(role, name, self.tensors[role, parameter.canonical].dtype, shape)
-        return self.tensors[role, name]
+            return LogicalTensor(state, name, self.tensors[state, parameter.canonical].dtype, shape)
+        return self.tensors[state, name]
 
     def _structure(self, chunk: Chunk) -> dict[str, Any]:
         return nested(
@@ -347,10 +349,10 @@ class _Resharding:
         }
 
 
-def _roles(source: Checkpoint) -> dict[str, list[str]]:
+def _states(source: Checkpoint) -> dict[str, list[str]]:
     """The states that the source holds of each parameter."""
-    roles: dict[str, dict[str, None]] = {}
+    states: dict[str, dict[str, None]] = {}
     for held in source.index.held:
-        if held.found.role != MODEL_PARAM:
-            roles.setdefault(held.canonical, {})[held.found.role] = None
-    return {canonical: list(known) for canonical, known in roles.items()}
+        if held.found.state != MODEL_PARAM:
+            states.setdefault(held.canonical, {})[held.found.state] = None
+    return {canonical: list(known) for canonical, known in states.items()}

@@ -39,5 +39,5 @@ def output(source: Checkpoint, options: Options) -> Output:
         [(folder, "") for folder in source.rank_folders.values()],
         [],
         {},
-        roles=(MAIN_PARAM,),
+        states=(MAIN_PARAM,),
     )
