@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,13 @@ from tests.support.variants import VARIANTS
 
 settings.register_profile("house", deadline=None)  # other jobs share the machine
 settings.load_profile("house")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def extensions_are_the_sessions_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What torch compiles for a framework: where it is kept for the user, a run that was killed
+    leaves a lock that all later ones wait for."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
 
 
 @pytest.fixture(scope="session")

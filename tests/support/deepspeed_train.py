@@ -31,7 +31,8 @@ from deepspeed.utils import (
 from torch import nn
 from torch.nn import functional
 
-deepspeed.comm.torch.build_shm_op = lambda: None  # gloo does as well, and needs no compiler
+#: gloo does as well, and needs no compiler; `deepspeed.comm.torch` is torch itself
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 VOCAB, POSITIONS, HIDDEN, HEADS, LAYERS, SAMPLES, LENGTH = 37, 11, 18, 3, 4, 12, 7
 
 
