@@ -58,6 +58,13 @@ class Stored:
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its extents hold all of its bytes."""
+        return self.strides is not None or (
+            sum(extent.nbytes for extent in self.extents) == self.nbytes
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:

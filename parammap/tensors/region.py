@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from operator import add, mul, sub
 from typing import NamedTuple
 
 import numpy as np
@@ -27,17 +28,14 @@ class Region(NamedTuple):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        return tuple(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+        return tuple(map(add, self.offsets, self.sizes))
 
     def intersect(self, other: Region) -> Region | None:
         """The elements of both; None if there are none."""
         if self == other:
             return self
         offsets = tuple(map(max, self.offsets, other.offsets))
-        sizes = tuple(
-            min(end, its) - low
-            for end, its, low in zip(self.ends, other.ends, offsets, strict=True)
-        )
+        sizes = tuple(map(sub, map(min, self.ends, other.ends), offsets))
         return Region(offsets, sizes) if min(sizes, default=1) > 0 else None
 
     def narrow(self, axis: int, start: int, stop: int) -> Region:
@@ -90,10 +88,8 @@ def covers(regions: list[Region], shape: tuple[int, int]) -> bool:
 def _counts(regions: list[Region], shape: tuple[int, int]) -> Array | None:
     """How many regions hold each cell of the grid that all their edges make; None if some region
     reaches outside."""
-    edges = [
-        sorted({0, size, *(r.offsets[axis] for r in regions), *(r.ends[axis] for r in regions)})
-        for axis, size in enumerate(shape)
-    ]
+    corners = list(zip(*(there for r in regions for there in (r.offsets, r.ends)), strict=True))
+    edges = [sorted({0, size}.union(*corners[axis : axis + 1])) for axis, size in enumerate(shape)]
     if any(there[-1] > size for there, size in zip(edges, shape, strict=True)):
         return None
     row_at, col_at = ({edge: number for number, edge in enumerate(there)} for there in edges)
@@ -116,9 +112,7 @@ class Cells(NamedTuple):
         """Those that a box of the array holds."""
         if not any(box.offsets):
             return self
-        row = self.row + sum(
-            start * step for start, step in zip(box.offsets[:-1], self.steps, strict=True)
-        )
+        row = self.row + sum(map(mul, box.offsets[:-1], self.steps))
         return Cells(row, self.col + box.offsets[-1], self.steps)
 
     def position(self, element: int, shape: tuple[int, ...]) -> tuple[int, int]:

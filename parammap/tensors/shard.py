@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import floordiv, mul
 
 from parammap.tensors.logical import LogicalTensor, Stored
 from parammap.tensors.region import Region, whole
@@ -39,9 +40,7 @@ class Shard:
         """The shard of a box of its view that begins and ends at whole rows, or in one row, of each
         outer axis."""
         row, col = self.region.offsets
-        row += sum(
-            start * period for start, period in zip(box.offsets[:-1], self.periods, strict=True)
-        )
+        row += sum(map(mul, box.offsets[:-1], self.periods))
         region = Region((row, col + box.offsets[-1]), (math.prod(box.sizes[:-1]), box.sizes[-1]))
         return Shard(self.tensor, region, merged(self.view.narrow(box)), self.replica)
 
@@ -100,7 +99,7 @@ class Shard:
         for step in periods:
             period, stride = next(one for one in own if one[0] <= step)
             strides.append(step // period * stride)
-        shape = tuple(size // step for size, step in pairwise((rows, *periods)))
+        shape = tuple(map(floordiv, (rows, *periods), periods))
         return View(
             self.view.file,
             offset,

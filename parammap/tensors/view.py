@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from operator import mul
 from typing import NamedTuple
 
 from parammap.tensors.logical import ITEMSIZE
@@ -36,10 +37,8 @@ class View(NamedTuple):
     @property
     def span(self) -> int:
         """The bytes from the first element's begin to the last one's end."""
-        nbytes = self.itemsize
-        for size, stride in zip(self.shape, self.strides, strict=True):
-            nbytes += (size - 1) * stride
-        return nbytes
+        behind_last: int = sum(map(mul, self.shape, self.strides))
+        return self.itemsize + behind_last - sum(self.strides)
 
     @property
     def order(self) -> list[int]:
@@ -71,7 +70,7 @@ class View(NamedTuple):
         """The elements of a box of it, which counts in its own axes."""
         if box.sizes == self.shape:
             return self
-        start = sum(low * stride for low, stride in zip(box.offsets, self.strides, strict=True))
+        start = sum(map(mul, box.offsets, self.strides))
         return View(self.file, self.offset + start, self.dtype, box.sizes, self.strides)
 
     def at(self, file: str, offset: int) -> View:
