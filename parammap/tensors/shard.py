@@ -221,7 +221,7 @@ def lying(shard: Shard, stored: Stored, is_transposed: bool, replica: int) -> It
         rows, cols = strides[::-1] if is_transposed else strides
         width, itemsize = stored.shape[not is_transposed], shard.view.itemsize
         shard = replace(shard, view=shard.view.restrided(width, (rows * itemsize, cols * itemsize)))
-    if len(stored.extents) == 1 and shard.region.numel:
+    if len(stored.extents) == 1 and stored.is_whole and shard.region.numel:
         yield shard.at(stored.extents[0].file, stored.extents[0].offset)
         return
     begin, low, high = 0, shard.view.offset, shard.view.offset + shard.view.span

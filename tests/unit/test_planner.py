@@ -437,3 +437,36 @@ def test_an_element_written_twice_in_place_of_another_leaves_that_one_unused(tmp
         lab.store([(tensor, region)])
     assert lab.convert([wanted([(tensor, left), (tensor, left)])]).plan.unused == ["t (weight)"]
     assert lab.convert([wanted([(tensor, right), (tensor, left)])]).plan.unused == []
+
+
+# ------------------------------------------------------------------------------------------------
+# completeness
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    "fault", ["none", "a tile is missing", "a file ends early", "one overlaps"]
+)
+def test_an_index_is_complete_only_if_each_element_is_held_once(fault, seed, tmp_path):
+    lab = Lab(tmp_path, seed)
+    tensor = lab.matrix(lab.draw.randint(8, 40), lab.draw.randint(8, 40))
+    for tile in lab.tiles(Region((0, 0), tensor.matrix), 5):
+        lab.store([(tensor, tile)])
+    last = lab.held[-1]
+    if fault == "a tile is missing":
+        lab.held.pop()
+    elif fault == "a file ends early":
+        stored = last.found.stored
+        (extent,) = stored.extents
+        short = replace(stored, extents=(replace(extent, nbytes=extent.nbytes - 4),))
+        lab.held[-1] = replace(last, found=replace(last.found, stored=short))
+    elif fault == "one overlaps":
+        (region,) = [one.parts[0].region for one in lab.held[:1]]
+        lab.held.pop()
+        lab.store([(tensor, Region(region.offsets, last.parts[0].region.sizes))])
+    index = Index(lab.held, lab.layout)
+    if fault == "none":
+        index.check_complete()
+    else:
+        with pytest.raises(RefusedError, match="do not make up its shape"):
+            index.check_complete()
