@@ -8,7 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.support.torch_load import torch_load
+from parammap.formats import torch_zip
 
 SHORT = "torch."
 
@@ -22,7 +22,7 @@ def translated(golden: Path, target: Path) -> Path:
         tp, pp = (int(part) for part in folder.name.split("_")[2:])
         prototype = json.loads((folder / "param_map.json").read_text())
         (folder / "param_map.json").unlink()
-        args = torch_load(folder / "model_optim_rng.pt")["args"]
+        args = torch_zip.read(folder / "model_optim_rng.pt")["args"].state
         layout = _layout(prototype, args, tp, pp)
         (iteration / "param_map" / f"layout_tp{tp:02}_pp{pp:03}.json").write_text(
             json.dumps(layout)
@@ -30,7 +30,7 @@ def translated(golden: Path, target: Path) -> Path:
     return target
 
 
-def _layout(prototype: dict, args, tp: int, pp: int) -> dict:
+def _layout(prototype: dict, args: dict, tp: int, pp: int) -> dict:
     return {
         "schema": "parammap.layout",
         "version": 1,
@@ -50,9 +50,9 @@ def _layout(prototype: dict, args, tp: int, pp: int) -> dict:
         },
         "rank": {"global": pp * 2 + tp, "tp": tp, "pp": pp, "ep": 0, "etp": tp},
         "model": {
-            "num_layers": args.num_layers,
-            "num_attention_heads": args.num_attention_heads,
-            "num_query_groups": args.num_attention_heads,
+            "num_layers": args["num_layers"],
+            "num_attention_heads": args["num_attention_heads"],
+            "num_query_groups": args["num_attention_heads"],
         },
         "chunks": [{"vpp": 0, "layers": {}, "pre_process": pp == 0, "post_process": pp == 1}],
         "optimizers": [
