@@ -15,7 +15,7 @@ from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Slot
 from parammap.formats import torch_zip
 from parammap.frameworks import registry
-from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.megatron import files as megatron
 from parammap.inspection.kinds import kind_of
 
 PADDED, COALESCED = "padded bucket lists", "coalesced unpadded buckets"

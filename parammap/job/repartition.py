@@ -9,8 +9,9 @@ from pathlib import Path
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.frameworks import registry
-from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.megatron import reader
 from parammap.frameworks.megatron.facts import args_of
+from parammap.frameworks.megatron.files import OPTIMIZER_FILE
 from parammap.job.conversion import convert
 from parammap.job.request import Report, Request
 from parammap.plan.planner import REFUSE
@@ -50,7 +51,7 @@ def repartition(request: Repartition) -> Report:
     there = {"tp": source.layout.tp, "pp": source.layout.pp}
     wanted = {**there, **request.target_sizes}
     without = not any(
-        (folder / megatron.OPTIMIZER_FILE).is_file() for folder in source.rank_folders.values()
+        (folder / OPTIMIZER_FILE).is_file() for folder in source.rank_folders.values()
     )
     report = convert(
         Request(
@@ -72,7 +73,7 @@ def repartition(request: Repartition) -> Report:
     )
     if not without:
         return report
-    note = f"{request.source}: no {megatron.OPTIMIZER_FILE} there: the weights alone"
+    note = f"{request.source}: no {OPTIMIZER_FILE} there: the weights alone"
     return replace(report, lines=[note, *report.lines])
 
 
@@ -85,7 +86,7 @@ def _check(request: Repartition, source: Checkpoint) -> None:
                 f"{request.source}: --{name.replace('_', '-')} is {number} there and not {given}; "
                 "leave it out"
             )
-    if not request.weights_only and megatron.has_undistributed_optimizer(source):
+    if not request.weights_only and reader.has_undistributed_optimizer(source):
         raise RefusedError(
             f"{request.source}: its optimizer is not a distributed one; --no-load-optim leaves it "
             "behind"

@@ -15,31 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from parammap.checkpoint.checkpoint import Coordinates
 from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Sidecar, Slot
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Global
 from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.optimizer import FILE
+from parammap.frameworks.megatron.files import OPTIMIZER_FILE, Rank
 from parammap.tensors.logical import Stored
 
 #: the last megatron-core (major, minor) of this format
 CORE = (0, 3)
-
-
-class Rank(Protocol):
-    """What is needed of a rank as megatron.py reads it."""
-
-    folder: Path
-    content: dict[str, Any]
-
-    @property
-    def coordinates(self) -> Coordinates: ...
-
-    def chunks(self) -> dict[int, dict[str, Stored]]: ...
 
 
 def sidecar_of(folder: Path, ranks: Iterable[Rank]) -> Sidecar | None:
@@ -47,7 +34,10 @@ def sidecar_of(folder: Path, ranks: Iterable[Rank]) -> Sidecar | None:
 
     Raises RefusedError if some rank's file is missing, or has another number of elements than its
     model."""
-    saved = {rank.folder / FILE: (rank, _content(rank.folder / FILE)) for rank in ranks}
+    saved = {
+        rank.folder / OPTIMIZER_FILE: (rank, _content(rank.folder / OPTIMIZER_FILE))
+        for rank in ranks
+    }
     if not any(is_this_format(content) for _, content in saved.values()):
         return None
     for path, (_, content) in saved.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from parammap import families
 from parammap.frameworks.flags import Flag
 from parammap.frameworks.framework import Framework, Inspection, Patch
-from parammap.frameworks.megatron import architecture, readback, reader, shapes, target
+from parammap.frameworks.megatron import architecture, files, readback, reader, shapes, target
 from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron.inspection import unreadable
 from parammap.frameworks.megatron.reshard import resharded
@@ -21,7 +21,7 @@ TRANSFORMER_IMPL = Flag(
 )
 MEGATRON = Framework(
     name="megatron",
-    recognizes=reader.recognizes,
+    recognizes=files.recognizes,
     read=reader.read,
     families=lambda: families.with_dialect(families.LEGACY, families.CORE),
     architecture=architecture.of,
@@ -44,7 +44,7 @@ MEGATRON = Framework(
         title="Megatron-LM",
         as_trained=True,
         keeps_args=True,
-        file_kinds={reader.MODEL_FILE: "model", reader.OPTIMIZER_FILE: "optimizer"},
+        file_kinds={files.MODEL_FILE: "model", files.OPTIMIZER_FILE: "optimizer"},
         weights_state=MODEL_PARAM,
         unreadable=unreadable,
     ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.frameworks.framework import Unreadable
-from parammap.frameworks.megatron.reader import OPTIMIZER_FILE, find_sidecar
+from parammap.frameworks.megatron.files import OPTIMIZER_FILE
+from parammap.frameworks.megatron.reader import find_sidecar
 
 
 def unreadable(weights: Checkpoint, error: RefusedError) -> Unreadable:

@@ -20,10 +20,10 @@ from parammap.checkpoint.index import TensorEntry
 from parammap.checkpoint.sidecar import Bucket, Buffer, Sidecar, Slot
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
+from parammap.frameworks.megatron.files import OPTIMIZER_FILE
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Extent, Stored
 
-FILE = "distrib_optim.pt"
 #: state of a state by its key in the file; the others keep their key
 _STATES = {"param": MAIN_PARAM}
 
@@ -46,7 +46,7 @@ def read_rank(
 
     Raises RefusedError if the file and the sidecar contradict each other or the model's own
     tensors."""
-    path = folder / FILE
+    path = folder / OPTIMIZER_FILE
     if not path.is_file():
         raise RefusedError(f"{path}: missing; copy the whole checkpoint, or convert --weights-only")
     content = torch_zip.read(path)

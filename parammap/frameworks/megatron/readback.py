@@ -21,7 +21,7 @@ from parammap.execute.gather import Files
 from parammap.frameworks.megatron import before_core, optimizer, registration
 from parammap.frameworks.megatron.buckets import Rule
 from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.reader import MODEL_FILE, OPTIMIZER_FILE, read_model
+from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, read_rank
 from parammap.frameworks.megatron.structure import rank_folder
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
@@ -77,7 +77,8 @@ def _first_misfit(checkpoint: Checkpoint, folders: list[tuple[Coordinates, Path]
 def _misfit(
     checkpoint: Checkpoint, known: RankSidecar, rank: Coordinates, folder: Path
 ) -> str | None:
-    saved, model = read_model(folder, Place(*rank))
+    saved = read_rank(folder, Place(*rank))
+    model = saved.tensors()
     own = before_core.sidecar_of(folder, [saved]) or Sidecar(
         folder,
         {rank: replace(known, optimizers=_by_rule(checkpoint, known, rank, model))},

@@ -21,10 +21,9 @@ from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.frames import Literal
 from parammap.formats.pickles import Global
-from parammap.frameworks.megatron import before_core as megatron_before_core
-from parammap.frameworks.megatron import registration
+from parammap.frameworks.megatron import before_core, registration
 from parammap.frameworks.megatron.facts import Facts, grad_dtype
-from parammap.frameworks.megatron.reader import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
+from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
 from parammap.frameworks.megatron.specification import Options, check_specification
 from parammap.frameworks.megatron.structure import megatron_naming, rank_folder, structures_of
 from parammap.name_list import shorten_names
@@ -208,8 +207,8 @@ class _Writer:
             if coalesced:
                 states["numel_unpadded"] = sum(bucket.numel_unpadded for bucket in buckets)
             saved[gbuf] = {dtypes: states}
-        if megatron_before_core.describes(sidecar):
-            return megatron_before_core.saved(saved)
+        if before_core.describes(sidecar):
+            return before_core.saved(saved)
         if coalesced:
             return {"buckets_coalesced": True, **saved}
         return {

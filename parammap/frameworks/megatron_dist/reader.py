@@ -24,7 +24,7 @@ from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
 from parammap.formats.torch_dist import Contents
-from parammap.frameworks.megatron import reader as megatron
+from parammap.frameworks.megatron import files as megatron
 from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
 from parammap.frameworks.megatron.facts import Facts, is_gated

@@ -24,7 +24,7 @@ from parammap.formats.frames import Literal, Segment
 from parammap.formats.torch_dist import Chunk, Chunked, DistcpFile
 from parammap.frameworks.megatron import specification
 from parammap.frameworks.megatron.facts import Facts, args_of, is_gated
-from parammap.frameworks.megatron.reader import RELEASE, TRACKER
+from parammap.frameworks.megatron.files import RELEASE, TRACKER
 from parammap.frameworks.megatron.reshard.rank_metadata import regrouped
 from parammap.frameworks.megatron.specification import LOCAL, Specification, check_recorded
 from parammap.frameworks.megatron.structure import leaves
