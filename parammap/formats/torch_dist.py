@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 from parammap.errors import RefusedError
 from parammap.formats import pickle_writer, pickles, torch_zip
-from parammap.formats.frames import Crc, Hole, Segment, total_nbytes
+from parammap.formats.frames import Crc, Frame, Hole, total_nbytes
 from parammap.formats.pickles import Global, Opaque, Size
-from parammap.tensors.logical import Extent, Stored, TensorSpec
+from parammap.tensors.logical import Extent, Stored
 
 METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
@@ -158,22 +158,21 @@ class DistcpFile:
     """A .distcp file in the making: archives one after the other."""
 
     name: str
-    segments: list[Segment] = field(default_factory=list)
-    tensors: list[TensorSpec | Stored] = field(default_factory=list)
+    frame: Frame = field(default_factory=lambda: Frame([], []))
     nbytes: int = 0
 
     def add(self, tree: Any) -> Extent:
         """Append the archive of a tensor (a TensorSpec) or of any other object; gives its place."""
-        frame = torch_zip.frame(tree, "archive")
-        start, first = self.nbytes, len(self.tensors)
-        for segment in frame.segments:
+        archive = torch_zip.frame(tree, "archive")
+        start, first = self.nbytes, len(self.frame.tensors)
+        for segment in archive.segments:
             if isinstance(segment, Hole):
                 segment = replace(segment, tensor=segment.tensor + first)
             elif isinstance(segment, Crc):
                 segment = replace(segment, start=segment.start + start, end=segment.end + start)
-            self.segments.append(segment)
-        self.tensors += frame.tensors
-        self.nbytes += total_nbytes(frame.segments)
+            self.frame.segments.append(segment)
+        self.frame.tensors.extend(archive.tensors)
+        self.nbytes += total_nbytes(archive.segments)
         return Extent(self.name, start, self.nbytes - start)
 
 

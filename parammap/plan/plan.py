@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from parammap.formats.frames import Hole, Segment
+from parammap.formats.frames import Frame, Hole, Segment
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import (
     EXP_AVG,
@@ -104,6 +104,23 @@ class WantedFile:
     tensors: tuple[Wanted, ...]
     place: Place | None = None
     completes: bool = False
+
+
+def file_of_objects(
+    path: str,
+    frame: Frame,
+    wanted: Mapping[TensorSpec, Wanted],
+    place: Place | None = None,
+) -> WantedFile:
+    """A file of Python objects, of whose tensors each is planned, or lies somewhere in the source's
+    metadata and is copied as it is."""
+    tensors = (
+        wanted[leaf]
+        if isinstance(leaf, TensorSpec)
+        else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
+        for number, leaf in enumerate(frame.tensors)
+    )
+    return WantedFile(path, tuple(frame.segments), tuple(tensors), place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from parammap.frameworks.deepspeed.layers import HEAD, optimizer_name
 from parammap.frameworks.deepspeed.universal import FILES, PARAM, STEP_FILE, Contents, Parameter
 from parammap.frameworks.megatron.facts import args_of
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import (
     GATE_UP,
     PADDING,
@@ -139,14 +139,7 @@ def _cut(parameter: Parameter, sizes: Sizes) -> dict[str, Any]:
 def _file(path: str, tree: Any, *wanted: Wanted) -> WantedFile:
     """torch.save's file of a tree, whose TensorSpecs are those of the tensors `wanted`."""
     frame = torch_zip.frame(tree, PurePath(path).name)
-    by_spec = {one.spec: one for one in wanted}
-    tensors = tuple(
-        by_spec[leaf]
-        if isinstance(leaf, TensorSpec)
-        else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
-        for number, leaf in enumerate(frame.tensors)
-    )
-    return WantedFile(path, tuple(frame.segments), tensors)
+    return file_of_objects(path, frame, {one.spec: one for one in wanted})
 
 
 # ---------------------------------------------------------------------------------------------

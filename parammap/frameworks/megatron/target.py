@@ -27,7 +27,7 @@ from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, RELEA
 from parammap.frameworks.megatron.specification import Options, check_specification
 from parammap.frameworks.megatron.structure import megatron_naming, rank_folder, structures_of
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile, gap
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects, gap
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, LogicalTensor, Stored, TensorSpec
 from parammap.tensors.shard import Shard
@@ -110,14 +110,7 @@ class _Writer:
     def _file(
         self, path: str, rank: Coordinates, tree: object, wanted: dict[TensorSpec, Wanted]
     ) -> WantedFile:
-        frame = torch_zip.frame(tree, Path(path).name)
-        tensors = tuple(
-            wanted[leaf]
-            if isinstance(leaf, TensorSpec)
-            else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
-            for number, leaf in enumerate(frame.tensors)
-        )
-        return WantedFile(path, tuple(frame.segments), tensors, Place(*rank))
+        return file_of_objects(path, torch_zip.frame(tree, Path(path).name), wanted, Place(*rank))
 
     # ----------------------------------------------------------------------------------------------
     # model_optim_rng.pt

@@ -20,7 +20,7 @@ from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry, i
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
-from parammap.formats.frames import Literal, Segment
+from parammap.formats.frames import Literal
 from parammap.formats.torch_dist import Chunk, Chunked, DistcpFile
 from parammap.frameworks.megatron import specification
 from parammap.frameworks.megatron.facts import Facts, args_of, is_gated
@@ -32,7 +32,7 @@ from parammap.frameworks.megatron.target import sidecar_files
 from parammap.frameworks.megatron_dist.extra_states import key_of
 from parammap.frameworks.megatron_dist.reader import COMMON_FILE
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import GROUPED, QKV_DOWN, whole_shape
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import (
@@ -99,7 +99,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     }
     common = torch_zip.frame(_common(source, bool(rng_states), ep, expert_dims), COMMON_FILE)
     files += [
-        _wanted_file(f"{folder}/{COMMON_FILE}", common.segments, common.tensors, {}),
+        file_of_objects(f"{folder}/{COMMON_FILE}", common, {}),
         *(
             sidecar_files(source, f"param_map/{folder}", "param_map")
             if source.trained is None
@@ -301,7 +301,7 @@ class _Writer:
             for (key, dtype, shape), chunks in self._chunks.items()
         ]
         files = [
-            _wanted_file(f"{folder}/{file.name}", file.segments, file.tensors, self._wanted)
+            file_of_objects(f"{folder}/{file.name}", file.frame, self._wanted)
             for file in self._files
         ]
         described = torch_dist.metadata(chunked, archives)
@@ -322,26 +322,6 @@ class _Writer:
         self._wanted[spec] = Wanted(spec, in_state(tensor.held, state, source_dtype).parts)
         chunk = Chunk((*tensor.numbers, *(0 for _ in shape)), sizes, self._file().add(spec))
         self._chunks.setdefault((key, dtype, (*tensor.stack, *shape)), []).append(chunk)
-
-
-def _wanted_file(
-    path: str,
-    segments: list[Segment],
-    tensors: list[TensorSpec | Stored],
-    wanted: dict[TensorSpec, Wanted],
-) -> WantedFile:
-    """A file whose tensors are planned, or are small ones of the source's metadata that are copied
-    as they are."""
-    return WantedFile(
-        path,
-        tuple(segments),
-        tuple(
-            wanted[leaf]
-            if isinstance(leaf, TensorSpec)
-            else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
-            for number, leaf in enumerate(tensors)
-        ),
-    )
 
 
 def _objects(tensors: list[_Tensor]) -> dict[str, object]:

@@ -31,11 +31,11 @@ from parammap.frameworks.merak.architecture import CONFIG, completed
 from parammap.frameworks.merak.files import PART_FILE, RELEASE, TRACKER, WHOLE_FILE
 from parammap.frameworks.merak.partition import UNIFORM, cuts, module_of
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import VOCAB, Sizes
 from parammap.tensors.layout import Place
-from parammap.tensors.logical import MAIN_PARAM, TensorSpec
+from parammap.tensors.logical import MAIN_PARAM
 
 ITERATION, ALL_DP, PLAIN = "iter", "all_dp", "plain"
 FOLDERS, SCHEMES = (RELEASE, ITERATION), (ALL_DP, PLAIN)
@@ -193,14 +193,7 @@ class _Writer:
             **self._args(),
         }
         frame = FORMATS[self.options.serialization].frame_tree(tree, PurePath(path).name)
-        by_spec = {id(one.spec): one for one in wanted}
-        tensors = tuple(
-            by_spec[id(leaf)]
-            if isinstance(leaf, TensorSpec)
-            else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
-            for number, leaf in enumerate(frame.tensors)
-        )
-        return WantedFile(path, tuple(frame.segments), tensors, place)
+        return file_of_objects(path, frame, {one.spec: one for one in wanted}, place)
 
     def _wanted(self, canonical: str, name: str, parameter: Parameter, place: Place) -> Wanted:
         prefix = f"module.{self._module(canonical)}." + (

@@ -9,9 +9,7 @@ from typing import Any
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.formats import torch_zip
 from parammap.frameworks.metaseq.metadata import join
-
-#: the sidecar's files of a checkpoint's file (hooks/metaseq_param_map.py, and a prototype of it)
-_SIDECAR = ("layout_{}.json", "args_{}.json", "param_map_{}.json")
+from parammap.frameworks.metaseq.sidecar import FILES
 
 
 def layout(sizes: Mapping[str, Any]) -> str:
@@ -57,7 +55,7 @@ def flat_parameters(
 def sidecar(checkpoint: Checkpoint, files: list[Path]) -> dict[str, Any] | None:
     """The sidecar beside a checkpoint's files."""
     folder = checkpoint.folder / "param_map"
-    wanted = {form.format(file.stem) for file in files for form in _SIDECAR}
+    wanted = {form.format(file.stem) for file in files for form in FILES}
     found = [path for path in folder.iterdir() if path.name in wanted] if folder.is_dir() else []
     return (
         {

@@ -7,18 +7,20 @@ lost it, in those of the checkpoint they were made from."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parammap.checkpoint.index import StoredTensor
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.frameworks.metaseq import files as metaseq_files
+from parammap.frameworks.metaseq import sidecar as sidecars
 
-#: the sidecar of a file, {} standing for its name without ending; the second is a prototype's
-_SIDECARS = ("layout_{}.json", "param_map_{}.json")
+#: the word embedding, and the output layer that may be the same parameter by another name
+EMBEDDING, OUTPUT = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,15 @@ class Flat:
     @property
     def numel(self) -> int:
         return sum(map(math.prod, self.shapes))
+
+    def chunk(self, shards: int) -> int:
+        """How many elements each of so many shards holds."""
+        return -(-self.numel // shards)
+
+    def padding(self, shards: int, shard: int) -> int:
+        """The zeros at the end of a shard, at most all of it."""
+        chunk = self.chunk(shards)
+        return min(chunk, max(0, (shard + 1) * chunk - self.numel))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,52 +109,37 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sidecars
+def usual(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """How metaseq wraps a model (models/transformer_decoder.py, fsdp_wrap of each layer and of the
+    whole), for a source that was saved without: the root's parameters, then each layer's."""
+    buffers = [name for name in tensors if name.endswith((".version", "_float_tensor"))]
+    modules: dict[str, list[StoredTensor]] = {"": []}
+    for name, held in tensors.items():
+        if name not in buffers:
+            path = "" if held.layer is None else f"decoder.layers.{held.layer}"
+            modules.setdefault(path, []).append(held)
+    tied = [(EMBEDDING, OUTPUT)] if OUTPUT not in tensors else []
+    return {
+        "param_metadata": [
+            {
+                "fsdp_path": path,
+                "no_broadcast_optim_state": False,
+                "shared_param_info": [] if path else tied,
+                "params": {"flat_param_0": _param(path, within)} if within else {},
+            }
+            for path, within in modules.items()
+        ],
+        "buffer_names": buffers,
+    }
 
 
-def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict[str, Any] | None:
-    """The sidecar of a shard file, in `folder` or else in param_map beside it; None if there is
-    none of this very save.
-
-    Raises RefusedError if the one in a folder that was named is of another save.
-    """
-    file = file.resolve()
-    # an upload renames checkpoint_N-….pt to checkpoint_N/checkpoint-….pt (metaseq, trainer.py,
-    # cloud_upload_path)
-    stems = (file.stem, file.parent.name + file.stem.removeprefix("checkpoint"))
-    for path in (
-        place / form.format(stem)
-        for place in ([folder] if folder else [file.parent / "param_map"])
-        for stem in stems
-        for form in _SIDECARS
-    ):
-        if path.is_file():
-            sidecar = _json(path)
-            if num_updates in (None, sidecar.get("num_updates")):
-                return sidecar
-            if folder:
-                raise RefusedError(
-                    f"{path}: is of update {sidecar.get('num_updates')} and {file.name} of "
-                    f"{num_updates}; "
-                    "name the right folder with --sidecar"
-                )
-    return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedError(
-            f"{path}: cannot be read as JSON ({error}); copy it again from its source"
-        ) from error
-    if not isinstance(content, dict) or "file" not in content:
-        raise RefusedError(
-            f"{path}: is not a sidecar of a metaseq checkpoint; name the right folder with "
-            f"--sidecar"
-        )
-    return content
+def _param(path: str, within: list[StoredTensor]) -> dict[str, Any]:
+    return {
+        "names": [held.found.name.removeprefix(f"{path}.") for held in within],
+        "shapes": [held.found.stored.shape for held in within],
+        "numels": [held.found.stored.numel for held in within],
+        "padding": 0,
+    }
 
 
 def borrowed(source: Path, parts: int) -> list[ShardMetadata]:
@@ -183,7 +179,7 @@ def borrowed(source: Path, parts: int) -> list[ShardMetadata]:
 
 
 def _of_sidecar(path: Path) -> tuple[int, ShardMetadata | None]:
-    sidecar = _json(path)
+    sidecar = sidecars.read(path)
     return sidecar.get("model_part", 0), (
         parsed(raw, path) if (raw := sidecar.get("shard_metadata")) else None
     )

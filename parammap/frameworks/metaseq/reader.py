@@ -22,7 +22,7 @@ from parammap.checkpoint.training_state import ParamGroup, TrainingState, as_num
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
 from parammap.frameworks.metaseq.files import Files, find, recognizes
-from parammap.frameworks.metaseq.metadata import borrowed, join
+from parammap.frameworks.metaseq.metadata import OUTPUT, borrowed, join
 from parammap.frameworks.metaseq.norms import without_copies
 from parammap.frameworks.metaseq.parts import Part, read_part
 from parammap.frameworks.metaseq.shard import Save, Shard, fields_of, value_of
@@ -34,7 +34,6 @@ from parammap.tensors.logical import MAIN_PARAM, Stored
 __all__ = ["DIALECT", "naming_of", "read", "recognizes"]
 
 DIALECT = families.METASEQ
-_HEAD = "decoder.output_projection.weight"
 
 
 def read(
@@ -142,7 +141,7 @@ def _naming(layout: Layout, rank_metadata: dict[Coordinates, dict[str, Any]]) ->
         for meta in rank_metadata.values()
     ]
     tied = any(
-        join(entry["fsdp_path"], other) == _HEAD
+        join(entry["fsdp_path"], other) == OUTPUT
         for entries in shared
         for entry in entries
         for _, other in entry.get("shared_param_info", ())

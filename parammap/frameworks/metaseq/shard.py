@@ -10,7 +10,8 @@ from typing import Any
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Opaque
-from parammap.frameworks.metaseq.metadata import ShardMetadata, parsed, sidecar_of
+from parammap.frameworks.metaseq.metadata import ShardMetadata, parsed
+from parammap.frameworks.metaseq.sidecar import sidecar_of
 from parammap.name_list import shorten_names
 from parammap.tensors.logical import Stored
 

@@ -9,7 +9,6 @@ Optimizer states are cut just so (metaseq, trainer.py, save_checkpoint)."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import StoredTensor
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
-from parammap.formats.frames import Literal
 from parammap.formats.pickles import Opaque
 from parammap.frameworks.metaseq import reader as metaseq
-from parammap.frameworks.metaseq.metadata import join
+from parammap.frameworks.metaseq import sidecar
+from parammap.frameworks.metaseq.metadata import EMBEDDING, OUTPUT, Flat, join, usual
 from parammap.frameworks.metaseq.reshard import FUSED, SPLIT, with_parts
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile, gap, in_a_row
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects, gap, in_a_row
 from parammap.tensors.arrangement import KVQ
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Stored, TensorSpec
@@ -41,8 +40,6 @@ NAMES = {
     WHOLE: "reshard-model_part-{part}.pt",
     FLAT: "checkpoint_{updates}-model_part-{part}-shard{shard}.pt",
 }
-#: shared names that metaseq ties by itself when it loads, and that a singleton does without
-_EMBEDDING, _TIED = "decoder.embed_tokens.weight", "decoder.output_projection.weight"
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 #: keys of a source's meta that are made anew, or are ours
 _OWN = ("model", "shard_metadata", "last_optimizer_state", "optimizer_index")
@@ -61,24 +58,6 @@ class Options:
     dtype: str | None = None
     arch: str | None = None
     plain: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A flat parameter of one part: its key in the state dict and the parameters in it, in order,
-    by full name."""
-
-    key: str
-    names: tuple[str, ...]
-    numel: int
-
-    def chunk(self, shards: int) -> int:
-        return -(-self.numel // shards)
-
-    def padding(self, shards: int, shard: int) -> int:
-        """The zeros at the end of a shard, at most all of it."""
-        chunk = self.chunk(shards)
-        return min(chunk, max(0, (shard + 1) * chunk - self.numel))
 
 
 def output(target: Checkpoint, options: Options) -> Output:
@@ -131,14 +110,14 @@ class _Part:
         self.shards = options.shards or target.layout.dp
         self.optimizer = target.with_optimizer and bool(self.meta.get("last_optimizer_state"))
         self.metadata: dict[str, Any] = self.meta.get("shard_metadata") or (
-            _usual_metadata(self) if options.form == FLAT else {}
+            usual(self.held[MAIN_PARAM]) if options.form == FLAT else {}
         )
         self.modules = self.metadata.get("param_metadata", [])
         self.flats = [
             Flat(
                 join(entry["fsdp_path"], flat),
                 tuple(join(entry["fsdp_path"], name) for name in param["names"]),
-                sum(param["numels"]),
+                tuple(param["shapes"]),
             )
             for entry in self.modules
             for flat, param in entry["params"].items()
@@ -196,16 +175,16 @@ class _Part:
             for name, other in entry["shared_param_info"]
         ]
         if (
-            any(flat.key == _EMBEDDING for flat in self.flats)
+            any(flat.key == EMBEDDING for flat in self.flats)
             and metaseq.naming_of(self.target).tied
         ):
             pairs.append(
-                (_EMBEDDING, _TIED)
+                (EMBEDDING, OUTPUT)
             )  # not flattened, it is saved by both names, and the metadata does not say so
         return (
             (name, other)
             for name, other in pairs
-            if self.options.form != SINGLETON or other != _TIED
+            if self.options.form != SINGLETON or other != OUTPUT
         )
 
     # ------------------------------------------------------------------------------------------------------
@@ -250,7 +229,9 @@ class _Part:
                 tree["last_optimizer_state"] = self._optimizer(self.shards, shard, wanted)
             path = self._path(shard)
             yield self._file(path, {**tree, **self._rest()}, wanted)
-            yield from self._sidecar(PurePath(path), shard, tree)
+            yield from sidecar.files(
+                self.target, self.part, shard, self.shards, PurePath(path), tree
+            )
 
     def _slice(
         self, flat: Flat, state: str, shards: int, shard: int, wanted: dict[TensorSpec, Wanted]
@@ -362,13 +343,7 @@ class _Part:
         self, path: str, tree: dict[str, Any], wanted: dict[TensorSpec, Wanted]
     ) -> WantedFile:
         frame = torch_zip.frame(tree, PurePath(path).name)
-        tensors = tuple(
-            wanted[leaf]
-            if isinstance(leaf, TensorSpec)
-            else Wanted(TensorSpec(f"{path}:{number}", leaf.dtype, leaf.shape), source=leaf)
-            for number, leaf in enumerate(frame.tensors)
-        )
-        return WantedFile(path, tuple(frame.segments), tensors, Place(self.part))
+        return file_of_objects(path, frame, wanted, Place(self.part))
 
     def _rest(self) -> dict[str, Any]:
         """What a file holds beside the model and its optimizer."""
@@ -380,74 +355,6 @@ class _Part:
         if self.options.plain and isinstance(rest.get("extra_state"), dict):
             rest["extra_state"] = {**rest["extra_state"], "train_iterator": None}
         return rest
-
-    def _sidecar(self, path: PurePath, shard: int, tree: dict[str, Any]) -> Iterator[WantedFile]:
-        """What patches/metaseq_param_map.patch would have written beside the shard
-        (hooks/metaseq_param_map.py)."""
-        state = tree.get("last_optimizer_state", {}).get("state", {})
-        index = self.meta["optimizer_index"] if state else {}
-        layout = {
-            "schema": "parammap.metaseq",
-            "version": 1,
-            "framework": {"name": "metaseq", "fairscale_version": None, "torch_version": None},
-            "file": path.name,
-            "num_updates": self.target.iteration,
-            "model_part": self.part,
-            "shard": shard,
-            "model_parallel_size": self.target.layout.tp,
-            "data_parallel_size": self.shards,
-            "shard_metadata": tree["shard_metadata"],
-            "model": tree["model"],
-            "optimizer_index": {str(number): index[number] for number in state},
-            "optimizer": state,
-        }
-        contents = {f"layout_{path.stem}.json": layout}
-        if shard == 0 and self.meta.get("cfg") is not None:
-            contents[f"args_{path.stem}.json"] = {"cfg": self.meta["cfg"]}
-        for name, content in contents.items():
-            text = json.dumps(_plain(content), separators=(",", ":"))
-            yield WantedFile(
-                str(path.parent / "param_map" / name),
-                (Literal(text.encode()),),
-                (),
-                Place(self.part),
-            )
-
-
-def _usual_metadata(part: _Part) -> dict[str, Any]:
-    """How metaseq wraps a model (models/transformer_decoder.py, fsdp_wrap of each layer and of the
-    whole), for a source that was saved without: the root's parameters, then each layer's."""
-    modules: dict[str, list[StoredTensor]] = {"": []}
-    buffers = [
-        name for name in part.held[MAIN_PARAM] if name.endswith((".version", "_float_tensor"))
-    ]
-    for name, held in part.held[MAIN_PARAM].items():
-        if name not in buffers:
-            modules.setdefault(
-                "" if held.layer is None else f"decoder.layers.{held.layer}", []
-            ).append(held)
-    tied = [(_EMBEDDING, _TIED)] if _TIED not in part.held[MAIN_PARAM] else []
-    return {
-        "param_metadata": [
-            {
-                "fsdp_path": path,
-                "no_broadcast_optim_state": False,
-                "shared_param_info": [] if path else tied,
-                "params": {
-                    "flat_param_0": {
-                        "names": [held.found.name.removeprefix(f"{path}.") for held in held_there],
-                        "shapes": [held.found.stored.shape for held in held_there],
-                        "numels": [held.found.stored.numel for held in held_there],
-                        "padding": 0,
-                    }
-                }
-                if held_there
-                else {},
-            }
-            for path, held_there in modules.items()
-        ],
-        "buffer_names": buffers,
-    }
 
 
 def _with_arch(cfg: object, arch: str) -> object:
@@ -465,16 +372,3 @@ def _with_arch(cfg: object, arch: str) -> object:
             model.target, model.args, model.kwargs, model.new, state, model.items, model.pairs
         ),
     }
-
-
-def _plain(tree: object) -> object:
-    """The tree as JSON has it: tensors as dtype and shape, objects as their attributes."""
-    if isinstance(tree, (TensorSpec, Stored)):
-        return {"dtype": tree.dtype, "shape": list(tree.shape)}
-    if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple, set, frozenset)):
-        return [_plain(value) for value in tree]
-    if isinstance(tree, Opaque):
-        return _plain(tree.attributes or dict(tree.pairs) or tree.items or str(tree.target))
-    return tree if isinstance(tree, (str, int, float, bool, type(None))) else str(tree)

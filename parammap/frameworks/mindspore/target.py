@@ -24,7 +24,7 @@ from parammap.frameworks.megatron.structure import leaves
 from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.frameworks.mindspore.scalars import Scalars, scalars_of
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, TensorSpec
 
@@ -251,15 +251,7 @@ def _meta_files(source: Checkpoint) -> Iterator[WantedFile]:
         suffix = f"_ep{ep:03}" if source.layout.ep > 1 else ""
         path = f"pt_meta/args_tp{tp:02}_pp{pp:03}{suffix}.pt"
         frame = torch_zip.frame(_meta(source, (tp, pp, ep), meta), Path(path).name)
-        yield WantedFile(
-            path,
-            tuple(frame.segments),
-            tuple(
-                Wanted(TensorSpec(f"{path}:{number}", stored.dtype, stored.shape), source=stored)
-                for number, stored in enumerate(frame.tensors)
-                if isinstance(stored, Stored)
-            ),
-        )
+        yield file_of_objects(path, frame, {})
 
 
 _META_KEYS = (

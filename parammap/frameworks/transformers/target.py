@@ -35,7 +35,7 @@ from parammap.frameworks.transformers.files import (
 )
 from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
 from parammap.name_list import shorten_names
-from parammap.plan.plan import Output, Wanted, WantedFile
+from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import MAIN_PARAM, Extent, Stored, TensorSpec
@@ -172,11 +172,9 @@ def _weights(
     tensors: list[Wanted], aliases: dict[str, str], options: Options
 ) -> Iterator[WantedFile]:
     """The files of weights, aliases in pickles alone, and, if there are several, their index."""
-    wanted = {one.spec.name: one for one in tensors}
+    wanted = {one.spec: one for one in tensors}
     files = {}
-    for number, specs in enumerate(
-        parts := shards([one.spec for one in wanted.values()], options.max_shard_size)
-    ):
+    for number, specs in enumerate(parts := shards([*wanted], options.max_shard_size)):
         tree = {spec.name: spec for spec in specs}
         if options.format == BIN:
             tree |= {name: tree[other] for name, other in aliases.items() if other in tree}
@@ -184,11 +182,10 @@ def _weights(
     for path, tree in files.items():
         yield _file(path, tree, wanted, options.format)
     if len(files) > 1:
-        specs = [one.spec for one in wanted.values()]
         index = {
             "metadata": {
-                "total_parameters": sum(math.prod(spec.shape) for spec in specs),
-                "total_size": sum(spec.nbytes for spec in specs),
+                "total_parameters": sum(math.prod(spec.shape) for spec in wanted),
+                "total_size": sum(spec.nbytes for spec in wanted),
             },
             "weight_map": {name: path for path, tree in files.items() for name in tree},
         }
@@ -196,18 +193,14 @@ def _weights(
 
 
 def _file(
-    path: str, tree: dict[str, TensorSpec], wanted: dict[str, Wanted], kind: str
+    path: str, tree: dict[str, TensorSpec], wanted: dict[TensorSpec, Wanted], kind: str
 ) -> WantedFile:
     form, specs = FORMATS[kind], list(tree.values())
     if isinstance(form, TreeFormat):
         frame = form.frame_tree(tree, path)
     else:
         frame = Frame(form.frame(specs, metadata={"format": "pt"}), [*specs])
-    return WantedFile(
-        path,
-        tuple(frame.segments),
-        tuple(wanted[spec.name] for spec in frame.tensors if isinstance(spec, TensorSpec)),
-    )
+    return file_of_objects(path, frame, wanted)
 
 
 def _along(target: Checkpoint, model: Model) -> Iterator[WantedFile]:

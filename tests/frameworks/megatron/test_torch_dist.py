@@ -223,7 +223,7 @@ def test_torch_itself_reads_what_is_written(tmp_path):
     )
     objects = {"object": file.add({"a": [1, None, "b"]})}
     stream = io.BytesIO()
-    frames.write(file.segments, lambda hole: [halves[hole.tensor].tobytes()], stream)
+    frames.write(file.frame.segments, lambda hole: [halves[hole.tensor].tobytes()], stream)
     (tmp_path / file.name).write_bytes(stream.getvalue())
     (tmp_path / ".metadata").write_bytes(
         torch_dist.metadata([torch_dist.Chunked("t", "float32", (4, 3), chunks)], objects)
