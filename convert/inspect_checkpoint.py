@@ -14,7 +14,8 @@ if __package__ in (None, ""):
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
-from parammap.inspection import facts, values
+from parammap.inspection import values
+from parammap.inspection.reading import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(checkpoint: Path) -> int:
     if checkpoint.is_dir():
-        known = facts.read(checkpoint).best
+        known = read(checkpoint).best
         print(
             f"{known.folder}: {known.framework}, iteration {known.iteration}, "
             f"{known.trained or known.layout}, "

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from parammap.cli import reading as reading_flags
 from parammap.errors import RefusedError
-from parammap.inspection import facts as inspection
 from parammap.inspection import html, text
+from parammap.inspection.facts import inspect
+from parammap.inspection.reading import read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    reading = inspection.read(
+    reading = read(
         args.checkpoint,
         iteration=args.iteration,
         sidecar=args.sidecar,
         metadata_from=args.metadata_from,
     )
-    facts = inspection.inspect(reading, tensors=args.tensors)
+    facts = inspect(reading, tensors=args.tensors)
     if args.html:
         _write(args.html, html.page(facts))
     print(json.dumps(facts, indent=1) if args.json else "\n".join(text.lines(facts)))

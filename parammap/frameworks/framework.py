@@ -4,7 +4,7 @@ lists."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.errors import RefusedError
 from parammap.families import Architecture
 from parammap.frameworks.target import Target
+from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import MAIN_PARAM
 
 #: why the optimizer's states cannot be read, and what to drop (--drop) so that the rest of them can
@@ -21,6 +22,16 @@ Unreadable = tuple[str, frozenset[str]]
 
 def _no_states(weights: Checkpoint, error: RefusedError) -> Unreadable:
     return str(error), frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a run recorded of its model, in its sidecar or its arguments (`with_args`): `settings` by
+    Megatron-LM's names, and the `sizes` that they tell."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Sizes = Sizes()
+    with_args: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +48,9 @@ class Inspection:
     `unreadable` tells of a checkpoint of which the weights can be read, and the whole raised an
     error; None: a checkpoint of which the whole cannot be read has no weights that can be.
 
-    `layout` describes the sizes of a layout in words, `flat_parameters` the parameters as FSDP
-    holds them, by each rank's files, and `sidecar` the files beside a checkpoint's own. None: as
-    Megatron-LM has it."""
+    `recorded` is what the run recorded of its model, and `flat_parameters` the parameters as FSDP
+    holds them, by each rank's files. `layout` describes the sizes of a layout in words, and
+    `sidecar` the files beside a checkpoint's own; None: as Megatron-LM has it."""
 
     title: str = ""
     as_trained: bool = False
@@ -47,10 +58,11 @@ class Inspection:
     file_kinds: Mapping[str, str] | None = None
     weights_state: str = MAIN_PARAM
     unreadable: Callable[[Checkpoint, RefusedError], Unreadable] | None = _no_states
+    recorded: Callable[[Checkpoint], Recorded] = lambda _: Recorded()
     layout: Callable[[Mapping[str, Any]], str] | None = None
-    flat_parameters: (
-        Callable[[Checkpoint, dict[Coordinates, list[Path]]], list[dict[str, Any]]] | None
-    ) = None
+    flat_parameters: Callable[[Checkpoint, dict[Coordinates, list[Path]]], list[dict[str, Any]]] = (
+        lambda *_: []
+    )
     sidecar: Callable[[Checkpoint, list[Path]], dict[str, Any] | None] | None = None
 
 
@@ -67,7 +79,8 @@ class Framework:
     """`recognizes` says whether a path is its checkpoint, and `read` reads one (see `registry.read`
     for the arguments; `takes` are those that only some readers have). Checkpoints that are read
     hold models of the `families`, with the optimizer's states unless not `optimizer`;
-    `architecture` tells what such a model computes. `targets` are what can be written for it.
+    `architecture` tells what such a model computes, and `tied` whether its output layer is the word
+    embedding, where the run recorded that. `targets` are what can be written for it.
 
     `contradictions` names tensors that have another shape than the checkpoint itself says, with
     what is wrong in words. `wrong_order` says where, and what, of an output that the framework
@@ -78,6 +91,7 @@ class Framework:
     read: Callable[..., Checkpoint]
     families: Callable[[], tuple[str, ...]]
     architecture: Callable[[Checkpoint], Architecture]
+    tied: Callable[[Checkpoint], bool | None] = lambda _: None
     takes: tuple[str, ...] = ()
     optimizer: bool = True
     targets: tuple[Target, ...] = ()

@@ -14,9 +14,8 @@ from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Slot
 from parammap.formats import torch_zip
-from parammap.frameworks import registry
-from parammap.frameworks.megatron import files as megatron
 from parammap.inspection.kinds import kind_of
+from parammap.inspection.reading import asked
 
 PADDED, COALESCED = "padded bucket lists", "coalesced unpadded buckets"
 #: the releases of Megatron-LM's core that write each generation
@@ -31,8 +30,8 @@ _SIZES_IN_FILE = ("per_bucket_numel", "per_bucket_numel_unpadded")
 
 @dataclass(slots=True)
 class Optimizers:
-    """The optimizer files of a checkpoint, by rank as the list of a chain of optimizers; none in a
-    MindSpore checkpoint."""
+    """The optimizer files of a checkpoint, by rank as the list of a chain of optimizers; none where
+    its framework has no such files."""
 
     checkpoint: Checkpoint
     saved: dict[Coordinates, list[Any]]
@@ -40,10 +39,11 @@ class Optimizers:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Optimizers:
         """Raises RefusedError for a file that is damaged."""
+        kinds = asked(checkpoint).file_kinds or {}
+        names = [name for name, kind in kinds.items() if kind == "optimizer"]
         saved = {}
         for rank, folder in checkpoint.rank_folders.items():
-            path = folder / megatron.OPTIMIZER_FILE
-            if path.is_file():
+            for path in (folder / name for name in names if (folder / name).is_file()):
                 content = torch_zip.read(path)
                 saved[rank] = content if isinstance(content, list) else [content]
         return cls(checkpoint, saved)
@@ -101,7 +101,7 @@ class Optimizers:
         ):
             for chunk in rank.layout["chunks"] if rank.layout else ():
                 known[pp, chunk["vpp"]] = chunk["layers"]
-        if known or not registry.framework(self.checkpoint.framework).inspection.as_trained:
+        if known or not asked(self.checkpoint).as_trained:
             return known
         numbers: dict[tuple[int, int], dict[str, dict[int, int]]] = {}
         for held in self.checkpoint.index.held:

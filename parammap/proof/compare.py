@@ -16,7 +16,7 @@ from parammap.errors import RefusedError
 from parammap.execute.checks import SHOWN_POSITIONS, cast, widen_bits
 from parammap.execute.gather import Files
 from parammap.families import HEAD, WORD_EMBEDDING
-from parammap.frameworks.megatron.facts import Facts
+from parammap.frameworks import registry
 from parammap.proof.stream import Copy, bands, copies_of, in_processes, tiles
 from parammap.tensors.arrays import Array
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, LogicalTensor
@@ -207,8 +207,8 @@ def as_embedding(key: Key) -> Key:
 
 def is_tied(checkpoint: Checkpoint) -> bool:
     """Whether it is known that the output layer is the word embedding."""
-    facts = Facts.of_checkpoint(checkpoint)
-    return bool(facts.tied()) or any(held.is_tied_head for held in checkpoint.index.held)
+    recorded = registry.framework(checkpoint.framework).tied(checkpoint)
+    return bool(recorded) or any(held.is_tied_head for held in checkpoint.index.held)
 
 
 def _pads_otherwise(one: Pair) -> bool:

@@ -125,14 +125,11 @@ def test_a_framework_knows_itself_and_megatron_alone(module):
     assert not others
 
 
-#: what is of one framework by its purpose; and the sidecar, which is Megatron-LM's
+#: what is of one framework by its purpose
 OF_ONE_FRAMEWORK = {
     "parammap.job.repartition": "megatron",
     "parammap.job.combine_shards": "mindspore",
     "parammap.cli.metaseq_scripts": "metaseq",
-    "parammap.inspection.buffers": "megatron",
-    "parammap.inspection.facts": "megatron",
-    "parammap.proof.compare": "megatron",
 }
 
 

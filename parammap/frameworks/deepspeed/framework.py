@@ -5,6 +5,7 @@ from __future__ import annotations
 from parammap import families
 from parammap.frameworks.deepspeed import architecture, reader, target
 from parammap.frameworks.framework import Framework, Inspection
+from parammap.frameworks.megatron import facts
 from parammap.frameworks.target import Target
 
 DEEPSPEED = Framework(
@@ -13,6 +14,7 @@ DEEPSPEED = Framework(
     read=reader.read,
     families=lambda: families.with_dialect(families.DEEPSPEED),
     architecture=architecture.of,
+    tied=facts.tied,
     targets=(
         Target(
             name="deepspeed",
@@ -21,5 +23,5 @@ DEEPSPEED = Framework(
             needs_optimizer=True,
         ),
     ),
-    inspection=Inspection(title="Megatron-DeepSpeed"),
+    inspection=Inspection(title="Megatron-DeepSpeed", recorded=facts.recorded),
 )

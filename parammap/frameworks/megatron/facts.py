@@ -11,6 +11,7 @@ from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.sidecar import Buffer, Sidecar
 from parammap.formats.pickles import Opaque
+from parammap.frameworks.framework import Recorded
 from parammap.frameworks.megatron.buckets import release_of
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import RANK_ORDER, Layout, number_layers
@@ -133,6 +134,19 @@ class Facts:
 
     def num_layers(self) -> int | None:
         return self.model.get("num_layers")
+
+
+def tied(checkpoint: Checkpoint) -> bool | None:
+    """Whether the output layer is the word embedding, as far as the run recorded it."""
+    return Facts.of_checkpoint(checkpoint).tied()
+
+
+def recorded(checkpoint: Checkpoint) -> Recorded:
+    """What `parammap inspect` tells of the run."""
+    facts = Facts.of_checkpoint(checkpoint)
+    return Recorded(
+        settings=facts.model or facts.args, sizes=facts.sizes(), with_args=bool(facts.args)
+    )
 
 
 def grad_dtype(buffer: Buffer, args: dict[str, Any]) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from parammap import families
 from parammap.frameworks.flags import Flag
 from parammap.frameworks.framework import Framework, Inspection, Patch
-from parammap.frameworks.megatron import architecture, files, readback, reader, shapes, target
+from parammap.frameworks.megatron import (
+    architecture,
+    facts,
+    files,
+    readback,
+    reader,
+    shapes,
+    target,
+)
 from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron.inspection import unreadable
 from parammap.frameworks.megatron.reshard import resharded
@@ -25,6 +33,7 @@ MEGATRON = Framework(
     read=reader.read,
     families=lambda: families.with_dialect(families.LEGACY, families.CORE),
     architecture=architecture.of,
+    tied=facts.tied,
     targets=(
         Target(
             name="megatron",
@@ -44,6 +53,7 @@ MEGATRON = Framework(
         title="Megatron-LM",
         as_trained=True,
         keeps_args=True,
+        recorded=facts.recorded,
         file_kinds={files.MODEL_FILE: "model", files.OPTIMIZER_FILE: "optimizer"},
         weights_state=MODEL_PARAM,
         unreadable=unreadable,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parammap import families
 from parammap.frameworks.framework import Framework, Inspection
-from parammap.frameworks.megatron import architecture, readback, shapes
+from parammap.frameworks.megatron import architecture, facts, readback, shapes
 from parammap.frameworks.megatron.framework import TRANSFORMER_IMPL
 from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron_dist import reader, target
@@ -16,6 +16,7 @@ MEGATRON_DIST = Framework(
     read=reader.read,
     families=lambda: families.with_dialect(families.CORE),
     architecture=architecture.of,
+    tied=facts.tied,
     targets=(
         Target(
             name="megatron-dist",
@@ -30,5 +31,5 @@ MEGATRON_DIST = Framework(
     ),
     contradictions=shapes.contradictions,
     wrong_order=readback.misplaced,
-    inspection=Inspection(keeps_args=True, file_kinds={}),
+    inspection=Inspection(keeps_args=True, recorded=facts.recorded, file_kinds={}),
 )

@@ -93,7 +93,8 @@ def read(
         for key, tensor in contents.tensors.items()
         if not _OPTIMIZER.match(key)
     }
-    naming = _naming(stacks, facts)
+    shapes = {stack.name((0,) * stack.axes): stack.inner for stack in stacks.values()}
+    naming = naming_of(shapes, facts)
     kept = {
         key: stack
         for key, stack in stacks.items()
@@ -217,8 +218,9 @@ def _groups(
     return groups
 
 
-def _naming(stacks: dict[str, Stack], facts: Facts) -> NameResolver:
-    shapes = {stack.name((0,) * stack.axes): stack.inner for stack in stacks.values()}
+def naming_of(shapes: dict[str, tuple[int, ...]], facts: Facts) -> NameResolver:
+    """What turns the names of a whole model in one rank, whose tensors have these shapes, into
+    canonical ones."""
     return NameResolver(
         families.CORE,
         Layout(),

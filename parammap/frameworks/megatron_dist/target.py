@@ -16,25 +16,25 @@ from typing import Any
 from parammap import families
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry, in_state
+from parammap.checkpoint.index import StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
 from parammap.formats.frames import Literal
 from parammap.formats.torch_dist import Chunk, Chunked, DistcpFile
 from parammap.frameworks.megatron import specification
-from parammap.frameworks.megatron.facts import Facts, args_of, is_gated
+from parammap.frameworks.megatron.facts import Facts, args_of
 from parammap.frameworks.megatron.files import RELEASE, TRACKER
 from parammap.frameworks.megatron.reshard.rank_metadata import regrouped
 from parammap.frameworks.megatron.specification import LOCAL, Specification, check_recorded
 from parammap.frameworks.megatron.structure import leaves
 from parammap.frameworks.megatron.target import sidecar_files
 from parammap.frameworks.megatron_dist.extra_states import key_of
-from parammap.frameworks.megatron_dist.reader import COMMON_FILE
+from parammap.frameworks.megatron_dist.reader import COMMON_FILE, naming_of
 from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import GROUPED, QKV_DOWN, whole_shape
-from parammap.tensors.layout import Layout, Place
+from parammap.tensors.layout import Place
 from parammap.tensors.logical import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -183,15 +183,7 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
         for canonical, held in weights.items()
         if held.kind
     }
-    naming = NameResolver(
-        families.CORE,
-        Layout(),
-        None,
-        None,
-        facts.sizes(),
-        is_gated([shapes], families.CORE),
-        facts.tied(),
-    )
+    naming = naming_of(shapes, facts)
     stacks, dtypes = _Stacks.of(shapes), _model_dtypes(source)
     tensors = []
     for canonical, held in weights.items():

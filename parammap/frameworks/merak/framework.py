@@ -5,6 +5,7 @@ from __future__ import annotations
 from parammap import families
 from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag, switch
 from parammap.frameworks.framework import Framework, Inspection
+from parammap.frameworks.megatron import facts
 from parammap.frameworks.merak import architecture, partition, reader, target
 from parammap.frameworks.target import Target
 
@@ -16,6 +17,7 @@ MERAK = Framework(
     families=lambda: families.with_dialect(families.MERAK),
     optimizer=False,
     architecture=architecture.of,
+    tied=facts.tied,
     targets=(
         Target(
             name="merak",
@@ -63,5 +65,5 @@ MERAK = Framework(
             optimizer=False,
         ),
     ),
-    inspection=Inspection(title="Merak"),
+    inspection=Inspection(title="Merak", recorded=facts.recorded),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from parammap import families
 from parammap.frameworks.flags import DTYPE, Flag, switch
 from parammap.frameworks.framework import Framework, Inspection
-from parammap.frameworks.megatron import architecture, readback, shapes
+from parammap.frameworks.megatron import architecture, facts, readback, shapes
 from parammap.frameworks.megatron.framework import TRANSFORMER_IMPL
 from parammap.frameworks.megatron.import_model import NATIVE, import_model
 from parammap.frameworks.megatron.reshard import resharded
@@ -19,6 +19,7 @@ MINDSPORE = Framework(
     read=reader.read,
     families=lambda: families.with_dialect(families.MINDSPORE),
     architecture=architecture.of,
+    tied=facts.tied,
     targets=(
         Target(
             name="mindspore",
@@ -55,6 +56,7 @@ MINDSPORE = Framework(
     inspection=Inspection(
         title="MindSpore",
         keeps_args=True,
+        recorded=facts.recorded,
         file_kinds=dict.fromkeys(BY_SUFFIX, "tensors"),
         unreadable=None,
     ),
