@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from parammap.api.checkpoint import Checkpoint, source_of
-from parammap.cli.target_options import options_of
+from parammap.frameworks.options import options_of
 from parammap.job import conversion
 from parammap.job.request import Report, Request
 from parammap.plan.planner import REFUSE

@@ -9,17 +9,18 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import Any
 
-from parammap.api.targets import model_files
 from parammap.api.tensor import Tensor
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import is_padding
 from parammap.errors import RefusedError
 from parammap.execute.read import read
 from parammap.formats.frames import Literal
+from parammap.frameworks import registry
+from parammap.frameworks.options import options_of
 from parammap.name_list import shorten_names, suggest
-from parammap.plan.plan import Wanted
+from parammap.plan.plan import Output, Wanted
 from parammap.plan.planner import Planner
-from parammap.tensors.layout import Place
+from parammap.tensors.layout import SIZES, Place
 from parammap.tensors.logical import MAIN_PARAM
 
 _CONFIG = "config.json"
@@ -38,7 +39,7 @@ class StateDict(Mapping[str, Tensor]):
         options: Mapping[str, object],
     ) -> None:
         self.dialect, self.state = dialect, state
-        self._planner, self._output = planner, model_files(source, dialect, options)
+        self._planner, self._output = planner, _files(source, dialect, options)
         weights = {
             wanted.spec.name: wanted
             for file in self._output.files
@@ -83,6 +84,20 @@ class StateDict(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<StateDict {self.dialect} ({self.state}): {len(self)} tensors>"
+
+
+def _files(source: Checkpoint, dialect: str, given: Mapping[str, object]) -> Output:
+    """The files of a model's weights as one rank of a framework would hold them. Raises
+    RefusedError where a conversion would."""
+    whole = {name: one.state_dict for name, one in registry.targets().items()}
+    if (own := whole.get(dialect)) is None:
+        known = ", ".join(name for name, options in whole.items() if options is not None)
+        raise RefusedError(f"{dialect}: is no dialect of state dicts; choose one of {known}")
+    target = registry.target(dialect)
+    options = options_of(dialect, {**own, **given}, weights_only=True)
+    sizes = dict.fromkeys(SIZES if target.resharded else target.sizes, 1)
+    weights = replace(source, with_optimizer=False)
+    return target.files(target.wanted(weights, options, sizes, (), None), options, sizes)
 
 
 def _in_state(

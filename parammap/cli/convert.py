@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from parammap.arguments import positive
-from parammap.cli import running, target_options
-from parammap.frameworks import registry
+from parammap.cli import running
+from parammap.frameworks import options, registry
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run on this Ray cluster instead: auto, HOST:PORT or ray://HOST:PORT",
     )
-    target_options.add_arguments(parser.add_argument_group("what to write"))
+    options.add_arguments(parser.add_argument_group("what to write"))
     sizes = parser.add_argument_group("layout of the output (default: the source's)")
     for name, what in SIZES.items():
         sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             stage_layers=args.stage_layers,
             vocab_divisible_by=args.make_vocab_size_divisible_by,
             replicas=args.replicas,
-            options=target_options.of(args),
+            options=options.of(args),
             iteration=args.iteration,
             sidecar=args.sidecar,
             metadata_from=args.metadata_from,

@@ -18,7 +18,7 @@ def goes(family: str, source: str, to: str) -> str | None:
     """What of a model of a family goes from one framework to another: WHOLE, WEIGHTS, or None for
     nothing."""
     framework, target = registry.framework(source), registry.target(to)
-    if family not in framework.families() or family not in target.families():
+    if family not in framework.families() or to not in targets(family):
         return None
     is_native = source in target.native
     if (
@@ -48,7 +48,12 @@ def sources(family: str) -> list[str]:
 
 def targets(family: str) -> list[str]:
     """What models of a family are written for."""
-    return [name for name, one in registry.targets().items() if family in one.families()]
+    return sorted(
+        target.name
+        for framework in registry.frameworks()
+        for target in framework.targets
+        if family in (target.families or framework.families)()
+    )
 
 
 def tables() -> str:

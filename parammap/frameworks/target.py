@@ -32,23 +32,27 @@ class Target:
     presents those of others as its own, by the options, and `resharded` lays them out anew; without
     it the files are the same for every layout.
 
+    `state_dict` are the options with which files hold a model's tensors whole, by the names of its
+    state dict; None: they never do.
+
     `check` reads again what was written below a folder, and raises RefusedError where the framework
     would not find there what the checkpoint holds.
 
-    `families` are those of the models that the framework has, and `optimizer` says whether its
+    `families` are those of the models that can be written (None: the framework's), and `optimizer` says whether its
     files have room for, and `needs_optimizer` that they make no sense without, the optimizer's
     states. `weights_only_dtypes` are the dtypes that weights alone can be cast to, where the
     optimizer's states are to keep theirs (None: any, and weights with their states)."""
 
     name: str
     output: Callable[[Checkpoint, Any], Output]
-    families: Callable[[], tuple[str, ...]]
+    families: Callable[[], tuple[str, ...]] | None = None
     options: Callable[..., Any] = Plain
     flags: tuple[Flag, ...] = ()
     formats: tuple[str, ...] = ()
     native: tuple[str, ...] = ()
     import_model: Callable[[Checkpoint, Any], Checkpoint] | None = None
     resharded: Callable[[Checkpoint, TargetLayout], Checkpoint] | None = None
+    state_dict: Mapping[str, object] | None = None
     check: Callable[[Path, Checkpoint], None] | None = None
     sizes: Mapping[str, str] = field(default_factory=dict)
     optimizer: bool = True

@@ -249,7 +249,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_closest(golden):
     ("dialect", "options", "said"),
     [
         ("alpa", {}, "cannot be Alpa's OPT"),
-        ("deepspeed", {}, "deepspeed: is no dialect of state dicts; choose one of transformers"),
+        ("deepspeed", {}, "deepspeed: is no dialect of state dicts; choose one of alpa, megatron"),
         ("transformers", {"state": "exp_max"}, "holds no exp_max of its weights"),
         ("transformers", {"dtype": "float12"}, "--dtype float12: choose one of float32"),
         (

@@ -26,7 +26,7 @@ ALPA = Framework(
         Target(
             name="alpa",
             output=serving.output,
-            families=lambda: (OPT, BLOOM),
+            state_dict={},
             options=serving.Options,
             flags=(DTYPE, _VOCAB_SIZE, ACTIVATION),
             optimizer=False,

@@ -19,7 +19,6 @@ DEEPSPEED = Framework(
         Target(
             name="deepspeed",
             output=target.output,
-            families=lambda: families.with_dialect(families.DEEPSPEED),
             needs_optimizer=True,
         ),
     ),

@@ -38,7 +38,7 @@ MEGATRON = Framework(
         Target(
             name="megatron",
             output=target.output,
-            families=lambda: families.with_dialect(families.LEGACY, families.CORE),
+            state_dict={},
             options=Options,
             flags=(TRANSFORMER_IMPL,),
             native=NATIVE,

@@ -21,7 +21,6 @@ MEGATRON_DIST = Framework(
         Target(
             name="megatron-dist",
             output=target.output,
-            families=lambda: families.with_dialect(families.CORE),
             options=target.Options,
             flags=(TRANSFORMER_IMPL,),
             native=NATIVE,

@@ -22,7 +22,7 @@ MERAK = Framework(
         Target(
             name="merak",
             output=target.output,
-            families=lambda: families.with_dialect(families.MERAK),
+            state_dict={},
             options=target.Options,
             flags=(
                 DTYPE,

@@ -21,7 +21,7 @@ METASEQ = Framework(
         Target(
             name="metaseq",
             output=target.output,
-            families=lambda: families.with_dialect(families.METASEQ),
+            state_dict={"form": target.SINGLETON},
             options=target.Options,
             flags=(
                 DTYPE,

@@ -24,7 +24,7 @@ MINDSPORE = Framework(
         Target(
             name="mindspore",
             output=target.output,
-            families=lambda: families.with_dialect(families.MINDSPORE),
+            state_dict={},
             options=target.Options,
             flags=(
                 DTYPE,

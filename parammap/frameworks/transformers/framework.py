@@ -20,7 +20,7 @@ TRANSFORMERS = Framework(
         Target(
             name="transformers",
             output=target.output,
-            families=lambda: families.with_dialect("transformers"),
+            state_dict={},
             options=target.Options,
             flags=(
                 DTYPE,

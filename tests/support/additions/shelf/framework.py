@@ -20,7 +20,6 @@ SHELF = Framework(
         Target(
             name="shelf",
             output=target.output,
-            families=lambda: (GPT2,),
             options=target.Options,
             flags=(DTYPE, Flag("--label", "what stands on it", {"metavar": "TEXT"})),
             optimizer=False,

@@ -1,4 +1,5 @@
-"""The flags of `parammap convert` that only some targets have, and the options that they make."""
+"""The options of a target as a user gives them: by the flags of `parammap convert` that only some
+targets have, or by the arguments of a function that have their names."""
 
 from __future__ import annotations
 
