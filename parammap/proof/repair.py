@@ -19,17 +19,11 @@ from parammap.checkpoint.index import Index
 from parammap.errors import RefusedError
 from parammap.execute.durable import sync
 from parammap.execute.gather import Files, array_of
+from parammap.formats import registry as formats
 from parammap.formats import zip_records
 from parammap.proof.compare import Pair, read_both
 from parammap.proof.stream import BAND_BYTES, Copy, copies_of
-from parammap.proof.verify import (
-    Request,
-    Verdict,
-    read_output,
-    read_source,
-    verify,
-    wrong_archives,
-)
+from parammap.proof.verify import Request, Verdict, damaged, read_output, read_source, verify
 from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Extent
 from parammap.tensors.region import Region
@@ -102,10 +96,8 @@ def _repaired(request: Request, verdict: Verdict) -> Verdict:
     for file in checksums.files:
         sync(file)
     after = verify(request)
-    archives = [Path(file) for file in sorted(checksums.files) if file.endswith(".pt")]
-    after.problems += [
-        problem for problem in wrong_archives(archives) if problem not in after.problems
-    ]
+    written = map(Path, sorted(checksums.files))
+    after.problems += [one for one in damaged(written) if one not in after.problems]
     return after
 
 
@@ -166,10 +158,11 @@ class _Checksums:
     def before_write(self, file: str, offset: int) -> None:
         """To be called before a byte of a tensor that begins at `offset` is written."""
         self.files.add(file)
-        if not file.endswith(".pt"):
-            return
         if file not in self._records:
-            self._records[file] = zip_records.read(file)
+            form = formats.find(Path(file))
+            self._records[file] = zip_records.read(file) if form and form.damage else {}
+        if not self._records[file]:
+            return
         name = next(
             name
             for name, extent in self._records[file].items()

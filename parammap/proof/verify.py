@@ -4,8 +4,7 @@ element by element."""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -17,6 +16,7 @@ from parammap.checkpoint.index import is_padding
 from parammap.checkpoint.manifest import MANIFEST, Manifest, Options, TensorDigest
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
+from parammap.formats import registry as formats
 from parammap.frameworks import registry
 from parammap.name_list import shorten_names
 from parammap.proof.compare import (
@@ -112,10 +112,7 @@ def verify(request: Request) -> Verdict:
             + ("" if request.against or request.replicas else ": only its structure was checked")
         )
     else:
-        verdict.problems += wrong_archives(
-            [root / path for path in manifest.files if path.endswith(".pt")],
-            request.workers,
-        )
+        verdict.problems += damaged(map(root.joinpath, manifest.files), request.workers)
         verdict.problems += _wrong_scalars(root, manifest)
         verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
         _check_own_casts(output, request, verdict)
@@ -197,23 +194,14 @@ def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
         )
 
 
-def wrong_archives(paths: list[Path], workers: int = 1) -> Iterator[Problem]:
-    """Files of torch.save with a record that does not fit its CRC-32: this covers all that is no
-    tensor, too."""
-    for path, record in zip(paths, in_processes(_bad_record, paths, workers), strict=True):
-        if record:
-            yield Problem(
-                str(path), f"the content of its record {record} does not fit the record's checksum"
-            )
-
-
-def _bad_record(path: Path) -> str | None:
-    """The first record of a zip archive that does not fit its CRC-32; None if all do."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except zipfile.BadZipFile as error:
-        return f"({error})"
+def damaged(files: Iterable[Path], workers: int = 1) -> Iterator[Problem]:
+    """Files that do not fit the checksums which their format keeps in them: these cover all that is
+    no tensor, too."""
+    checks = [(path, form.damage) for path in files if (form := formats.find(path)) and form.damage]
+    found = in_processes(lambda one: one[1](one[0]), checks, workers)
+    for (path, _), damage in zip(checks, found, strict=True):
+        if damage:
+            yield Problem(str(path), damage)
 
 
 def _wrong_scalars(root: Path, manifest: Manifest) -> Iterator[Problem]:
