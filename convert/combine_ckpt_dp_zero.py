@@ -16,8 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
 from parammap.cli.main import run
+from parammap.frameworks.flags import positive
 from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.combine_shards import Combination, combine
 

@@ -13,9 +13,9 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
 from parammap.cli import running
 from parammap.cli.main import run
+from parammap.frameworks.flags import positive
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 

@@ -14,10 +14,10 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
 from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
+from parammap.frameworks.flags import positive
 from parammap.frameworks.mindspore import target as mindspore
 from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.conversion import convert

@@ -17,12 +17,12 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
 from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
+from parammap.frameworks.flags import positive
 from parammap.job.repartition import NUMBERS, Repartition, repartition
-from parammap.name_list import shorten_names
+from parammap.tensors.names import shorten_names
 
 _SIZES = {"tensor_model_parallel_size": "tp", "pipeline_model_parallel_size": "pp"}
 #: what is in the names of flags that say what to do, not what the model is like

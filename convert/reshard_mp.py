@@ -14,10 +14,10 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parammap.arguments import positive
 from parammap.cli.main import run
 from parammap.cli.metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
 from parammap.errors import RefusedError
+from parammap.frameworks.flags import positive
 from parammap.frameworks.metaseq.target import FLAT, WHOLE, Options
 
 

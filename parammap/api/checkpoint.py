@@ -10,11 +10,11 @@ from parammap.api.tensor import Tensor
 from parammap.checkpoint.checkpoint import Checkpoint as Source
 from parammap.checkpoint.training_state import TrainingState
 from parammap.frameworks import registry
-from parammap.name_list import suggest
 from parammap.plan.plan import Wanted
 from parammap.plan.planner import FIRST, Planner
 from parammap.tensors.layout import Layout
 from parammap.tensors.logical import MAIN_PARAM, LogicalTensor, TensorSpec
+from parammap.tensors.names import suggest
 from parammap.tensors.shard import whole_of
 
 

@@ -17,11 +17,11 @@ from parammap.execute.read import read
 from parammap.formats.frames import Literal
 from parammap.frameworks import registry
 from parammap.frameworks.options import options_of
-from parammap.name_list import shorten_names, suggest
 from parammap.plan.plan import Output, Wanted
 from parammap.plan.planner import Planner
 from parammap.tensors.layout import SIZES, Place
 from parammap.tensors.logical import MAIN_PARAM
+from parammap.tensors.names import shorten_names, suggest
 
 _CONFIG = "config.json"
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM
+from parammap.tensors.names import shorten_names
 
 #: what a family's canonical names of layers begin with
 _LAYERS = "layers."

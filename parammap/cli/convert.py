@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from parammap.arguments import positive
 from parammap.cli import running
 from parammap.frameworks import options, registry
+from parammap.frameworks.flags import positive
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 

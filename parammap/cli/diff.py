@@ -9,9 +9,9 @@ from typing import Any
 
 from parammap.cli import reading
 from parammap.cli.positions import positions
-from parammap.name_list import shorten_names
 from parammap.proof.compare import Difference
 from parammap.proof.diff import Comparison, diff
+from parammap.tensors.names import shorten_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

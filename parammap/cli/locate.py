@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parammap.arguments import positive
 from parammap.cli import reading
 from parammap.errors import RefusedError
+from parammap.frameworks.flags import positive
 from parammap.proof.locate import Answer, Run, identify, locate, value_at
 from parammap.tensors.logical import ITEMSIZE
 

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from parammap.arguments import positive
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.frameworks import registry
+from parammap.frameworks.flags import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser, what: str = "", prefix: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from parammap.arguments import positive
+from parammap.frameworks.flags import positive
 from parammap.job.request import REPLICAS, Report
 from parammap.plan.planner import REFUSE
 

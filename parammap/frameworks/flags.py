@@ -50,6 +50,14 @@ class Flag:
         return parsed
 
 
+def positive(text: str) -> int:
+    """A flag's `type`: a number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
 def switch(name: str, help: str, *, sets: bool = True, **facts: Any) -> Flag:
     """A flag without an argument."""
     return Flag(name, help, {"action": "store_const", "const": sets, **facts})

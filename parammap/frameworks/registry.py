@@ -9,6 +9,7 @@ from pathlib import Path
 from parammap.checkpoint import completeness
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
+from parammap.execute.gc_pause import gc_paused
 from parammap.frameworks.alpa.framework import ALPA
 from parammap.frameworks.deepspeed.framework import DEEPSPEED
 from parammap.frameworks.framework import Framework
@@ -19,7 +20,6 @@ from parammap.frameworks.metaseq.framework import METASEQ
 from parammap.frameworks.mindspore.framework import MINDSPORE
 from parammap.frameworks.target import Target
 from parammap.frameworks.transformers.framework import TRANSFORMERS
-from parammap.gc_pause import gc_paused
 from parammap.tensors.layout import Numbering
 
 #: in the order in which they are asked whether a path is theirs; the last one explains what is

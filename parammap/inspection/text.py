@@ -7,7 +7,7 @@ from typing import Any
 
 from parammap.frameworks import registry
 from parammap.frameworks.framework import Inspection
-from parammap.name_list import shorten_names
+from parammap.tensors.names import shorten_names
 
 STATES = {
     "weight": "weight",

@@ -17,11 +17,11 @@ from parammap.execute.progress import Progress
 from parammap.frameworks.mindspore import sharded
 from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.staging import Staging
-from parammap.name_list import shorten_names
 from parammap.plan.plan import FileTask, Wanted, WantedFile
 from parammap.plan.planner import Planner
 from parammap.tensors.layout import Layout
 from parammap.tensors.logical import Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 #: with --no-save-optim, entries without a dot whose names contain one of these are left out too
 _OPTIMIZER_SCALARS = ("learning_rate", "weight_decay", "epoch", "state", "default_generator")

@@ -15,22 +15,22 @@ from parammap.checkpoint.manifest import Manifest, Options
 from parammap.errors import RefusedError
 from parammap.execute.cluster import run_tasks_on_ray
 from parammap.execute.gather import BUFFER_BYTES
+from parammap.execute.gc_pause import gc_paused
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.execute.writer import STRIP_BYTES, Outcome
 from parammap.frameworks import registry
 from parammap.frameworks.flags import DTYPE
-from parammap.gc_pause import gc_paused
 from parammap.job.findings import Findings, status_of
 from parammap.job.fingerprint import fingerprint
-from parammap.job.partial import PartialRun, partial_run_of
+from parammap.job.partial_run import PartialRun, partial_run_of
 from parammap.job.request import Report, Request
 from parammap.job.staging import Staging, check_target, published
-from parammap.name_list import shorten_names
 from parammap.plan.plan import FileTask, Output, Plan
 from parammap.plan.planner import OWN, Planner
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM
+from parammap.tensors.names import shorten_names
 from parammap.version import __version__
 
 #: measured private memory of a worker beyond its buffers: the interpreter's and numpy's own pages

@@ -21,9 +21,9 @@ from parammap.execute.checks import (
 )
 from parammap.execute.writer import Outcome
 from parammap.job.request import Request
-from parammap.name_list import shorten_names
 from parammap.plan.planner import REFUSE
 from parammap.tensors.logical import MODEL_PARAM, LogicalTensor
+from parammap.tensors.names import shorten_names
 
 
 class Findings:

@@ -11,7 +11,6 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import atom_name, atoms
 from parammap.errors import RefusedError
 from parammap.families import HEAD, WORD_EMBEDDING, Row
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Wanted
 from parammap.tensors.arrangement import (
     GATE_UP,
@@ -26,6 +25,7 @@ from parammap.tensors.arrangement import (
     local_shape,
 )
 from parammap.tensors.logical import MAIN_PARAM, LogicalTensor, TensorSpec
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import transposed
 
 #: the atoms of fused tensors that a model may have as one or apart

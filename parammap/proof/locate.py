@@ -19,11 +19,11 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import StoredTensor, is_transposed
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
-from parammap.name_list import suggest
 from parammap.proof.compare import values
 from parammap.proof.contents import entries_of, structure_at
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, MODEL_PARAM, LogicalTensor, Stored
+from parammap.tensors.names import suggest
 from parammap.tensors.region import Region
 from parammap.tensors.shard import Shard, fitted, merged, transposed, views_of
 from parammap.tensors.view import row_major

@@ -18,7 +18,6 @@ from parammap.errors import RefusedError
 from parammap.execute.gather import Files
 from parammap.formats import registry as formats
 from parammap.frameworks import registry
-from parammap.name_list import shorten_names
 from parammap.proof.compare import (
     Difference,
     Pair,
@@ -36,6 +35,7 @@ from parammap.proof.stream import in_processes
 from parammap.proof.training_state import training_state_differences
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, LogicalTensor, Stored
+from parammap.tensors.names import shorten_names
 from parammap.tensors.view import row_major
 
 

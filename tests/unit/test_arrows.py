@@ -13,7 +13,7 @@ PACKAGE = ROOT / "parammap"
 #: rooms from the bottom to the top: what stands in one row knows those above it in this list, and
 #: nothing beside or below itself
 ROWS = [
-    {"arguments", "errors", "name_list", "gc_pause", "version"},
+    {"errors", "version"},
     {"tensors"},
     {"families", "formats"},
     {"checkpoint"},

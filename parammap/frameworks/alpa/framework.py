@@ -3,10 +3,9 @@ read."""
 
 from __future__ import annotations
 
-from parammap.arguments import positive
 from parammap.families import BLOOM, GPT2, OPT
 from parammap.frameworks.alpa import architecture, reader, serving, training
-from parammap.frameworks.flags import ACTIVATION, DTYPE, Flag
+from parammap.frameworks.flags import ACTIVATION, DTYPE, Flag, positive
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.target import Target
 

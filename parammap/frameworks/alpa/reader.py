@@ -21,11 +21,11 @@ from parammap.families import HF_BLOOM, METASEQ, WORD_EMBEDDING
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.alpa import serving as alpa
-from parammap.name_list import shorten_names
 from parammap.plan.plan import in_a_row
 from parammap.tensors.arrangement import PADDING, Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import whole_of
 
 

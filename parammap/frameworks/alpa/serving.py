@@ -33,11 +33,11 @@ from parammap.families import (
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.architecture import architecture_for, architecture_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, gap, in_a_row
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import PADDING, REPLICATED, VOCAB, Sizes
 from parammap.tensors.logical import MAIN_PARAM, TensorSpec
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import Shard
 
 POSITIONS = "embedding.position.weight"

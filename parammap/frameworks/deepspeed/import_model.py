@@ -23,10 +23,10 @@ from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name
 from parammap.frameworks.deepspeed.universal import SCHEDULER, Contents, Parameter
 from parammap.frameworks.megatron.training_state import DTYPES
-from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import EXP_AVG, MAIN_PARAM
+from parammap.tensors.names import shorten_names
 
 #: the release whose form this is
 _VERSION = "0.19.8"

@@ -21,7 +21,7 @@ from typing import Any
 from parammap import families
 from parammap.errors import RefusedError
 from parammap.families import DEEPSPEED
-from parammap.name_list import shorten_names
+from parammap.tensors.names import shorten_names
 
 EMBEDDING, NORM = "embedding", "final_norm"
 #: the word embedding on the last stage, and what stands before the embedding's names

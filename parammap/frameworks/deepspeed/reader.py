@@ -26,10 +26,10 @@ from parammap.frameworks.deepspeed.layers import HEAD, WORDS, Functions, stages_
 from parammap.frameworks.deepspeed.training_state import iteration_of, shapes_of, training_state
 from parammap.frameworks.megatron.facts import args_of, is_gated
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 __all__ = ["read", "recognizes"]
 

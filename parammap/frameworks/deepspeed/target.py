@@ -27,7 +27,6 @@ from parammap.frameworks.deepspeed.files import LATEST_UNIVERSAL, STATE_FILE, ZE
 from parammap.frameworks.deepspeed.layers import HEAD, optimizer_name
 from parammap.frameworks.deepspeed.universal import FILES, PARAM, STEP_FILE, Contents, Parameter
 from parammap.frameworks.megatron.facts import args_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import (
     GATE_UP,
@@ -41,6 +40,7 @@ from parammap.tensors.arrangement import (
     whole_shape,
 )
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, LogicalTensor, TensorSpec
+from parammap.tensors.names import shorten_names
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 

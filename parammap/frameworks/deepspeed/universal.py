@@ -18,9 +18,9 @@ from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.frameworks.deepspeed.files import STATE_FILE, ZERO
 from parammap.frameworks.deepspeed.layers import Functions, is_pipeline
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 #: the files of a parameter's states
 FILES = {MAIN_PARAM: "fp32.pt", EXP_AVG: "exp_avg.pt", EXP_AVG_SQ: "exp_avg_sq.pt"}

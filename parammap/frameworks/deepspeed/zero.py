@@ -22,8 +22,8 @@ from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Opaque
 from parammap.formats.scalars import value_of
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Extent, Stored
+from parammap.tensors.names import shorten_names
 
 #: elements that each data-parallel rank's partition is a multiple of (stage_1_and_2.py,
 #: nccl_start_alignment_factor)

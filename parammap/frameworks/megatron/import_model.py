@@ -31,11 +31,11 @@ from parammap.frameworks.megatron.reshard import resharded
 from parammap.frameworks.megatron.specification import LOCAL, TRANSFORMER_ENGINE, Specification
 from parammap.frameworks.megatron.structure import megatron_naming
 from parammap.frameworks.megatron.training_state import training_states
-from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import VOCAB
 from parammap.tensors.layout import Layout, Place, TargetLayout
 from parammap.tensors.logical import MAIN_PARAM, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 _Value = TypeVar("_Value")
 

@@ -21,9 +21,9 @@ from parammap.checkpoint.sidecar import SCHEMA, VERSION, Buffer, RankSidecar, Si
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron.training_state import DTYPES
-from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
+from parammap.tensors.names import shorten_names
 
 CORE = "0.16.1"
 STATES = (MAIN_PARAM, EXP_AVG, EXP_AVG_SQ)

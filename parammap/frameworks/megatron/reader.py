@@ -31,9 +31,9 @@ from parammap.frameworks.megatron.files import (
     read_ranks,
 )
 from parammap.frameworks.megatron.training_state import training_states
-from parammap.name_list import shorten_names
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM
+from parammap.tensors.names import shorten_names
 
 
 def read(

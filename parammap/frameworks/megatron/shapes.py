@@ -12,8 +12,8 @@ from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.frameworks.megatron.facts import Facts
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import LogicalTensor
+from parammap.tensors.names import shorten_names
 
 _NUMBERS = (
     (re.compile(r"^layers\.\d+\."), "layers.{i}."),

@@ -26,10 +26,10 @@ from parammap.frameworks.megatron.facts import Facts, grad_dtype
 from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
 from parammap.frameworks.megatron.specification import Options, check_specification
 from parammap.frameworks.megatron.structure import megatron_naming, rank_folder, structures_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects, gap
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, LogicalTensor, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import Shard
 
 #: the key of each state in distrib_optim.pt, in Megatron's order

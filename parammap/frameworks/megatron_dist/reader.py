@@ -34,9 +34,9 @@ from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.megatron_dist import buckets as megatron_dist_buckets
 from parammap.frameworks.megatron_dist import extra_states as megatron_dist_extra_states
 from parammap.frameworks.megatron_dist import sidecar as megatron_dist_sidecar
-from parammap.name_list import shorten_names
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
+from parammap.tensors.names import shorten_names
 
 COMMON_FILE, COMMON_OBJECT = "common.pt", "common_state/shard_0_1"
 _ITERATION_FOLDER = re.compile(r"iter_\d{7}|release")

@@ -15,9 +15,9 @@ from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.sidecar import Buffer, RankSidecar, Sidecar, Slot
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron import registration
-from parammap.name_list import shorten_names
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 #: the releases that save the optimizer's state of buckets after a padded one from wrong positions
 #: (NVIDIA/Megatron-LM#5077)

@@ -31,7 +31,6 @@ from parammap.frameworks.megatron.structure import leaves
 from parammap.frameworks.megatron.target import sidecar_files
 from parammap.frameworks.megatron_dist.extra_states import key_of
 from parammap.frameworks.megatron_dist.reader import COMMON_FILE, naming_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import GROUPED, QKV_DOWN, whole_shape
 from parammap.tensors.layout import Place
@@ -43,6 +42,7 @@ from parammap.tensors.logical import (
     Stored,
     TensorSpec,
 )
+from parammap.tensors.names import shorten_names
 
 #: a file is closed when it has this many bytes
 FILE_NBYTES = 1 << 30

@@ -28,10 +28,10 @@ from parammap.frameworks.megatron.training_state import random_state_in, said_by
 from parammap.frameworks.merak import zero
 from parammap.frameworks.merak.architecture import find_config, said
 from parammap.frameworks.merak.files import Files, find, recognizes
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import VOCAB, Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 __all__ = ["read", "recognizes"]
 

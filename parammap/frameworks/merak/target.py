@@ -30,12 +30,12 @@ from parammap.frameworks.architecture import architecture_of, check_family
 from parammap.frameworks.merak.architecture import CONFIG, completed
 from parammap.frameworks.merak.files import PART_FILE, RELEASE, TRACKER, WHOLE_FILE
 from parammap.frameworks.merak.partition import UNIFORM, cuts, module_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import VOCAB, Sizes
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import MAIN_PARAM
+from parammap.tensors.names import shorten_names
 
 ITERATION, ALL_DP, PLAIN = "iter", "all_dp", "plain"
 FOLDERS, SCHEMES = (RELEASE, ITERATION), (ALL_DP, PLAIN)

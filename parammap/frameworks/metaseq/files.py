@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parammap.errors import RefusedError
-from parammap.name_list import shorten_names
+from parammap.tensors.names import shorten_names
 
 _FILE = re.compile(r"(?P<name>.+?)(?P<part>-model_part-(\d+))?(?P<shard>-shard(\d+))?\.pt")
 #: names that whole models have (metaseq, scripts/convert_to_singleton.py and

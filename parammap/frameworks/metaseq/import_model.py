@@ -22,10 +22,10 @@ from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.metaseq.architecture import ACTIVATIONS
 from parammap.frameworks.metaseq.architecture import of as describe
 from parammap.frameworks.metaseq.reader import naming_of
-from parammap.name_list import shorten_names
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 ARCH = "transformer_lm_megatron"
 _RANK = (0, 0, 0)

@@ -11,8 +11,8 @@ import re
 import numpy as np
 
 from parammap.errors import RefusedError
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 _COPY = re.compile(r"(?P<path>.*ffn_layernorm)\.lns\.(?P<number>\d+)\.(?P<which>weight|bias)")
 #: the bits of 1

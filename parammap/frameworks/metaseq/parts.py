@@ -15,8 +15,8 @@ from pathlib import Path
 from parammap.errors import RefusedError
 from parammap.frameworks.metaseq.metadata import Flat, ShardMetadata
 from parammap.frameworks.metaseq.shard import Shard, read_shard
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
+from parammap.tensors.names import shorten_names
 
 _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 #: the buffers of metaseq's decoder (models/transformer_decoder.py,

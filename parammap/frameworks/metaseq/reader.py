@@ -26,10 +26,10 @@ from parammap.frameworks.metaseq.metadata import OUTPUT, borrowed, join
 from parammap.frameworks.metaseq.norms import without_copies
 from parammap.frameworks.metaseq.parts import Part, read_part
 from parammap.frameworks.metaseq.shard import Save, Shard, fields_of, value_of
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 __all__ = ["DIALECT", "naming_of", "read", "recognizes"]
 

@@ -19,10 +19,10 @@ from parammap.errors import RefusedError
 from parammap.formats.pickles import Opaque
 from parammap.frameworks.metaseq import reader as metaseq
 from parammap.frameworks.metaseq.metadata import join
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import KVQ, arranged, local_shape, whole_shape
 from parammap.tensors.layout import Place, TargetLayout
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import Shard
 
 #: the parts of qkv_proj, in order; a model of one part may have them as tensors of their own

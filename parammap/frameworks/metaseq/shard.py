@@ -12,8 +12,8 @@ from parammap.formats import torch_zip
 from parammap.formats.pickles import Opaque
 from parammap.frameworks.metaseq.metadata import ShardMetadata, parsed
 from parammap.frameworks.metaseq.sidecar import sidecar_of
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import Stored
+from parammap.tensors.names import shorten_names
 
 
 @dataclass(slots=True)

@@ -24,11 +24,11 @@ from parammap.frameworks.metaseq import reader as metaseq
 from parammap.frameworks.metaseq import sidecar
 from parammap.frameworks.metaseq.metadata import EMBEDDING, OUTPUT, Flat, join, usual
 from parammap.frameworks.metaseq.reshard import FUSED, SPLIT, with_parts
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects, gap, in_a_row
 from parammap.tensors.arrangement import KVQ
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import Shard
 
 #: what a part's file can hold: whole tensors with k, v and q apart, whole tensors, or flat

@@ -29,9 +29,9 @@ from parammap.frameworks.mindspore import scalars as mindspore_scalars
 from parammap.frameworks.mindspore import sharded as mindspore_sharded
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.frameworks.mindspore.target import STRUCTURE_KEY
-from parammap.name_list import shorten_names
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 _ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")

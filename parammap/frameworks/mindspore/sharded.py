@@ -25,8 +25,8 @@ from typing import Any
 from parammap.checkpoint.sidecar import Bucket, Slot
 from parammap.errors import RefusedError
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
+from parammap.tensors.names import shorten_names
 
 STRATEGY_FOLDER = "opt_shard_info"
 #: what a combined file's name ends with, before its suffix

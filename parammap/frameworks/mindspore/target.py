@@ -23,10 +23,10 @@ from parammap.frameworks.megatron.specification import check_recorded
 from parammap.frameworks.megatron.structure import leaves
 from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.frameworks.mindspore.scalars import Scalars, scalars_of
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 NAMES = ("mindspore", "megatron")
 #: the renames of MindSpeed-Core-MS's own convert_pt2ckpt.py, for the list of names on which the two

@@ -15,8 +15,8 @@ from pathlib import Path, PurePath
 from parammap.errors import RefusedError
 from parammap.formats import registry, safetensors, torch_zip
 from parammap.formats.format import FlatFormat, TreeFormat
-from parammap.name_list import shorten_names
 from parammap.tensors.logical import Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 SAFETENSORS, BIN = "safetensors", "bin"
 #: by the names that --format has for them

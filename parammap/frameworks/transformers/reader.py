@@ -16,10 +16,10 @@ from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING, rows_of
 from parammap.frameworks.transformers import files, model
 from parammap.frameworks.transformers.files import Weights
 from parammap.frameworks.transformers.model import ADAPTER, CONFIG, Model
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 

@@ -34,11 +34,11 @@ from parammap.frameworks.transformers.files import (
     shards,
 )
 from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
-from parammap.name_list import shorten_names
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.logical import MAIN_PARAM, Extent, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 #: the library's default of max_shard_size
 MAX_SHARD_NBYTES = 5 * 10**9

@@ -19,10 +19,10 @@ from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron import registration
-from parammap.name_list import shorten_names
 from parammap.tensors.arrangement import GROUPED, whole_shape
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import MAIN_PARAM, Stored, TensorSpec
+from parammap.tensors.names import shorten_names
 
 #: what the sidecar says of how a tensor is cut, by its place and name
 _Facts = dict[tuple[Place, str], Partition]

@@ -20,9 +20,9 @@ from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.buckets import Rule
 from parammap.frameworks.megatron.facts import Facts, grad_dtype
 from parammap.frameworks.megatron.reshard.model import Entry, Parameter
-from parammap.name_list import shorten_names
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
+from parammap.tensors.names import shorten_names
 
 
 @dataclass(frozen=True, slots=True)
