@@ -16,6 +16,7 @@ from typing import Any
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, TensorEntry
+from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.families import HEAD, METASEQ, OPT, Architecture
 from parammap.frameworks.architecture import architecture_for
@@ -66,6 +67,7 @@ def import_model(source: Checkpoint, _: object = None) -> Checkpoint:
         source.num_layers,
         rank_folders={_RANK: source.folder},
         rank_metadata={_RANK: _meta(architecture)},
+        training_states={_RANK: TrainingState(iteration=0)},
         dropped=source.dropped,
         notes=source.notes,
         describe=describe,

@@ -62,11 +62,7 @@ def resharded(source: Checkpoint, target_layout: TargetLayout) -> Checkpoint:
         layout=layout,
         index=Index(held, layout),
         rank_metadata=rank_metadata,
-        training_states={
-            rank: source.training_states[old]
-            for rank, old in ranks.items()
-            if old in source.training_states
-        },
+        training_states={rank: source.training_states[old] for rank, old in ranks.items()},
         notes=[*source.notes, *notes],
         rank_folders={rank: source.rank_folders[old] for rank, old in ranks.items()},
         sidecar=None,
