@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     return run(lambda: args.run(args))
 
 
@@ -57,7 +57,8 @@ def run(command: Callable[[], int]) -> int:
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """With the flags of the command that `argv` names alone."""
     parser = argparse.ArgumentParser(
         prog="parammap", description="Move a training state between frameworks, exactly."
     )
@@ -67,5 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         text = (module.__doc__ or "").partition("\n\n")[0].split("`: ")[-1]
         command = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         command.set_defaults(run=module.run)
-        module.add_arguments(command)
+        if name in argv:
+            module.add_arguments(command)
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def unregister(name: str) -> None:
     _FORMATS[:] = [one for one in _FORMATS if one.name != name]
 
 
+@cache
+def _load_installed() -> None:
+    """Register what installed packages add by entry points; the search for them takes a while."""
+    for point in entry_points(group="parammap.formats"):
+        register(point.load())
+
+
 def find(file: Path) -> Format | None:
     """The format of a file, by its ending or its first bytes."""
+    _load_installed()
     by_ending = [one for one in _FORMATS if file.suffix in one.suffixes]
     if len(by_ending) == 1:
         return by_ending[0]
@@ -60,7 +69,3 @@ def _head(file: Path) -> bytes:
             return stream.read(max(len(one.magic) for one in _FORMATS))
     except OSError as error:
         raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-
-
-for _point in entry_points(group="parammap.formats"):
-    register(_point.load())

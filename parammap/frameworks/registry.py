@@ -3,6 +3,8 @@ path holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -41,10 +43,11 @@ DROPPABLE = {"experts"}
 def register(framework: Framework) -> None:
     """Add a framework, which is asked before those that are there. Raises ValueError if its name,
     that of a target or that of a flag stands for something else already."""
-    flags = {flag.name: flag for target in targets().values() for flag in target.all_flags}
+    there = _targets_of(_FRAMEWORKS)
+    flags = {flag.name: flag for target in there.values() for flag in target.all_flags}
     taken = [
         *(one.name for one in _FRAMEWORKS if one.name == framework.name),
-        *(one.name for one in framework.targets if one.name in targets()),
+        *(one.name for one in framework.targets if one.name in there),
         *(
             flag.name
             for one in framework.targets
@@ -62,37 +65,53 @@ def unregister(name: str) -> None:
     _FRAMEWORKS.remove(framework(name))
 
 
+@cache
+def _load_installed() -> None:
+    """Register what installed packages add by entry points. The search for them takes a while, so
+    it waits until more is asked for than a name that is built in."""
+    for point in entry_points(group="parammap.frameworks"):
+        register(point.load())
+
+
 def frameworks() -> tuple[Framework, ...]:
     """All frameworks, by name."""
+    _load_installed()
     return tuple(sorted(_FRAMEWORKS, key=lambda framework: framework.name))
 
 
 def framework(name: str) -> Framework:
     """The framework of that name, such as `Checkpoint.framework`."""
-    found = next((one for one in _FRAMEWORKS if one.name == name), None)
-    if found is None:
-        known = ", ".join(one.name for one in frameworks())
-        raise RefusedError(f"{name}: no such framework; known are {known}")
-    return found
+    known = {one.name: one for one in _FRAMEWORKS}
+    if name not in known:
+        known = {one.name: one for one in frameworks()}
+    if name not in known:
+        raise RefusedError(f"{name}: no such framework; known are {', '.join(known)}")
+    return known[name]
 
 
 def targets() -> dict[str, Target]:
     """All that can be written, by name."""
-    found = [target for framework in _FRAMEWORKS for target in framework.targets]
-    return {target.name: target for target in sorted(found, key=lambda target: target.name)}
+    return dict(sorted(_targets_of(frameworks()).items()))
 
 
 def target(name: str) -> Target:
     """What is written with `--to name`."""
-    found = targets()
+    found = _targets_of(_FRAMEWORKS)
+    if name not in found:
+        found = targets()
     if name not in found:
         raise RefusedError(f"{name}: cannot be written; what can be is {', '.join(found)}")
     return found[name]
 
 
+def _targets_of(frameworks: Iterable[Framework]) -> dict[str, Target]:
+    return {target.name: target for framework in frameworks for target in framework.targets}
+
+
 def recognized(source: Path) -> Framework:
     """The framework whose checkpoint a path holds; if none says so, the one that explains what is
-    missing."""
+    missing. Those of installed packages are asked before those that are built in."""
+    _load_installed()
     return next((one for one in _FRAMEWORKS if one.recognizes(source)), _FRAMEWORKS[-1])
 
 
@@ -145,7 +164,3 @@ def read(
                 f"{source}: was saved with {name} {there} and not {size}; leave the size out"
             )
     return checkpoint
-
-
-for _point in entry_points(group="parammap.frameworks"):
-    register(_point.load())
