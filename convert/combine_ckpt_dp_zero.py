@@ -16,6 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.frameworks.flags import positive
 from parammap.frameworks.mindspore.formats import FORMATS
@@ -23,8 +24,21 @@ from parammap.job.combine_shards import Combination, combine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run(lambda: _combine(args))
+    parser, output = running.script_parser(__doc__), Path("output")
+    add, default = parser.add_argument, "(default: %(default)s)"
+    strategies = f"where rank_N/dist_opt_shard_info_rank_N-0_0.json are {default}"
+    add("--strategy-dir", type=Path, default=output / "opt_shard_info", help=strategies)
+    add("--checkpoint-dir", type=Path, default=output, help=f"where rank_N/ are {default}")
+    add("--output-dir", type=Path, default=output, help=f"may be the same folder {default}")
+    for flag, what in (("--src-format", "read"), ("--dst-format", "write")):
+        help = f"format to {what} {default}"
+        add(flag, default="ckpt", choices=sorted(FORMATS), help=help)
+    add("--copy-to-all-dp-ranks", action="store_true", help="a file, or a link, for every rank")
+    add("--max-proccess-limit", type=positive, default=8, help=f"worker processes {default}")
+    groups = "groups whose first rank is there"
+    add("--rank-section", type=int, nargs=2, metavar=("FIRST", "END"), help=groups)
+    add("--no-save-optim", action="store_true", help="weights only")
+    return run(lambda: _combine(parser.parse_args(argv)))
 
 
 def _combine(args: argparse.Namespace) -> int:
@@ -43,61 +57,6 @@ def _combine(args: argparse.Namespace) -> int:
     )
     print("\n".join(lines))
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--strategy-dir",
-        type=Path,
-        default=Path("./output/opt_shard_info"),
-        help="where rank_N/dist_opt_shard_info_rank_N-0_0.json are (default: %(default)s)",
-    )
-    add(
-        "--checkpoint-dir",
-        type=Path,
-        default=Path("./output"),
-        help="where rank_N/ are (default: %(default)s)",
-    )
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("./output"),
-        help="may be the same folder (default: %(default)s)",
-    )
-    add(
-        "--src-format",
-        default="ckpt",
-        choices=sorted(FORMATS),
-        help="format to read (default: %(default)s)",
-    )
-    add(
-        "--dst-format",
-        default="ckpt",
-        choices=sorted(FORMATS),
-        help="format to write (default: %(default)s)",
-    )
-    add(
-        "--copy-to-all-dp-ranks",
-        action="store_true",
-        help="a file for every rank, as hard links where possible",
-    )
-    add(
-        "--max-proccess-limit",
-        type=positive,
-        default=8,
-        help="worker processes (default: %(default)s)",
-    )
-    add(
-        "--rank-section",
-        type=int,
-        nargs=2,
-        metavar=("FIRST", "END"),
-        help="groups whose first rank is there",
-    )
-    add("--no-save-optim", action="store_true", help="weights only")
-    return parser
 
 
 if __name__ == "__main__":

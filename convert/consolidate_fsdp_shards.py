@@ -11,13 +11,14 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.cli.metaseq_scripts import add_common, add_switch, files_of, write
 from parammap.frameworks.metaseq.target import SINGLETON, WHOLE, Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
     add("prefix", help="how the shards' paths begin, as in raw/checkpoint_last")
     add("--save-prefix", help="how the output's path begins (default: PREFIX_consolidated)")

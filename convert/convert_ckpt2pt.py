@@ -16,7 +16,6 @@ if __package__ in (None, ""):
 from parammap.cli import running
 from parammap.cli.main import run
 from parammap.frameworks.flags import positive
-from parammap.job.conversion import convert
 from parammap.job.request import Request
 
 _SIZES = {"dp_size": "dp", "cp_size": "cp", "tp_size": "tp", "pp_size": "pp", "vpp_size": "vpp"}
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
     add(
         "--num-layers",
@@ -44,19 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--param-map-path", type=Path, required=True, help="pt_meta of the conversion to MindSpore")
     add("--megatron-path", type=Path, required=True, help="the folder to make")
     add("--convert-param-only", action="store_true", help="the weights alone")
-    add("--process-limit", type=positive, default=8, help="worker processes (default: %(default)s)")
-    add("--multiprocess-off", action="store_true", help="work in this process alone")
-    add(
-        "--process_timeout",
-        type=positive,
-        default=3600,
-        help="seconds after which the run is given up",
-    )
+    running.add_process_flags(parser, 8)
     return parser
 
 
 def _convert(args: argparse.Namespace) -> int:
-    report = convert(
+    return running.convert(
         Request(
             source=args.ms_path,
             target=args.megatron_path,
@@ -67,11 +59,10 @@ def _convert(args: argparse.Namespace) -> int:
             num_layers=args.num_layers - len(set(args.noop)),
             sidecar=args.param_map_path,
             weights_only=args.convert_param_only,
-            workers=1 if args.multiprocess_off else args.process_limit,
-            timeout=args.process_timeout,
-        )
+            **running.how_by_process_flags(args),
+        ),
+        args.megatron_path,
     )
-    return running.tell(report, args.megatron_path)
 
 
 if __name__ == "__main__":

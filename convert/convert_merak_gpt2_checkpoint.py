@@ -18,38 +18,25 @@ if __package__ in (None, ""):
 from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
-from parammap.frameworks.merak.partition import METHODS, UNIFORM, cut_list
+from parammap.frameworks.flags import numbers
+from parammap.frameworks.merak.partition import METHODS, UNIFORM
 from parammap.frameworks.merak.target import Options
 from parammap.frameworks.transformers import target as transformers
-from parammap.job.conversion import convert
 from parammap.job.request import Request
 
 TO_TRANSFORMERS, FROM_TRANSFORMERS = "transformers", "transformers_to_merak"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--load_path",
-        type=Path,
-        required=True,
-        help="the checkpoint: its iteration's folder, or one above",
-    )
+    add("--load_path", type=Path, required=True, help="its iteration's folder, or one above")
     add("--save_path", type=Path, required=True, help="the folder to make")
-    add(
-        "--json_path", type=Path, help="a config.json that says what the checkpoint does not record"
-    )
+    add("--json_path", type=Path, help="a config.json: what the checkpoint does not record")
     add("--convert_type", required=True, choices=["merak", TO_TRANSFORMERS, FROM_TRANSFORMERS])
     running.add_merak_sizes(parser)
     add("--partition_method", choices=METHODS, default=UNIFORM, help="(default: %(default)s)")
-    add(
-        "--custom_partition",
-        type=cut_list,
-        default=(),
-        metavar="0,N,…",
-        help="the first module of each stage, and their number",
-    )
+    add("--custom_partition", type=numbers, default=(), help="0,N,…: where stages begin, and end")
     running.add_arguments(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 
@@ -68,7 +55,7 @@ def _convert(args: argparse.Namespace) -> int:
             config=args.json_path,
         )
     )
-    report = convert(
+    return running.convert(
         Request(
             source=source,
             target=args.save_path,
@@ -77,13 +64,9 @@ def _convert(args: argparse.Namespace) -> int:
             sizes={} if to_transformers else {"tp": args.merak_tp, "pp": args.merak_pp},
             weights_only=True,
             metadata_from=args.json_path if to_transformers else None,
-            replicas=args.replicas,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            dry_run=args.dry_run,
+            **running.how(args),
         )
     )
-    return running.tell(report)
 
 
 def _check_config(source: Path, given: Path | None) -> None:

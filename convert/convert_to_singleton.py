@@ -11,8 +11,17 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
-from parammap.cli.metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
+from parammap.cli.metaseq_scripts import (
+    DROP_LOADER,
+    DTYPES,
+    Files,
+    add_common,
+    add_switch,
+    files_of,
+    write,
+)
 from parammap.frameworks.metaseq.target import NAMES, SINGLETON, Options
 
 #: what metaseq calls the architecture of what it restores
@@ -22,16 +31,11 @@ _PATTERNS = ("reshard*.pt", "*-model_part-*.pt", "*-shard*.pt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
     add("location", type=Path, help="the folder with the parts: reshard*.pt, or else raw ones")
     add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
-    add_switch(
-        parser,
-        "--drop-metaseq-req",
-        False,
-        "leave out the data loader's state, which needs metaseq to load",
-    )
+    add_switch(parser, *DROP_LOADER)
     add_common(parser)
     return run(lambda: _convert(parser.parse_args(argv)))
 

@@ -17,12 +17,11 @@ if __package__ in (None, ""):
 from parammap.cli import running
 from parammap.cli.main import run
 from parammap.frameworks.merak.target import Options
-from parammap.job.conversion import convert
 from parammap.job.request import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
     add(
         "--input_folder",
@@ -48,23 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    report = convert(
+    return running.convert(
         Request(
             source=args.input_folder,
             target=args.output_folder,
             to="merak",
             weights_only=True,
             sizes={"tp": args.merak_tp, "pp": args.merak_pp},
-            replicas=args.replicas,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            dry_run=args.dry_run,
+            **running.how(args),
             options=Options(
                 for_release=args.for_release, config=args.config, activation=args.activation
             ),
         )
     )
-    return running.tell(report)
 
 
 if __name__ == "__main__":

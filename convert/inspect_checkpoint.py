@@ -3,7 +3,6 @@ of values."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
@@ -19,7 +19,7 @@ from parammap.inspection.reading import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     parser.add_argument(
         "checkpoint", type=Path, metavar="CKPT", help="a checkpoint's folder, or one of its files"
     )

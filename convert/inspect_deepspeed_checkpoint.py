@@ -11,6 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
@@ -19,7 +20,7 @@ from parammap.inspection import values
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     parser.add_argument(
         "named", nargs="?", type=Path, metavar="FOLDER", help="a save folder, or that of one step"
     )

@@ -11,45 +11,32 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from parammap.cli import running
 from parammap.cli.main import run
-from parammap.cli.metaseq_scripts import DTYPES, add_common, add_switch, files_of, write
+from parammap.cli.metaseq_scripts import (
+    DROP_LOADER,
+    DTYPES,
+    add_common,
+    add_switch,
+    files_of,
+    write,
+)
 from parammap.errors import RefusedError
 from parammap.frameworks.flags import positive
 from parammap.frameworks.metaseq.target import FLAT, WHOLE, Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = running.script_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--input",
-        required=True,
-        help="a glob of shards, as in 'raw/checkpoint_last-model_part-0-shard*.pt'",
-    )
-    add(
-        "--output",
-        required=True,
-        help="their paths, {i} standing for the shard and {part} for the part",
-    )
+    add("--input", required=True, help="shards, as in 'raw/checkpoint_last-model_part-0-shard*.pt'")
+    add("--output", required=True, help="paths, with {i} for the shard and {part} for the part")
     add("--num-output-shards", type=positive, default=1, metavar="N", help="(default: %(default)s)")
-    add_switch(
-        parser,
-        "--unflatten-weights",
-        None,
-        "whole tensors under their own names, for one shard (default: then True)",
-    )
+    whole = "whole tensors under their own names, for one shard (default: then True)"
+    add_switch(parser, "--unflatten-weights", None, whole)
     add_switch(parser, "--skip-optimizer-state", False, "the weights alone")
-    add(
-        "--output-dtype",
-        choices=DTYPES,
-        help="dtype of the weights, not of optimizer states (default: as they are)",
-    )
-    add_switch(
-        parser,
-        "--drop-metaseq-req",
-        False,
-        "leave out the data loader's state, which needs metaseq to load",
-    )
+    add("--output-dtype", choices=DTYPES, help="dtype of the weights (default: as they are)")
+    add_switch(parser, *DROP_LOADER)
     add_common(parser)
     return run(lambda: _reshard(parser.parse_args(argv)))
 
@@ -60,8 +47,7 @@ def _reshard(args: argparse.Namespace) -> int:
     )
     if whole and args.num_output_shards > 1:
         raise RefusedError(
-            "--unflatten-weights: whole tensors are not cut into shards; leave it out, or take one "
-            "shard"
+            "--unflatten-weights: one shard alone can hold whole tensors; leave it out"
         )
     files = files_of(args.input)
     name = args.output.replace("{i}", "{shard}")

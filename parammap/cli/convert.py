@@ -8,8 +8,7 @@ from pathlib import Path
 
 from parammap.cli import running
 from parammap.frameworks import options, registry
-from parammap.frameworks.flags import positive
-from parammap.job.conversion import convert
+from parammap.frameworks.flags import numbers, positive
 from parammap.job.request import Request
 
 SIZES = {
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sizes.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} parallel size")
     sizes.add_argument(
         "--stage-layers",
-        type=_layers,
+        type=numbers,
         default=(),
         metavar="N,N,…",
         help="layers of each pipeline stage, or of each chunk in the order in which data passes "
@@ -78,16 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers N,N,…") from error
-
-
 def run(args: argparse.Namespace) -> int:
     sizes = {name: value for name in SIZES if (value := getattr(args, name)) is not None}
-    report = convert(
+    return running.convert(
         Request(
             source=args.source,
             target=args.target,
@@ -95,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
             sizes=sizes,
             stage_layers=args.stage_layers,
             vocab_divisible_by=args.make_vocab_size_divisible_by,
-            replicas=args.replicas,
             options=options.of(args),
             iteration=args.iteration,
             sidecar=args.sidecar,
@@ -104,10 +95,7 @@ def run(args: argparse.Namespace) -> int:
             drop=frozenset(args.drop),
             accept_stale=args.accept_stale,
             accept_permuted=args.accept_permuted,
-            overwrite=args.overwrite,
-            dry_run=args.dry_run,
-            workers=args.workers,
+            **running.how(args),
             ray=args.ray,
         )
     )
-    return running.tell(report)

@@ -19,6 +19,12 @@ from parammap.job.conversion import convert
 from parammap.job.request import Report, Request
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+#: a switch that several scripts have: flag, default, help
+DROP_LOADER = (
+    "--drop-metaseq-req",
+    False,
+    "leave out the data loader's state, which needs metaseq to load",
+)
 #: what follows a checkpoint's name in the names of its files (metaseq, checkpoint_utils.py)
 _SUFFIX = re.compile(r"(?:-model_part-(\d+))?(?:-shard\d+)?\.pt$")
 
@@ -107,10 +113,7 @@ def write(
             ema=ema,
             options=replace(options, name=output.name),
             weights_only=weights_only,
-            replicas=args.replicas,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            dry_run=args.dry_run,
+            **running.how(args),
         )
     )
     return running.tell(report)

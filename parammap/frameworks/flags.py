@@ -58,6 +58,14 @@ def positive(text: str) -> int:
     return value
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """A flag's `type`: N,N,…"""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is no list of numbers N,N,…") from error
+
+
 def switch(name: str, help: str, *, sets: bool = True, **facts: Any) -> Flag:
     """A flag without an argument."""
     return Flag(name, help, {"action": "store_const", "const": sets, **facts})

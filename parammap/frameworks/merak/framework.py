@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parammap import families
-from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag, switch
+from parammap.frameworks.flags import ACTIVATION, CONFIG, DTYPE, Flag, numbers, switch
 from parammap.frameworks.framework import Framework, Inspection
 from parammap.frameworks.megatron import facts
 from parammap.frameworks.merak import architecture, partition, reader, target
@@ -36,7 +36,7 @@ MERAK = Framework(
                 Flag(
                     "--custom-partition",
                     "the first module of each stage, and their number",
-                    {"type": partition.cut_list, "metavar": "0,N,…"},
+                    {"type": numbers, "metavar": "0,N,…"},
                 ),
                 Flag(
                     "--folder",

@@ -7,7 +7,6 @@ tools/convert_merak_gpt2_checkpoint.py)."""
 
 from __future__ import annotations
 
-import argparse
 from itertools import pairwise
 
 from parammap.errors import RefusedError
@@ -18,14 +17,6 @@ METHODS = (UNIFORM, UNIFORM_FLOOR, CUSTOM)
 #: modules beside the layers: words and positions before them, the last norm and the head after them
 BEFORE, AFTER = 2, 1
 _FIRST = {WORD_EMBEDDING: 0, "embedding.position.weight": 1}
-
-
-def cut_list(text: str) -> tuple[int, ...]:
-    """A cut list as it is typed, 0,3,7,…; for argparse."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers 0,N,…") from error
 
 
 def module_of(canonical: str, num_layers: int) -> int:
