@@ -16,7 +16,7 @@ from parammap.cli.main import run
 from parammap.cli.metaseq_scripts import (
     DROP_LOADER,
     DTYPES,
-    Files,
+    NamedFiles,
     add_common,
     add_switch,
     files_of,
@@ -54,7 +54,7 @@ def _convert(args: argparse.Namespace) -> int:
     )
 
 
-def _files(location: Path) -> Files:
+def _files(location: Path) -> NamedFiles:
     """The parts in a folder. Raises RefusedError if there are none, or those of several
     checkpoints."""
     pattern = next((pattern for pattern in _PATTERNS if any(location.glob(pattern))), _PATTERNS[0])

@@ -16,7 +16,7 @@ if __package__ in (None, ""):
 
 from parammap.cli import running
 from parammap.cli.main import run
-from parammap.cli.metaseq_scripts import DTYPES, Files, add_common, add_switch, files_of, write
+from parammap.cli.metaseq_scripts import DTYPES, NamedFiles, add_common, add_switch, files_of, write
 from parammap.errors import RefusedError
 from parammap.frameworks.flags import positive
 from parammap.frameworks.metaseq.target import FLAT, WHOLE, Options
@@ -55,14 +55,14 @@ def _reshard(args: argparse.Namespace) -> int:
     )
 
 
-def _newer(args: argparse.Namespace) -> tuple[Files, Path, int | None]:
+def _newer(args: argparse.Namespace) -> tuple[NamedFiles, Path, int | None]:
     if args.save_prefix or not args.output:
         raise RefusedError("--input: goes with --output, and without SAVE_PREFIX and SAVE_DIR")
     output = Path(args.output.replace("{i}", "{part}"))
     return files_of(args.input), output, args.num_output_parts or 1
 
 
-def _older(args: argparse.Namespace) -> tuple[Files, Path, int | None]:
+def _older(args: argparse.Namespace) -> tuple[NamedFiles, Path, int | None]:
     if args.save_dir is None or args.output:
         raise RefusedError("name --input and --output, or SAVE_PREFIX and SAVE_DIR")
     args.target_ddp_size = args.target_ddp_size or 512

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from parammap.api.commands import convert, diff, digest, verify
     from parammap.api.state_dict import StateDict
     from parammap.api.tensor import Tensor
+    from parammap.checkpoint.manifest import TensorDigest
     from parammap.checkpoint.training_state import TrainingState
     from parammap.errors import RefusedError, TaskError
     from parammap.job.request import Report
     from parammap.proof.diff import Comparison
-    from parammap.proof.digests import TensorDigest
     from parammap.proof.verify import Verdict
     from parammap.tensors.region import Region
 else:
@@ -33,7 +33,7 @@ else:
         "StateDict": "api.state_dict",
         "TaskError": "errors",
         "Tensor": "api.tensor",
-        "TensorDigest": "proof.digests",
+        "TensorDigest": "checkpoint.manifest",
         "TrainingState": "checkpoint.training_state",
         "Verdict": "proof.verify",
         "convert": "api.commands",

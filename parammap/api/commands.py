@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from parammap.api.checkpoint import Checkpoint, source_of
+from parammap.checkpoint.manifest import TensorDigest
 from parammap.frameworks.options import options_of
 from parammap.job import conversion
 from parammap.job.request import Report, Request
@@ -13,7 +14,7 @@ from parammap.plan.planner import REFUSE
 from parammap.proof import diff as comparison
 from parammap.proof import verify as proof
 from parammap.proof.diff import Comparison
-from parammap.proof.digests import TensorDigest, tensor_digests
+from parammap.proof.digests import tensor_digests
 from parammap.proof.verify import Verdict
 
 
@@ -103,7 +104,7 @@ def verify(
     The output is right if the verdict has no `problems`. Raises RefusedError if it or the source is
     no checkpoint, or nothing could be compared."""
     return proof.verify(
-        proof.Request(
+        proof.Verification(
             output=Path(output),
             against=Path(against) if against else None,
             iteration=iteration,

@@ -24,9 +24,10 @@ VERSION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorDigest:
-    """The digest of a logical tensor as it was copied, 16 hexadecimal digits (docs/proving.md), and
-    those of copies on other ranks that differ; of some of its `elements` only, where the others are
-    still to come."""
+    """The digest of a logical tensor, 16 hexadecimal digits (docs/proving.md), the same in every
+    framework, layout and file format; `others` are those of ranks' copies that differ from the
+    first one. In a manifest it may be of some of the `elements` only, where the others are still to
+    come."""
 
     state: str
     name: str
@@ -62,7 +63,7 @@ class TensorDigest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Choices:
     """The user's choices that say which tensors an output has, in which dtype: the states left out
     by name, the dtype that weights were cast to (None: their own), and what was done about copies
     that differ."""
@@ -103,7 +104,7 @@ class Manifest:
     files: Mapping[str, int]
     links: str
     dropped: tuple[str, ...]
-    options: Options
+    options: Choices
     misfits: tuple[dict[str, Any], ...]
     replicas_merged: tuple[dict[str, Any], ...]
     not_finite: tuple[dict[str, Any], ...]
@@ -166,7 +167,7 @@ class Manifest:
             "to_framework": framework["to"],
             "version": rest.pop("version", 1 if says_ranks else 0),
             "files": {file["path"]: file["bytes"] for file in rest.pop("files")},
-            "options": Options(**options | {"drop": tuple(options.get("drop", ()))}),
+            "options": Choices(**options | {"drop": tuple(options.get("drop", ()))}),
             **{name: rest.pop(name) for name in _AS_IT_IS},
             **{name: tuple(rest.pop(name)) for name in _LISTS},
             **{name: tuple(map(TensorDigest.from_json, rest.pop(name))) for name in _DIGESTS},

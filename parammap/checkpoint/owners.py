@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parammap.checkpoint import manifest
 from parammap.errors import RefusedError
-from parammap.tensors.layout import Layout
+from parammap.tensors.layout import Layout, Place
 
 _HEAD_BYTES = 1 << 16
 
@@ -50,16 +50,27 @@ def check(folder: Path, files: Sequence[Owned]) -> None:
             )
 
 
-def fits(
-    layout: Layout, args: Mapping[str, Any], tp: int, pp: int, ep: int = 0
-) -> Callable[[int], bool]:
-    """Whether a rank of Megatron-LM's is one of (tp, pp, ep), whichever of their data- and
+def check_ranks(
+    folder: Path, layout: Layout, files: Iterable[tuple[Path, Mapping[str, Any], Place]]
+) -> None:
+    """The same for files that keep the arguments of Megatron-LM's rank that wrote them."""
+    check(
+        folder,
+        [
+            Owned(path, args.get("rank"), _fits(layout, args, place), str(place))
+            for path, args, place in files
+        ],
+    )
+
+
+def _fits(layout: Layout, args: Mapping[str, Any], place: Place) -> Callable[[int], bool]:
+    """Whether a rank of Megatron-LM's is one of a place, whichever of its data- and
     context-parallel ranks it is; all are where the arguments say a world of another size, or the
     rank is of a larger one, as then its order is not known."""
     world = layout.tp * layout.pp * layout.cp * layout.dp
     if args.get("world_size") != world:
         return lambda rank: True
-    return lambda rank: rank >= world or (tp, pp, ep) in layout.places_of(rank)
+    return lambda rank: rank >= world or (place.tp, place.pp, place.ep) in layout.places_of(rank)
 
 
 def _was_relaid_without(folder: Path) -> bool:

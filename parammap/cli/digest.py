@@ -7,11 +7,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from parammap.checkpoint.manifest import TensorDigest
 from parammap.cli import reading
 from parammap.errors import RefusedError
-from parammap.proof.digests import TensorDigest, tensor_digests
+from parammap.proof.digests import tensor_digests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             "checkpoint": str(checkpoint.folder),
             "framework": checkpoint.framework,
             "iteration": checkpoint.iteration,
-            "digests": [_entry(one) for one in found],
+            "digests": [one.to_json() for one in found],
         }
         print(json.dumps(facts, indent=1))
     else:
@@ -52,14 +52,3 @@ def _lines(found: list[TensorDigest]) -> Iterator[str]:
                 f"{one.name} ({one.state}): the ranks' copies differ: {', '.join(one.others)} as "
                 "well"
             )
-
-
-def _entry(one: TensorDigest) -> dict[str, Any]:
-    return {
-        "role": one.state,
-        "name": one.name,
-        "dtype": one.dtype,
-        "shape": list(one.shape),
-        "digest": one.digest,
-        "digests_of_other_copies": list(one.others),
-    }

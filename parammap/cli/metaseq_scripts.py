@@ -30,7 +30,7 @@ _SUFFIX = re.compile(r"(?:-model_part-(\d+))?(?:-shard\d+)?\.pt$")
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class NamedFiles:
     """Checkpoint files: the folder and name they have in common, and their parts, empty where they
     name none."""
 
@@ -38,7 +38,7 @@ class Files:
     parts: frozenset[int]
 
 
-def files_of(pattern: str) -> Files:
+def files_of(pattern: str) -> NamedFiles:
     """The one checkpoint that a glob matches. Raises RefusedError if there is none, or several."""
     found = [(path, _SUFFIX.search(path)) for path in sorted(glob(pattern))]
     names = sorted({path[: match.start()] for path, match in found if match})
@@ -49,7 +49,7 @@ def files_of(pattern: str) -> Files:
         raise RefusedError(
             f"{pattern}: matches files of {len(names)} checkpoints: {shown}; name one of them"
         )
-    return Files(
+    return NamedFiles(
         Path(names[0]), frozenset(int(match[1]) for _, match in found if match and match[1])
     )
 
@@ -88,7 +88,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def write(
     args: argparse.Namespace,
-    files: Files,
+    files: NamedFiles,
     output: Path,
     options: Options,
     *,

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 from parammap.proof.compare import Difference
 
 
-class Position(TypedDict):
-    row: int
-    column: int
-    a: float
-    b: float
-    file_a: str
-    offset_a: int
-    file_b: str
-    offset_b: int
-
-
-def positions(found: Difference) -> list[Position]:
+def positions(found: Difference) -> list[dict[str, Any]]:
     """The elements that a difference lists, in order."""
     return [
         {

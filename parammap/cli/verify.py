@@ -14,7 +14,7 @@ from parammap.cli.positions import positions
 from parammap.errors import RefusedError
 from parammap.proof.compare import Difference
 from parammap.proof.repair import repair
-from parammap.proof.verify import Request, Verdict, verify
+from parammap.proof.verify import Verdict, Verification, verify
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         raise RefusedError("--repair: needs --against SRC, and either --into COPY or --in-place")
     if not args.repair and (args.into or args.in_place):
         raise RefusedError("--into and --in-place say where to --repair; give that as well")
-    request = Request(
+    request = Verification(
         output=args.output,
         against=args.against,
         iteration=args.iteration,

@@ -177,7 +177,7 @@ def frame(tree: Any, name: str = "") -> Frame:
 
     Raises TypeError for a leaf that cannot be written, and for a tensor of a dtype without a typed
     storage class."""
-    storages = _Storages()
+    storages = _LegacyStorages()
     pickled = pickle_writer.dumps(tree, {Stored: storages.record, TensorSpec: storages.record})
     keys = [str(number) for number in range(len(storages.tensors))]
     builder = FrameBuilder()
@@ -197,7 +197,7 @@ def frame(tree: Any, name: str = "") -> Frame:
     return Frame(builder.segments(), storages.tensors)
 
 
-class _Storages(torch_zip._Storages):
+class _LegacyStorages(torch_zip._Storages):
     def record(self, tensor: TensorSpec | Stored) -> Opaque:
         if tensor.dtype not in torch_zip._STORAGE_OF_DTYPE:
             raise TypeError(

@@ -72,7 +72,9 @@ class Storage:
 
 
 def read(
-    path: str | os.PathLike[str], within: Extent | None = None, kind: type[Reader] | None = None
+    path: str | os.PathLike[str],
+    within: Extent | None = None,
+    kind: type[TensorReader] | None = None,
 ) -> Any:
     """The pickled object, with a Stored in place of each tensor and parameter; reads headers and
     the pickle only.
@@ -97,7 +99,7 @@ def read(
         raise RefusedError(
             f"{file}: its data.pkl has {pickled.nbytes} bytes; tensors belong outside the pickle"
         )
-    reader = (kind or Reader)(file, prefix, records)
+    reader = (kind or TensorReader)(file, prefix, records)
     return pickles.loads(zip_records.read_record(pickled), file, reader.calls(), reader.storage)
 
 
@@ -110,7 +112,7 @@ def _archive_name(file: str, records: Mapping[str, Extent]) -> str:
     return names[0]
 
 
-class Reader:
+class TensorReader:
     """Resolves the storages and tensors that one archive's pickle names."""
 
     def __init__(self, file: str, prefix: str, records: Mapping[str, Extent]) -> None:
@@ -252,7 +254,7 @@ class Reader:
         return refuse
 
 
-class Views(Reader):
+class Views(TensorReader):
     """Resolves tensors that may be strided matrices."""
 
     def _box(

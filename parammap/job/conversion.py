@@ -11,7 +11,7 @@ from typing import Any
 
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
-from parammap.checkpoint.manifest import Manifest, Options
+from parammap.checkpoint.manifest import Choices, Manifest
 from parammap.errors import RefusedError
 from parammap.execute.cluster import run_tasks_on_ray
 from parammap.execute.gather import BUFFER_BYTES
@@ -103,7 +103,7 @@ def convert(request: Request) -> Report:
         files={outcome.path: outcome.nbytes for outcome in outcomes} | kept,
         links=linked,
         dropped=tuple(dropped),
-        options=Options(
+        options=Choices(
             weights_only=request.weights_only,
             drop=tuple(sorted(request.drop)),
             cast=getattr(_options(request), DTYPE.option, None),

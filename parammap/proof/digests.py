@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parammap.checkpoint.index import Index
+from parammap.checkpoint.manifest import TensorDigest
 from parammap.execute.checks import cast_bits, widen_bits
 from parammap.execute.gather import Files
 from parammap.proof.stream import copies_of, in_processes, read_views
@@ -20,29 +21,16 @@ from parammap.tensors.shard import Shard
 _BATCH_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class TensorDigest:
-    """The digest of a logical tensor, in hexadecimal, the same in every framework, layout and file
-    format; `others` are those of ranks' copies that differ from the first one."""
-
-    state: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    digest: str
-    others: tuple[str, ...] = ()
-
-
 def tensor_digests(index: Index, workers: int = 1) -> list[TensorDigest]:
     """The digest of every logical tensor, in the order of the files."""
     return [
         TensorDigest(
-            tensor.state,
-            tensor.name,
-            tensor.dtype,
-            tensor.shape,
-            f"{first:016x}",
-            tuple(f"{one:016x}" for one in sorted({*others} - {first})),
+            state=tensor.state,
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            digest=f"{first:016x}",
+            others=tuple(f"{one:016x}" for one in sorted({*others} - {first})),
         )
         for tensor, summed in digests(index, workers).items()
         for first, *others in [summed.digests]

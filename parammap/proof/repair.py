@@ -23,7 +23,7 @@ from parammap.formats import registry as formats
 from parammap.formats import zip_records
 from parammap.proof.compare import Pair, read_both
 from parammap.proof.stream import BAND_BYTES, Copy, copies_of
-from parammap.proof.verify import Request, Verdict, damaged, read_output, read_source, verify
+from parammap.proof.verify import Verdict, Verification, damaged, read_output, read_source, verify
 from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Extent
 from parammap.tensors.region import Region
@@ -32,7 +32,7 @@ from parammap.tensors.region import Region
 _DESCRIPTOR = 0x0008
 
 
-def repair(request: Request, verdict: Verdict, into: Path | None) -> Verdict:
+def repair(request: Verification, verdict: Verdict, into: Path | None) -> Verdict:
     """Repair what `verdict` found wrong: in a copy that is to be `into`, or in place (None).
     Returns the new verdict.
 
@@ -83,7 +83,7 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-def _repaired(request: Request, verdict: Verdict) -> Verdict:
+def _repaired(request: Verification, verdict: Verdict) -> Verdict:
     """Write the wrong tensors of `request.output` anew and verify it again, its archives' checksums
     too."""
     _, manifest = manifests.find(request.output) or (None, None)

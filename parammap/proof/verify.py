@@ -13,7 +13,7 @@ from parammap import families
 from parammap.checkpoint import manifest as manifests
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import is_padding
-from parammap.checkpoint.manifest import MANIFEST, Manifest, Options, TensorDigest
+from parammap.checkpoint.manifest import MANIFEST, Choices, Manifest, TensorDigest
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
 from parammap.formats import registry as formats
@@ -65,7 +65,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Verification:
     """What to verify, and against which source, read how; `cast` is a dtype that weights may have
     been cast to. Without a source, `iteration`, `sidecar` and `metadata_from` are the output's;
     `output_metadata_from` always is. `replicas` asks for the copies that ranks keep to be
@@ -84,7 +84,7 @@ class Request:
     workers: int = 1
 
 
-def verify(request: Request) -> Verdict:
+def verify(request: Verification) -> Verdict:
     """Check an output. Raises RefusedError if it or the source is no checkpoint, or nothing could
     be compared."""
     verdict, found = Verdict(), manifests.find(request.output)
@@ -137,7 +137,7 @@ def verify(request: Request) -> Verdict:
     return verdict
 
 
-def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
+def read_output(request: Verification, manifest: Manifest | None) -> Checkpoint:
     """The output; one that was made of weights alone is read so, as it has no sidecar."""
     is_alone = request.against is None
     return registry.read(
@@ -150,11 +150,11 @@ def read_output(request: Request, manifest: Manifest | None) -> Checkpoint:
     )
 
 
-def read_source(request: Request, manifest: Manifest | None) -> Checkpoint:
+def read_source(request: Verification, manifest: Manifest | None) -> Checkpoint:
     """The source, read with the flags given, else with those of the conversion."""
     if request.against is None:
         raise RefusedError(f"{request.output}: name its source: --against SRC")
-    options = manifest.options if manifest else Options()
+    options = manifest.options if manifest else Choices()
     return registry.read(
         request.against,
         iteration=request.iteration,
@@ -303,7 +303,7 @@ def _wrong_digest(
             )
 
 
-def _check_own_casts(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+def _check_own_casts(output: Checkpoint, request: Verification, verdict: Verdict) -> None:
     """The model's own copies of weights, of which the source had none, must be the casts of the
     weights beside them."""
     pairs = casts_of_weights(output.index, output.index)
@@ -316,7 +316,7 @@ def _check_own_casts(output: Checkpoint, request: Request, verdict: Verdict) -> 
         )
 
 
-def _compare_replicas(output: Checkpoint, request: Request, verdict: Verdict) -> None:
+def _compare_replicas(output: Checkpoint, request: Verification, verdict: Verdict) -> None:
     copied, verdict.unequal = unequal(output.index, request.workers)
     verdict.compared |= set(copied)
     verdict.problems += [
@@ -336,7 +336,7 @@ def _compare_replicas(output: Checkpoint, request: Request, verdict: Verdict) ->
 def _compare(
     output: Checkpoint,
     source: Checkpoint,
-    request: Request,
+    request: Verification,
     manifest: Manifest | None,
     casts: set[str],
     verdict: Verdict,

@@ -2,6 +2,7 @@
 circle."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
@@ -123,6 +124,30 @@ def test_a_framework_knows_itself_and_megatron_alone(module):
         and (other.split(".") + [""])[2] not in {own, "megatron", *SHARED}
     ]
     assert not others
+
+
+#: the user's view of a checkpoint has its plain name; a target's options are called by their module
+SEVERAL = {"Checkpoint", "Options"}
+
+
+def test_a_class_name_stands_once():
+    found = Counter(
+        node.name
+        for tree in MODULES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, times in found.items() if times > 1} == SEVERAL
+
+
+def test_no_file_is_longer_than_a_reader_wants_it():
+    lines = {
+        path.relative_to(ROOT): len(path.read_text().splitlines())
+        for folder in ("parammap", "convert")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    most = {path: 80 if path.parts[0] == "convert" else 400 for path in lines}
+    assert not {path: count for path, count in lines.items() if count > most[path]}
 
 
 #: what is of one framework by its purpose

@@ -75,7 +75,7 @@ def _conv1d(path: str, *names: str) -> dict[str, Leaf]:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class FlaxModel:
     """The parameters of a flax model by path, `{i}` standing for the layer; `head` is that of one
     that is not tied, '' if there is none. One of OPT's family has rows of padding before its
     positions, and ReLU."""
@@ -88,7 +88,7 @@ class Model:
 _L = "layers.{i}."
 _QKV = tuple(f"{_L}attention.{atom}" for atom in "qkv")
 MODELS = {
-    "gpt2": Model(
+    "gpt2": FlaxModel(
         {
             "transformer.wte.embedding": Leaf((WORD_EMBEDDING,)),
             "transformer.wpe.embedding": Leaf((POSITIONS,)),
@@ -103,7 +103,7 @@ MODELS = {
         "lm_head.kernel",
         GPT2,
     ),
-    "opt": Model(
+    "opt": FlaxModel(
         {
             "model.decoder.embed_tokens.embedding": Leaf((WORD_EMBEDDING,)),
             "model.decoder.embed_positions.embedding": Leaf((POSITIONS,)),
@@ -120,7 +120,7 @@ MODELS = {
         "lm_head.kernel",
         OPT,
     ),
-    "llm_serving": Model(
+    "llm_serving": FlaxModel(
         {
             "params.transformers.embeddings.word_embeddings.embedding": Leaf((WORD_EMBEDDING,)),
             "params.transformers.embeddings.position_embeddings.embedding": Leaf((POSITIONS,)),
@@ -183,7 +183,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
             f"of every "
             "parameter; --to alpa takes weights alone"
         )
-    writer = _Writer(states, leaves, rows_before if model.family == OPT else 0)
+    writer = _StateWriter(states, leaves, rows_before if model.family == OPT else 0)
     tree = _train_state(writer, options)
     manifest = WantedFile(
         f"checkpoint_{target.iteration}", (Literal(msgpack.packb(tree)),), (), completes=True
@@ -205,7 +205,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     )
 
 
-def _leaves(model: Model, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
+def _leaves(model: FlaxModel, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
     for path, leaf in model.leaves.items():
         for i in range(states.source.num_layers) if "{i}" in path else [None]:
             yield (
@@ -216,7 +216,7 @@ def _leaves(model: Model, states: SourceTensors) -> Iterator[tuple[str, Leaf]]:
         yield model.head, Leaf((HEAD,), True)
 
 
-def _train_state(writer: _Writer, options: Options) -> object:
+def _train_state(writer: _StateWriter, options: Options) -> object:
     source = writer.states.source
     state = source.training_state
     step, is_mixed = source.steps_taken(), options.dtype != "float32"
@@ -254,7 +254,7 @@ def _filled(tree: object, values: dict[object, object]) -> object:
     )
 
 
-class _Writer:
+class _StateWriter:
     """Collects the files of arrays; a path is that of an array in the tree and the name of its
     folder."""
 

@@ -42,7 +42,7 @@ _FOREIGN = {
 
 
 @dataclass(slots=True)
-class Files:
+class DeepSpeedFiles:
     """A checkpoint's files: layers by (layer function, tp), models by m, shards by (m, dp)."""
 
     folder: Path
@@ -71,10 +71,10 @@ def recognizes(source: Path) -> bool:
     )
 
 
-def find(source: Path, iteration: int | None = None) -> Files:
+def find(source: Path, iteration: int | None = None) -> DeepSpeedFiles:
     """The files of the checkpoint that SRC names: a root, or a folder of one step. Raises
     RefusedError if there is none, or if some of them are missing or of a kind that is not read."""
-    files = Files(_folder(source, iteration))
+    files = DeepSpeedFiles(_folder(source, iteration))
     for name in sorted(os.listdir(files.folder)):
         path = files.folder / name
         for pattern, what in _FOREIGN.items():
@@ -125,7 +125,7 @@ def _folder(source: Path, iteration: int | None) -> Path:
     return folder
 
 
-def _check(files: Files) -> None:
+def _check(files: DeepSpeedFiles) -> None:
     """Refuse unless each set of files is a whole grid."""
     tp = files.tp()
     _check_grid(

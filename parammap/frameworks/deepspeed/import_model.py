@@ -21,7 +21,7 @@ from parammap.families import BLOOM, DEEPSPEED, GPT2, HEAD, WORD_EMBEDDING, Arch
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_for
 from parammap.frameworks.deepspeed.layers import EMBEDDING, NORM, optimizer_name
-from parammap.frameworks.deepspeed.universal import SCHEDULER, Contents, Parameter
+from parammap.frameworks.deepspeed.universal import SCHEDULER, UniversalContents, UniversalParameter
 from parammap.frameworks.megatron.training_state import DTYPES
 from parammap.plan.source_tensors import SourceTensors
 from parammap.tensors.arrangement import Sizes
@@ -38,7 +38,7 @@ _GROUP_KEYS = ("lr", "betas", "eps", "bias_correction")
 _EMBEDDING, _FIRST_LAYER, _TO_NORM = 1, 3, 2
 
 
-def contents(source: Checkpoint) -> Contents:
+def contents(source: Checkpoint) -> UniversalContents:
     """What the universal checkpoint is made of. Raises RefusedError for a model that
     Megatron-DeepSpeed does not have, and for parameters that no optimizer steps."""
     model = architecture_for(source, (GPT2, BLOOM), "Megatron-DeepSpeed")
@@ -50,13 +50,13 @@ def contents(source: Checkpoint) -> Contents:
         _FIRST_LAYER + source.num_layers - 1 + _TO_NORM: NORM,
     }
     parameters = [
-        Parameter(optimizer_name(one.name, functions), one.canonical, one.kind, one.shape)
+        UniversalParameter(optimizer_name(one.name, functions), one.canonical, one.kind, one.shape)
         for one in states.parameters(DEEPSPEED)
     ]
     groups = _groups(source)
     steps = {one.name: groups[0]["step"] for one in parameters}
     state = {"param_groups": groups, "ds_version": _VERSION}
-    return Contents(
+    return UniversalContents(
         parameters,
         Sizes(model.heads, model.groups, states.vocab_rows),
         steps,

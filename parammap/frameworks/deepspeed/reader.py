@@ -21,7 +21,7 @@ from parammap.errors import RefusedError
 from parammap.families import DEEPSPEED, LEGACY
 from parammap.formats import torch_zip
 from parammap.frameworks.deepspeed import universal, zero
-from parammap.frameworks.deepspeed.files import Files, find, recognizes
+from parammap.frameworks.deepspeed.files import DeepSpeedFiles, find, recognizes
 from parammap.frameworks.deepspeed.layers import HEAD, WORDS, Functions, stages_of
 from parammap.frameworks.deepspeed.training_state import iteration_of, shapes_of, training_state
 from parammap.frameworks.megatron.facts import args_of, is_gated
@@ -38,7 +38,7 @@ _WHOLE = Partition(dim=0)
 
 
 @dataclass(slots=True)
-class Rank:
+class DeepSpeedRank:
     """A rank of the model: its mp_rank file and what that holds, its model's tensors by our names
     (of a pipeline's, those of its stage) with all their copies, and its optimizer's states, the
     tensors by our names and the steps by its own."""
@@ -144,8 +144,8 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _universal(
-    files: Files, contents: dict[int, dict[str, Any]], weights_only: bool
-) -> tuple[list[Rank], Layout, NameResolver]:
+    files: DeepSpeedFiles, contents: dict[int, dict[str, Any]], weights_only: bool
+) -> tuple[list[DeepSpeedRank], Layout, NameResolver]:
     first = contents[min(contents)]
     tensors, functions = universal.read(files.folder, args_of(first).get("num_layers"))
     universal.check_complete(
@@ -162,7 +162,7 @@ def _universal(
             universal.rest(files.folder),
         )
     )
-    rank = Rank(files.models[min(contents)], Place(), first, functions)
+    rank = DeepSpeedRank(files.models[min(contents)], Place(), first, functions)
     aliases = first.get("shared_params") or {}
     for name, stored in rank.named(tensors[MAIN_PARAM]):
         rank.model.setdefault(aliases.get(name, name), []).append(stored)
@@ -171,33 +171,25 @@ def _universal(
 
 
 def _ranks(
-    files: Files, contents: dict[int, dict[str, Any]], weights_only: bool
-) -> tuple[list[Rank], Layout, NameResolver]:
+    files: DeepSpeedFiles, contents: dict[int, dict[str, Any]], weights_only: bool
+) -> tuple[list[DeepSpeedRank], Layout, NameResolver]:
     """The ranks of the model, with their tensors under our names."""
     layout = _layout(files, contents)
-    owners.check(
-        files.folder,
-        [
-            owners.Owned(
-                files.models[m],
-                args.get("rank"),
-                owners.fits(layout, args, m % layout.tp, m // layout.tp),
-                f"model-parallel rank {m}",
-            )
-            for m, content in contents.items()
-            for args in [args_of(content)]
-        ],
-    )
+    places = {m: Place(m % layout.tp, m // layout.tp) for m in contents}
+    owned = ((files.models[m], args_of(content), places[m]) for m, content in contents.items())
+    owners.check_ranks(files.folder, layout, owned)
     if files.layers:
         functions, layers = _layers(files, contents)
         ranks = [
-            Rank(files.models[m], Place(m % layout.tp, m // layout.tp), content, functions)
+            DeepSpeedRank(files.models[m], places[m], content, functions)
             for m, content in contents.items()
         ]
         _share_out(ranks, functions, layers)
     else:
         ranks = [
-            Rank(files.models[m], Place(m), content, None, _module(files.models[m], content))
+            DeepSpeedRank(
+                files.models[m], Place(m), content, None, _module(files.models[m], content)
+            )
             for m, content in contents.items()
         ]
     if not weights_only:
@@ -205,7 +197,7 @@ def _ranks(
     return ranks, layout, _naming(ranks, layout, bool(files.layers))
 
 
-def _layout(files: Files, contents: dict[int, dict[str, Any]]) -> Layout:
+def _layout(files: DeepSpeedFiles, contents: dict[int, dict[str, Any]]) -> Layout:
     """tp and pp as the files count them, checked against what they say; dp as they say, or as there
     are shards."""
     tp = files.tp()
@@ -230,7 +222,9 @@ def _layout(files: Files, contents: dict[int, dict[str, Any]]) -> Layout:
 _Layers = dict[tuple[int, int], dict[str, Stored]]
 
 
-def _layers(files: Files, contents: dict[int, dict[str, Any]]) -> tuple[Functions, _Layers]:
+def _layers(
+    files: DeepSpeedFiles, contents: dict[int, dict[str, Any]]
+) -> tuple[Functions, _Layers]:
     layers = {key: _tensors(path, torch_zip.read(path)) for key, path in files.layers.items()}
     functions = Functions.of(
         files.folder,
@@ -248,7 +242,7 @@ def _layers(files: Files, contents: dict[int, dict[str, Any]]) -> tuple[Function
     return functions, layers
 
 
-def _share_out(ranks: list[Rank], functions: Functions, layers: _Layers) -> None:
+def _share_out(ranks: list[DeepSpeedRank], functions: Functions, layers: _Layers) -> None:
     """Give each rank the layers of its stage."""
     stages = stages_of(functions, [rank.shapes() for rank in ranks if rank.place.tp == 0])
     by_place = {rank.place: rank for rank in ranks}
@@ -286,7 +280,7 @@ def _tensors(path: Path, state_dict: Any) -> dict[str, Stored]:
 # the optimizer
 
 
-def _add_states(files: Files, ranks: list[Rank], layout: Layout) -> None:
+def _add_states(files: DeepSpeedFiles, ranks: list[DeepSpeedRank], layout: Layout) -> None:
     if not files.shards:
         if saved := next(
             (rank for rank in ranks if rank.content.get("optimizer") or rank.shapes()), None
@@ -312,7 +306,7 @@ def _add_states(files: Files, ranks: list[Rank], layout: Layout) -> None:
             )
 
 
-def _left_out(ranks: list[Rank], naming: NameResolver) -> list[str]:
+def _left_out(ranks: list[DeepSpeedRank], naming: NameResolver) -> list[str]:
     """The copies of later stages that are not read."""
     return sorted(
         {
@@ -326,7 +320,7 @@ def _left_out(ranks: list[Rank], naming: NameResolver) -> list[str]:
     )
 
 
-def _found(rank: Rank, naming: NameResolver) -> Iterator[TensorEntry]:
+def _found(rank: DeepSpeedRank, naming: NameResolver) -> Iterator[TensorEntry]:
     states = rank.states.tensors
     stepped = states.get(MAIN_PARAM, {}).keys()
     for state, own in states.items():
@@ -356,7 +350,7 @@ def _partition(name: str, naming: NameResolver) -> Partition:
 # the names
 
 
-def _naming(ranks: list[Rank], layout: Layout, is_pipeline: bool) -> NameResolver:
+def _naming(ranks: list[DeepSpeedRank], layout: Layout, is_pipeline: bool) -> NameResolver:
     first = ranks[0].content
     names = [name for rank in ranks for name in rank.model]
     dialect = DEEPSPEED if is_pipeline else LEGACY

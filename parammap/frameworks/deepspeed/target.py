@@ -25,7 +25,13 @@ from parammap.formats.frames import Literal
 from parammap.frameworks.deepspeed import import_model
 from parammap.frameworks.deepspeed.files import LATEST_UNIVERSAL, STATE_FILE, ZERO, find
 from parammap.frameworks.deepspeed.layers import HEAD, optimizer_name
-from parammap.frameworks.deepspeed.universal import FILES, PARAM, STEP_FILE, Contents, Parameter
+from parammap.frameworks.deepspeed.universal import (
+    FILES,
+    PARAM,
+    STEP_FILE,
+    UniversalContents,
+    UniversalParameter,
+)
 from parammap.frameworks.megatron.facts import args_of
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.tensors.arrangement import (
@@ -70,7 +76,7 @@ def output(target: Checkpoint, _options: object = None) -> Output:
 # the states
 
 
-def _states(folder: str, source: Checkpoint, contents: Contents) -> Iterator[WantedFile]:
+def _states(folder: str, source: Checkpoint, contents: UniversalContents) -> Iterator[WantedFile]:
     tensors = {(tensor.state, tensor.name): tensor for tensor in source.index.shards}
     names = {parameter.name: [parameter.name] for parameter in contents.parameters}
     for alias, name in contents.aliases.items():
@@ -98,7 +104,7 @@ def _states(folder: str, source: Checkpoint, contents: Contents) -> Iterator[Wan
             )
 
 
-def _parts(parameter: Parameter, sizes: Sizes) -> tuple[Part, ...]:
+def _parts(parameter: UniversalParameter, sizes: Sizes) -> tuple[Part, ...]:
     """The parts of a whole parameter, without its vocabulary's padding."""
     return tuple(
         part
@@ -108,7 +114,7 @@ def _parts(parameter: Parameter, sizes: Sizes) -> tuple[Part, ...]:
 
 
 def _wanted(
-    parameter: Parameter,
+    parameter: UniversalParameter,
     state: str,
     parts: tuple[Part, ...],
     tensors: Mapping[tuple[str, str], LogicalTensor],
@@ -127,7 +133,7 @@ def _wanted(
     )
 
 
-def _cut(parameter: Parameter, sizes: Sizes) -> dict[str, Any]:
+def _cut(parameter: UniversalParameter, sizes: Sizes) -> dict[str, Any]:
     """What DeepSpeed is told of how ranks cut it."""
     if parameter.kind == REPLICATED:
         return {}
@@ -146,14 +152,14 @@ def _file(path: str, tree: Any, *wanted: Wanted) -> WantedFile:
 # DeepSpeed's own checkpoints
 
 
-def _own(source: Checkpoint) -> Contents:
+def _own(source: Checkpoint) -> UniversalContents:
     """Of a DeepSpeed checkpoint: names, steps, and what is beside the states as they are."""
     first = source.rank_metadata[0, 0, 0]
     models = {path.name: torch_zip.read(path) for path in find(source.folder).models.values()}
     steps = {
         name: step for meta in source.rank_metadata.values() for name, step in meta["steps"].items()
     }
-    return Contents(
+    return UniversalContents(
         list(_parameters(source, first.get("functions"))),
         _sizes(source),
         steps,
@@ -171,7 +177,9 @@ def _sizes(source: Checkpoint) -> Sizes:
     return Sizes(heads, heads, words)
 
 
-def _parameters(source: Checkpoint, functions: dict[int, str] | None) -> Iterator[Parameter]:
+def _parameters(
+    source: Checkpoint, functions: dict[int, str] | None
+) -> Iterator[UniversalParameter]:
     seen, unknown = set(), []
     for held in source.index.held:
         name = held.found.name
@@ -182,7 +190,7 @@ def _parameters(source: Checkpoint, functions: dict[int, str] | None) -> Iterato
             unknown.append(name)
             continue
         shape = whole_shape(held.kind, held.found.stored.shape, source.layout.tp)
-        yield Parameter(
+        yield UniversalParameter(
             optimizer_name(name, functions) if functions else name, held.canonical, held.kind, shape
         )
     if unknown:

@@ -42,7 +42,7 @@ _FIRST = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class UniversalParameter:
     """A parameter as the optimizer names it, whole: its canonical name, how it is put together, its
     shape."""
 
@@ -53,12 +53,12 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class UniversalContents:
     """What a universal checkpoint is made of: the parameters, the steps of those that were stepped,
     the optimizer's state beside them, and the mp_rank files by name. `aliases` are further names of
     parameters."""
 
-    parameters: list[Parameter]
+    parameters: list[UniversalParameter]
     sizes: Sizes
     steps: dict[str, Any]
     state: dict[str, Any]

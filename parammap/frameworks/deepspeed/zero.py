@@ -43,14 +43,14 @@ class States:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ZeroShard:
     """A data-parallel rank's file: its fp32 partition and its optimizer's state by group."""
 
     path: Path
     state: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path) -> Shard:
+    def read(cls, path: Path) -> ZeroShard:
         content = torch_zip.read(path)
         state = content.get("optimizer_state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or "single_partition_of_fp32_groups" not in state:
@@ -103,7 +103,7 @@ def read(model: Path, content: dict[str, Any], paths: list[Path]) -> States:
 
     Raises RefusedError for shards that do not fit each other or the parameters' shapes.
     """
-    shards = [Shard.read(path) for path in paths]
+    shards = [ZeroShard.read(path) for path in paths]
     shapes = content.get("param_shapes")
     if not shapes:
         raise RefusedError(
@@ -120,7 +120,7 @@ def read(model: Path, content: dict[str, Any], paths: list[Path]) -> States:
     return states
 
 
-def _check_shard(shard: Shard, groups: int, dp: int) -> None:
+def _check_shard(shard: ZeroShard, groups: int, dp: int) -> None:
     if len(shard.partitions) != groups:
         raise RefusedError(
             f"{shard.path}: has partitions of {len(shard.partitions)} groups, and the model file "
@@ -138,7 +138,7 @@ def _check_shard(shard: Shard, groups: int, dp: int) -> None:
 
 
 def _add_group(
-    states: States, number: int, shapes: dict[str, tuple[int, ...]], shards: list[Shard]
+    states: States, number: int, shapes: dict[str, tuple[int, ...]], shards: list[ZeroShard]
 ) -> None:
     gaps = _gaps(shards[0], number, len(shapes))
     places, end = {}, 0
@@ -162,7 +162,7 @@ def _add_group(
         states.steps |= dict.fromkeys(shapes, step)
 
 
-def _gaps(shard: Shard, number: int, count: int) -> list[int]:
+def _gaps(shard: ZeroShard, number: int, count: int) -> list[int]:
     """The elements of alignment padding behind each parameter (deepspeed 0.17 on; else none)."""
     gaps = shard.state.get("param_alignment_paddings")
     own = list(gaps[number]) if gaps else [0] * count
@@ -176,7 +176,12 @@ def _gaps(shard: Shard, number: int, count: int) -> list[int]:
 
 
 def _check_sizes(
-    shards: list[Shard], number: int, state: str, partitions: list[Stored], size: int, total: int
+    shards: list[ZeroShard],
+    number: int,
+    state: str,
+    partitions: list[Stored],
+    size: int,
+    total: int,
 ) -> None:
     """Refuse unless each partition has `size` elements, or, at the end, those that are no
     padding."""
@@ -208,7 +213,7 @@ def _extents(partitions: list[Stored], size: int, start: int, numel: int) -> Ite
 
 
 def _check_mappings(
-    shards: list[Shard],
+    shards: list[ZeroShard],
     number: int,
     places: dict[str, tuple[int, int, tuple[int, ...]]],
     size: int,
@@ -236,14 +241,14 @@ def _check_mappings(
             )
 
 
-def _address(shard: Shard, address: Any) -> tuple[int, int]:
+def _address(shard: ZeroShard, address: Any) -> tuple[int, int]:
     fields = address.attributes if isinstance(address, Opaque) else {}
     if not {"start", "numel"} <= fields.keys():
         raise RefusedError(f"{shard.path}: has a param_slice_mappings that is not DeepSpeed's")
     return fields["start"], fields["numel"]
 
 
-def _step(shards: list[Shard], groups: list[dict[str, Any]], number: int) -> Any:
+def _step(shards: list[ZeroShard], groups: list[dict[str, Any]], number: int) -> Any:
     """The steps that a group has taken, as they are kept; None: with the state of the parameters
     they are not."""
     steps = {value_of(group["step"]) for group in groups if "step" in group}
@@ -255,7 +260,7 @@ def _step(shards: list[Shard], groups: list[dict[str, Any]], number: int) -> Any
     return groups[0].get("step")
 
 
-def _rest(shard: Shard) -> dict[str, Any]:
+def _rest(shard: ZeroShard) -> dict[str, Any]:
     """A shard's state without what is cut over the shards: with `param_groups` (deepspeed,
     ds_to_universal.py keeps these very keys)."""
     cut = ("base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings")

@@ -22,14 +22,14 @@ from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Global
 from parammap.frameworks.megatron.facts import args_of
-from parammap.frameworks.megatron.files import OPTIMIZER_FILE, Rank
+from parammap.frameworks.megatron.files import OPTIMIZER_FILE, MegatronRank
 from parammap.tensors.logical import Stored
 
 #: the last megatron-core (major, minor) of this format
 CORE = (0, 3)
 
 
-def sidecar_of(folder: Path, ranks: Iterable[Rank]) -> Sidecar | None:
+def sidecar_of(folder: Path, ranks: Iterable[MegatronRank]) -> Sidecar | None:
     """The sidecar of a checkpoint whose optimizer files are of this format; None if none is.
 
     Raises RefusedError if some rank's file is missing, or has another number of elements than its
@@ -96,7 +96,7 @@ def saved(buffers: Mapping[int, Mapping[Any, Any]]) -> dict[int, Any]:
     }
 
 
-def _buffers(path: Path, saved: Mapping[int, Any], rank: Rank) -> tuple[Buffer, ...]:
+def _buffers(path: Path, saved: Mapping[int, Any], rank: MegatronRank) -> tuple[Buffer, ...]:
     chunks = rank.chunks()
     if list(saved) != list(chunks):
         raise RefusedError(

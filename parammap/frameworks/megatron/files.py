@@ -37,7 +37,7 @@ _ITERATION_FOLDER = re.compile(rf"iter_(\d{{7}})$|{RELEASE}$")
 
 
 @dataclass(slots=True)
-class Rank:
+class MegatronRank:
     """One rank's folder: whose it is, and its model file's content (tensors as Stored)."""
 
     folder: Path
@@ -125,7 +125,7 @@ def _tracked(source: Path) -> str:
     return text if text == RELEASE else f"iter_{int(text):07d}"
 
 
-def read_ranks(folder: Path, sidecar: Sidecar | None) -> list[Rank]:
+def read_ranks(folder: Path, sidecar: Sidecar | None) -> list[MegatronRank]:
     """All ranks of an iteration's folder. Raises RefusedError for a file that is missing or no
     checkpoint's."""
     matches = {
@@ -141,7 +141,7 @@ def read_ranks(folder: Path, sidecar: Sidecar | None) -> list[Rank]:
     for path, match in matches.items():
         tp, second, third = (int(number or 0) for number in match.groups())
         place = Place(tp, 0, second) if second_is_ep else Place(tp, second, third)
-        ranks.append(Rank(path, place, contents[path]))
+        ranks.append(MegatronRank(path, place, contents[path]))
     return ranks
 
 
@@ -173,9 +173,9 @@ def _second_number_is_ep(contents: dict[Path, dict[str, Any]], sidecar: Sidecar 
     return len(first_stages) == len(contents)
 
 
-def read_rank(folder: Path, place: Place) -> Rank:
+def read_rank(folder: Path, place: Place) -> MegatronRank:
     """One rank's folder."""
-    return Rank(folder, place, _content(folder))
+    return MegatronRank(folder, place, _content(folder))
 
 
 def _flatten(tree: object, prefix: str = "") -> Iterator[tuple[str, Stored]]:

@@ -130,7 +130,7 @@ def import_model(source: Checkpoint, options: Any) -> Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class _ModelTensor:
     """A tensor of the state dict, and the first of the logical tensors that make it up."""
 
     spec: TensorSpec
@@ -139,7 +139,7 @@ class _Tensor:
 
 def _tensors(
     family: str, states: SourceTensors, args: dict[str, Any], specification: Specification
-) -> Iterator[_Tensor]:
+) -> Iterator[_ModelTensor]:
     """The tensors of the state dict, in megatron-core's names, shapes and order, in the dtype that
     the model computes in."""
     used: set[str] = set()
@@ -163,7 +163,7 @@ def _tensors(
                 import_optimizer.model_dtype(states, atoms[0], recorded),
                 (rows, *tensors[0].shape[1:]),
             )
-            yield _Tensor(spec, atoms[0])
+            yield _ModelTensor(spec, atoms[0])
     if unplaced := sorted(states.names() - used):
         raise RefusedError(
             f"{states.source.folder}: has {len(unplaced)} tensors that {NAME}'s model has no place "

@@ -26,7 +26,7 @@ from parammap.frameworks.megatron.files import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     RELEASE,
-    Rank,
+    MegatronRank,
     find_iteration,
     read_ranks,
 )
@@ -59,19 +59,8 @@ def read(
     facts = Facts.of(sidecar, ranks[0].content)
     layout = facts.layout(_found_sizes(ranks))
     _check_grid(folder, ranks, layout)
-    owners.check(
-        folder,
-        [
-            owners.Owned(
-                rank.folder / MODEL_FILE,
-                args.get("rank"),
-                owners.fits(layout, args, *rank.coordinates),
-                str(rank.place),
-            )
-            for rank in ranks
-            for args in [args_of(rank.content)]
-        ],
-    )
+    owned = ((rank.folder / MODEL_FILE, args_of(rank.content), rank.place) for rank in ranks)
+    owners.check_ranks(folder, layout, owned)
     by_rank = [rank.tensors() for rank in ranks]
     found = [one for own in by_rank for one in own]
     kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
@@ -112,7 +101,7 @@ def read(
     )
 
 
-def _is_release_of_weights(folder: Path, ranks: list[Rank]) -> bool:
+def _is_release_of_weights(folder: Path, ranks: list[MegatronRank]) -> bool:
     """Whether it is one that Megatron-LM loads without asking for an optimizer's state, and has
     none."""
     return folder.name == RELEASE and not any(
@@ -188,7 +177,7 @@ def _recorded_sidecar(folder: Path, iteration: int, given: Path | None) -> Sidec
     return None
 
 
-def _found_sizes(ranks: list[Rank]) -> dict[str, int]:
+def _found_sizes(ranks: list[MegatronRank]) -> dict[str, int]:
     return {
         "tp": 1 + max(r.place.tp for r in ranks),
         "pp": 1 + max(r.place.pp for r in ranks),
@@ -197,7 +186,7 @@ def _found_sizes(ranks: list[Rank]) -> dict[str, int]:
     }
 
 
-def _check_grid(folder: Path, ranks: list[Rank], layout: Layout) -> None:
+def _check_grid(folder: Path, ranks: list[MegatronRank], layout: Layout) -> None:
     """Every rank of the grid must be there, with all its chunks, and no other."""
     if layout.ep > 1 and layout.etp != layout.tp:
         raise RefusedError(
@@ -223,7 +212,7 @@ def _check_grid(folder: Path, ranks: list[Rank], layout: Layout) -> None:
 
 
 def _naming(
-    ranks: list[Rank], layout: Layout, sidecar: Sidecar | None, facts: Facts
+    ranks: list[MegatronRank], layout: Layout, sidecar: Sidecar | None, facts: Facts
 ) -> NameResolver:
     chunks = [chunk for rank in ranks for chunk in rank.chunks().values()]
     names = [name for chunk in chunks for name in chunk]
@@ -241,7 +230,7 @@ def _naming(
 
 
 def _global_layers(
-    ranks: list[Rank], sidecar: Sidecar | None
+    ranks: list[MegatronRank], sidecar: Sidecar | None
 ) -> dict[tuple[int, int], dict[str, list[int]]]:
     """Global layer numbers of each stage's chunk, counted from the model files, and checked against
     the sidecar."""

@@ -49,7 +49,7 @@ def output(source: Checkpoint, options: Options) -> Output:
                 "param_map*.json; name their folder with --sidecar, or convert --weights-only"
             )
         registration.check(source.sidecar)
-    writer = _Writer(source)
+    writer = _RankWriter(source)
     files = [file for rank in source.rank_folders for file in writer.rank_files(rank)]
     if writer.missing:
         raise RefusedError(
@@ -77,7 +77,7 @@ def output(source: Checkpoint, options: Options) -> Output:
 
 
 @dataclass(slots=True)
-class _Writer:
+class _RankWriter:
     source: Checkpoint
     missing: set[str] = field(default_factory=set)
     _tensors: dict[tuple[str, str], LogicalTensor] = field(init=False)

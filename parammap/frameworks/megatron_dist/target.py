@@ -91,7 +91,7 @@ def output(source: Checkpoint, options: Options) -> Output:
     dtypes = {
         (held.found.state, held.canonical): held.found.stored.dtype for held in source.index.held
     }
-    files = _Writer(tensors, dtypes).files(
+    files = _DistcpWriter(tensors, dtypes).files(
         folder, objects | rng_states, _STATES if source.with_optimizer else {}
     )
     expert_dims = {
@@ -123,7 +123,7 @@ def output(source: Checkpoint, options: Options) -> Output:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class _StackedTensor:
     """One tensor of the model: its key with what it is stacked by, and its parts; `dtype` is the
     model's own copy's."""
 
@@ -138,7 +138,7 @@ class _Tensor:
         return _expert(self.held) is not None or self.held.kind in GROUPED
 
 
-def _expert_ranks(source: Checkpoint, options: Options, tensors: list[_Tensor]) -> int:
+def _expert_ranks(source: Checkpoint, options: Options, tensors: list[_StackedTensor]) -> int:
     ep = options.ep or (source.trained or source.layout).ep
     experts = len({_expert(tensor.held) for tensor in tensors if _expert(tensor.held) is not None})
     if options.ep and (experts or 1) % ep:
@@ -149,7 +149,7 @@ def _expert_ranks(source: Checkpoint, options: Options, tensors: list[_Tensor]) 
     return ep
 
 
-def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
+def _tensors(source: Checkpoint) -> tuple[list[_StackedTensor], _Stacks]:
     """All tensors of the model, layer by layer, and how layers and experts are stacked."""
     weights = {
         held.canonical: held
@@ -190,7 +190,7 @@ def _tensors(source: Checkpoint) -> tuple[list[_Tensor], _Stacks]:
         name, dtype = names[canonical], held.found.stored.dtype
         whole = naming.hold(TensorEntry(name, Place(), MAIN_PARAM, Stored(dtype, shapes[name], ())))
         tensors.append(
-            _Tensor(*stacks.place(name), whole, dtypes.get(rows[canonical].canonical, dtype))
+            _StackedTensor(*stacks.place(name), whole, dtypes.get(rows[canonical].canonical, dtype))
         )
     return sorted(
         tensors, key=lambda tensor: -1 if tensor.held.layer is None else tensor.held.layer
@@ -264,11 +264,11 @@ def _model_dtypes(source: Checkpoint) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class _Writer:
+class _DistcpWriter:
     """Lays the tensors out in files, and keeps the books for `.metadata`. `dtypes` are the
     source's, by state and atom."""
 
-    tensors: list[_Tensor]
+    tensors: list[_StackedTensor]
     dtypes: dict[tuple[str, str], str]
     _files: list[DistcpFile] = field(default_factory=list)
     _wanted: dict[TensorSpec, Wanted] = field(default_factory=dict)
@@ -304,7 +304,7 @@ class _Writer:
             self._files.append(DistcpFile(f"__{len(self._files)}_0.distcp"))
         return self._files[-1]
 
-    def _add(self, tensor: _Tensor, key: str, dtype: str, state: str) -> None:
+    def _add(self, tensor: _StackedTensor, key: str, dtype: str, state: str) -> None:
         shape, source_dtype = (
             tensor.held.found.stored.shape,
             self.dtypes[state, tensor.held.canonical],
@@ -316,7 +316,7 @@ class _Writer:
         self._chunks.setdefault((key, dtype, (*tensor.stack, *shape)), []).append(chunk)
 
 
-def _objects(tensors: list[_Tensor]) -> dict[str, object]:
+def _objects(tensors: list[_StackedTensor]) -> dict[str, object]:
     """An empty extra state for each module that may ask for one."""
     objects: dict[str, object] = {}
     for tensor in tensors:

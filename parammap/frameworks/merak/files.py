@@ -32,7 +32,7 @@ _LORA = "lora_"
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class MerakFiles:
     """An iteration's folder: its number (0 if its name has none), each rank's model file, and its
     optimizer files by dp rank."""
 
@@ -58,7 +58,7 @@ def _within(source: Path) -> list[Path]:
     ]
 
 
-def find(source: Path, iteration: int | None = None) -> Files:
+def find(source: Path, iteration: int | None = None) -> MerakFiles:
     """The files of the iteration that SRC names, or of the one that its tracker names.
 
     Raises RefusedError if there is none, if SRC holds several runs, and for a rank or an optimizer
@@ -75,7 +75,7 @@ def find(source: Path, iteration: int | None = None) -> Files:
         )
         raise RefusedError(f"{folder}: {what}; name the folder of the whole model")
     _check_grid(folder, models)
-    return Files(
+    return MerakFiles(
         folder, int(match.group(1) or 0) if match else 0, models, _optimizers(folder, models)
     )
 

@@ -27,7 +27,7 @@ from parammap.frameworks.megatron.facts import args_of
 from parammap.frameworks.megatron.training_state import random_state_in, said_by
 from parammap.frameworks.merak import zero
 from parammap.frameworks.merak.architecture import find_config, said
-from parammap.frameworks.merak.files import Files, find, recognizes
+from parammap.frameworks.merak.files import MerakFiles, find, recognizes
 from parammap.tensors.arrangement import VOCAB, Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Stored
@@ -44,7 +44,7 @@ _CUT_NAMES = (".col_linear.", ".row_linear.")
 
 
 @dataclass(slots=True)
-class Rank:
+class MerakRank:
     """One rank's model file: its place, its content (tensors as Stored), its tensors by name,
     aliases and buffers apart."""
 
@@ -56,7 +56,7 @@ class Rank:
     buffers: list[str]
 
     @classmethod
-    def read(cls, path: Path, place: Place) -> Rank:
+    def read(cls, path: Path, place: Place) -> MerakRank:
         content = torch_legacy.read_either(path)
         model = content.get("model") if isinstance(content, dict) else None
         if not isinstance(model, dict) or not all(
@@ -118,7 +118,7 @@ def read(
     Raises RefusedError for anything missing, damaged or contradictory, and for tensors that GPT-2
     has not."""
     files = find(source, iteration)
-    ranks = [Rank.read(path, place) for place, path in sorted(files.models.items())]
+    ranks = [MerakRank.read(path, place) for place, path in sorted(files.models.items())]
     config, args = find_config(files.folder, metadata_from), args_of(ranks[0].content)
     layout = _layout(files)
     words = _Words.of(ranks, layout, config, args)
@@ -169,7 +169,7 @@ def read(
     )
 
 
-def _layout(files: Files) -> Layout:
+def _layout(files: MerakFiles) -> Layout:
     tp, pp = (
         1 + max(place.tp for place in files.models),
         1 + max(place.pp for place in files.models),
@@ -194,7 +194,7 @@ class _Words:
 
     @classmethod
     def of(
-        cls, ranks: list[Rank], layout: Layout, config: dict[str, Any], args: dict[str, Any]
+        cls, ranks: list[MerakRank], layout: Layout, config: dict[str, Any], args: dict[str, Any]
     ) -> _Words:
         """By the table's rows: as many as the model is built with are the whole table; else each
         rank has its share, as the tools write it, unless the run's arguments say otherwise."""
@@ -240,7 +240,7 @@ class _Naming:
         return self.naming.hold(found)
 
 
-def _check_names(ranks: list[Rank], dialect: str) -> None:
+def _check_names(ranks: list[MerakRank], dialect: str) -> None:
     for rank in ranks:
         if unknown := sorted(name for name in rank.names if families.find(name, dialect) is None):
             raise RefusedError(
@@ -250,7 +250,7 @@ def _check_names(ranks: list[Rank], dialect: str) -> None:
 
 
 def _optimizer(
-    files: Files, ranks: list[Rank]
+    files: MerakFiles, ranks: list[MerakRank]
 ) -> tuple[list[TensorEntry], tuple[ParamGroup, ...], list[str]]:
     """The optimizer's states, its parameter groups, and what is to be said of it."""
     if files.optimizers:
@@ -287,7 +287,9 @@ def _groups(state: zero.AdamState) -> tuple[ParamGroup, ...]:
     return tuple(ParamGroup.of({**group, **taken}) for group in state["param_groups"])
 
 
-def _training_state(rank: Rank, iteration: int, groups: tuple[ParamGroup, ...]) -> TrainingState:
+def _training_state(
+    rank: MerakRank, iteration: int, groups: tuple[ParamGroup, ...]
+) -> TrainingState:
     return TrainingState(
         **said_by(args_of(rank.content)),
         iteration=iteration or None,

@@ -75,7 +75,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     empty."""
     own = architecture_of(target, options.activation)
     check_family(target, own.family, (GPT2,), "Merak")
-    writer = _Writer(target, completed(own, options.config), options)
+    writer = _StageWriter(target, completed(own, options.config), options)
     return Output(
         list(writer.files()),
         [(folder, "") for folder in target.rank_folders.values()],
@@ -94,7 +94,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
 
 
 @dataclass(slots=True)
-class _Writer:
+class _StageWriter:
     target: Checkpoint
     model: Architecture
     options: Options

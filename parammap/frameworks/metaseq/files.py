@@ -24,7 +24,7 @@ _EXPERTS = re.compile(r"-rank-\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class MetaseqFiles:
     """A checkpoint's files: `parts[p][r]` is shard r of part p; or those of one part alone,
     whatever its number."""
 
@@ -43,7 +43,7 @@ def recognizes(source: Path) -> bool:
     return any(path.suffix == ".pt" for path in _named(source))
 
 
-def find(source: Path, iteration: int | None = None) -> Files:
+def find(source: Path, iteration: int | None = None) -> MetaseqFiles:
     """The files of the one checkpoint that SRC names: a folder with one checkpoint (or with that of
     `iteration`), a prefix such as `…/checkpoint_last`, a pattern such as
     `…/checkpoint_last-model_part-1-shard*.pt`, or one file. A pattern or a file may be of one part
@@ -76,7 +76,7 @@ def find(source: Path, iteration: int | None = None) -> Files:
     is_part_alone = named and next(iter(groups))[1] and len({part for part, _ in grid}) == 1
     if is_part_alone:
         grid = {(0, shard): path for (_, shard), path in grid.items()}
-    return Files(paths[0].parent, _complete(source, grid), is_part_alone)
+    return MetaseqFiles(paths[0].parent, _complete(source, grid), is_part_alone)
 
 
 def _named(source: Path) -> list[Path]:

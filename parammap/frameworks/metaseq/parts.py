@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parammap.errors import RefusedError
 from parammap.frameworks.metaseq.metadata import Flat, ShardMetadata
-from parammap.frameworks.metaseq.shard import Shard, read_shard
+from parammap.frameworks.metaseq.shard import ShardFile, read_shard
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
 from parammap.tensors.names import shorten_names
 
@@ -30,31 +30,31 @@ def read_part(
     sidecar_folder: Path | None,
     lent: ShardMetadata | None,
     ema: bool,
-) -> Part:
+) -> ModelPart:
     """Read the shards of a part; `lent` is its metadata if the files have none.
 
     Raises RefusedError for shards of different saves, and for files of which nobody knows what lies
     in them."""
-    shards: list[Shard] = []
+    shards: list[ShardFile] = []
     for path in paths:
         shard = read_shard(path, not shards, sidecar_folder, ema)
         shards.append(shards[0].with_same_model(shard) if shards else shard)
-    part = Part(number, shards, shards[0].metadata or lent)
+    part = ModelPart(number, shards, shards[0].metadata or lent)
     part.check()
     return part
 
 
 @dataclass(slots=True)
-class Part:
+class ModelPart:
     """The shards of one part. `metadata` is the first one's, or lent; None if its tensors are
     whole."""
 
     number: int
-    shards: list[Shard]
+    shards: list[ShardFile]
     metadata: ShardMetadata | None
 
     @property
-    def first(self) -> Shard:
+    def first(self) -> ShardFile:
         return self.shards[0]
 
     @property

@@ -21,11 +21,11 @@ from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorE
 from parammap.checkpoint.training_state import ParamGroup, TrainingState, as_number, steps_of
 from parammap.errors import RefusedError
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
-from parammap.frameworks.metaseq.files import Files, find, recognizes
+from parammap.frameworks.metaseq.files import MetaseqFiles, find, recognizes
 from parammap.frameworks.metaseq.metadata import OUTPUT, borrowed, join
 from parammap.frameworks.metaseq.norms import without_copies
-from parammap.frameworks.metaseq.parts import Part, read_part
-from parammap.frameworks.metaseq.shard import Save, Shard, fields_of, value_of
+from parammap.frameworks.metaseq.parts import ModelPart, read_part
+from parammap.frameworks.metaseq.shard import Save, ShardFile, fields_of, value_of
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
@@ -106,13 +106,13 @@ def read(
     )
 
 
-def _check_ranks(files: Files, parts: list[Part]) -> None:
+def _check_ranks(files: MetaseqFiles, parts: list[ModelPart]) -> None:
     """Refuse files that lie where another rank's should. Rank r of a training is shard r // parts
     of part r % parts; a tool that cuts each part anew leaves the number of the part's first shard
     in all of its shards."""
     are_cut_anew = all(len({shard.rank for shard in part.shards}) == 1 for part in parts)
 
-    def owned(part: Part, number: int, shard: Shard) -> owners.Owned:
+    def owned(part: ModelPart, number: int, shard: ShardFile) -> owners.Owned:
         def fits(rank: int) -> bool:
             if shard.parts is None or not (files.is_part_alone or shard.parts == len(parts)):
                 return True
@@ -168,7 +168,7 @@ def _check_parts(held: list[StoredTensor], layout: Layout) -> None:
 
 
 def _tensors(
-    part: Part, weights_only: bool
+    part: ModelPart, weights_only: bool
 ) -> tuple[dict[str, dict[str, Stored]], dict[int, str], list[str]]:
     """A part's tensors by state and name, the optimizer's index, and the names left out."""
     weights = part.weights()
@@ -177,7 +177,7 @@ def _tensors(
     return by_state, index, left_out
 
 
-def _found(part: Part, by_state: dict[str, dict[str, Stored]]) -> Iterator[TensorEntry]:
+def _found(part: ModelPart, by_state: dict[str, dict[str, Stored]]) -> Iterator[TensorEntry]:
     buffers = part.metadata.buffers if part.metadata else ()
     for state, tensors in by_state.items():
         for name, stored in tensors.items():
@@ -194,14 +194,14 @@ def _found(part: Part, by_state: dict[str, dict[str, Stored]]) -> Iterator[Tenso
 # what is no tensor
 
 
-def _meta(part: Part, weights: dict[str, Stored], index: dict[int, str]) -> dict[str, Any]:
+def _meta(part: ModelPart, weights: dict[str, Stored], index: dict[int, str]) -> dict[str, Any]:
     meta = {**part.first.rest, "optimizer_index": index}
     if part.metadata:
         meta["shard_metadata"] = _current(part.metadata.raw, weights)
     return meta
 
 
-def _training_state(part: Part) -> TrainingState:
+def _training_state(part: ModelPart) -> TrainingState:
     saved = part.first.rest.get("last_optimizer_state") or {}
     history = part.first.rest.get("optimizer_history") or [{}]
     states = (saved.get("state") or {}).values()

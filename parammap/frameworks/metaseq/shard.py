@@ -17,7 +17,7 @@ from parammap.tensors.names import shorten_names
 
 
 @dataclass(slots=True)
-class Shard:
+class ShardFile:
     """A file: the model's tensors, the optimizer's states by its own numbers, and what FSDP says of
     them. `rest` is the file without its model (of a part's first shard only), `rank` and `parts`
     what it says of who wrote it."""
@@ -37,7 +37,7 @@ class Shard:
     def save(self) -> Save:
         return Save(self.path, self.num_updates, bool(self.states))
 
-    def with_same_model(self, other: Shard) -> Shard:
+    def with_same_model(self, other: ShardFile) -> ShardFile:
         """Another shard of the same part, which comes to share what both say of the model.
 
         Raises RefusedError if they are of different saves.
@@ -77,7 +77,9 @@ class Save:
         )
 
 
-def read_shard(path: Path, is_first: bool, sidecar_folder: Path | None, ema: bool = False) -> Shard:
+def read_shard(
+    path: Path, is_first: bool, sidecar_folder: Path | None, ema: bool = False
+) -> ShardFile:
     """Read a file's headers; `ema` takes the moving average of the weights in their place.
 
     Raises RefusedError if it is no metaseq checkpoint, or its sidecar is of another save.
@@ -129,7 +131,9 @@ def read_shard(path: Path, is_first: bool, sidecar_folder: Path | None, ema: boo
             ("common", "model_parallel_size"),
         )
     )
-    return Shard(path, model, states, own or said, index, num_updates, sidecar, rest, rank, parts)
+    return ShardFile(
+        path, model, states, own or said, index, num_updates, sidecar, rest, rank, parts
+    )
 
 
 def fields_of(tree: Any) -> dict[str, Any]:

@@ -67,19 +67,9 @@ def read(
         )
     facts = Facts.of(sidecar, next(iter(rank_metadata.values()), {}))
     layout = facts.layout({})
-    owners.check(
-        source,
-        [
-            owners.Owned(
-                meta_files[rank],
-                args.get("rank"),
-                owners.fits(layout, args, *rank),
-                str(Place(*rank)),
-            )
-            for rank, meta in rank_metadata.items()
-            for args in [args_of(meta)]
-        ],
-    )
+    metas = rank_metadata.items()
+    owned = ((meta_files[rank], args_of(meta), Place(*rank)) for rank, meta in metas)
+    owners.check_ranks(source, layout, owned)
     folders = _rank_folders(source, layout, numbering)
     contents = {
         rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop)

@@ -44,7 +44,7 @@ _Entries = Sequence[Stored | str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Buffer:
+class StrategyBuffer:
     """A flat buffer; `param_dtype` is None where no parameter lies in it."""
 
     param_dtype: str | None
@@ -59,7 +59,7 @@ class Strategy:
 
     file: Path
     ranks: tuple[int, ...]
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[StrategyBuffer, ...]
     zero3: tuple[str, ...]
 
 
@@ -324,7 +324,7 @@ def read_strategy(path: Path, rank: int) -> Strategy:
     return Strategy(path, ranks, buffers, zero3)
 
 
-def _buffer(data: dict[str, Any], number: int) -> Buffer:
+def _buffer(data: dict[str, Any], number: int) -> StrategyBuffer:
     """Raises ValueError, KeyError or TypeError where the entries are not as r0.1.0 writes them."""
     info = data["buffer_info"][str(number)]
     buckets, start = [], 0
@@ -353,14 +353,14 @@ def _buffer(data: dict[str, Any], number: int) -> Buffer:
                     bucket,
                 )
             )
-    return Buffer(
+    return StrategyBuffer(
         param_dtype=slots[0].dtype if slots else None,
         buckets=tuple(buckets),
         slots=tuple(slots),
     )
 
 
-def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:
+def _check_buffer(where: str, buffer: StrategyBuffer, dp: int) -> None:
     """Every slot must fill its shape, lie in the saved and used part of its bucket, and follow the
     one before it."""
     for k, bucket in enumerate(buffer.buckets):
@@ -392,7 +392,7 @@ def _check_buffer(where: str, buffer: Buffer, dp: int) -> None:
         )
 
 
-def _check_gap(where: str, start: int, end: int, buffer: Buffer) -> None:
+def _check_gap(where: str, start: int, end: int, buffer: StrategyBuffer) -> None:
     if (end - start) * ITEMSIZE.get(buffer.param_dtype or "float32", 4) > _MAX_GAP_BYTES:
         raise RefusedError(
             f"{where}: elements {start} to {end} belong to no parameter, which is more than "

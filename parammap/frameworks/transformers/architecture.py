@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.families import Architecture
-from parammap.frameworks.transformers.model import CONFIG, Model
+from parammap.frameworks.transformers.model import CONFIG, ModelConfig
 
 
 def of(checkpoint: Checkpoint) -> Architecture:
     """The architecture, with the whole config.json of the checkpoint."""
-    return Model(str(checkpoint.folder / CONFIG), checkpoint.common_metadata["config"]).architecture
+    return ModelConfig(
+        str(checkpoint.folder / CONFIG), checkpoint.common_metadata["config"]
+    ).architecture

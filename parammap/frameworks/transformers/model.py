@@ -61,7 +61,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """A model that a configuration describes; `where` names that configuration in errors."""
 
     where: str
@@ -244,7 +244,7 @@ def config_of(family: str) -> Config:
     return config
 
 
-def read(folder: Path) -> Model:
+def read(folder: Path) -> ModelConfig:
     """A folder's config.json. Raises RefusedError if it is missing, damaged, or of what cannot be
     converted: an adapter, or a quantised model."""
     if (folder / ADAPTER).is_file():
@@ -256,7 +256,7 @@ def read(folder: Path) -> Model:
     return load(folder / CONFIG)
 
 
-def load(path: Path) -> Model:
+def load(path: Path) -> ModelConfig:
     """A config.json. Raises RefusedError as `read` does."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -270,10 +270,10 @@ def load(path: Path) -> Model:
             f"convert "
             "the model that it was made of"
         )
-    return Model(str(path), config)
+    return ModelConfig(str(path), config)
 
 
-def completed(known: Architecture, given: Model) -> Architecture:
+def completed(known: Architecture, given: ModelConfig) -> Architecture:
     """The architecture as a given configuration says it, to be written as it is. Raises
     RefusedError where it contradicts what is known."""
     told = given.architecture
@@ -298,7 +298,7 @@ def completed(known: Architecture, given: Model) -> Architecture:
 
 def written(
     architecture: Architecture, names: set[str], words: int, dtype: str, where: str
-) -> Model:
+) -> ModelConfig:
     """The configuration of a model that has none: of `names`, its weights' canonical names, and
     with `words` columns in its word embedding. What nobody recorded is null where the library knows
     it so, and refused where it is needed.
@@ -340,7 +340,7 @@ def written(
         **kind.fixed,
         **{setting: tensor in names for setting, tensor in kind.from_tensors.items()},
     }
-    return Model(where, dict(sorted(config.items())))
+    return ModelConfig(where, dict(sorted(config.items())))
 
 
 def _type_of(terms: Config, names: set[str]) -> tuple[str, ModelType]:

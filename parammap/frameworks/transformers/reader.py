@@ -15,7 +15,7 @@ from parammap.errors import RefusedError
 from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING, rows_of
 from parammap.frameworks.transformers import files, model
 from parammap.frameworks.transformers.files import Weights
-from parammap.frameworks.transformers.model import ADAPTER, CONFIG, Model
+from parammap.frameworks.transformers.model import ADAPTER, CONFIG, ModelConfig
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
@@ -88,7 +88,7 @@ def read(
     )
 
 
-def _checked(described: Model, weights: Weights) -> tuple[dict[str, Stored], list[str]]:
+def _checked(described: ModelConfig, weights: Weights) -> tuple[dict[str, Stored], list[str]]:
     """The model's tensors, and the names of those that are none of its parameters."""
     prefix = described.terms.prefix
     prefix = prefix if any(name.startswith(prefix) for name in weights.tensors) else ""
@@ -135,7 +135,7 @@ def _checked(described: Model, weights: Weights) -> tuple[dict[str, Stored], lis
 
 
 def _tied_head(
-    described: Model, expected: dict[str, tuple[int, ...]], prefix: str
+    described: ModelConfig, expected: dict[str, tuple[int, ...]], prefix: str
 ) -> dict[str, tuple[int, ...]]:
     """The head that may be stored though it is the word embedding."""
     if described.is_base or not described.architecture.tied:

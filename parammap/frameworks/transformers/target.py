@@ -33,7 +33,7 @@ from parammap.frameworks.transformers.files import (
     shard_name,
     shards,
 )
-from parammap.frameworks.transformers.model import CONFIG, Model, completed, load, written
+from parammap.frameworks.transformers.model import CONFIG, ModelConfig, completed, load, written
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors
 from parammap.tensors.arrangement import Sizes
@@ -121,7 +121,9 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     )
 
 
-def _model(target: Checkpoint, own: Architecture, states: SourceTensors, options: Options) -> Model:
+def _model(
+    target: Checkpoint, own: Architecture, states: SourceTensors, options: Options
+) -> ModelConfig:
     """The source's configuration with what the conversion changes, or a new one."""
     words = states.tensor(MAIN_PARAM, WORD_EMBEDDING)
     if not own.config:
@@ -136,10 +138,10 @@ def _model(target: Checkpoint, own: Architecture, states: SourceTensors, options
         )
     if config.get("vocab_size") != states.vocab_rows:
         config["vocab_size"] = states.vocab_rows
-    return Model(str(target.folder), config)
+    return ModelConfig(str(target.folder), config)
 
 
-def _check(target: Checkpoint, model: Model, parameters: list[Parameter]) -> None:
+def _check(target: Checkpoint, model: ModelConfig, parameters: list[Parameter]) -> None:
     """Refuse a source whose tensors are not just those of the model."""
     expected = {one.canonical: one.shape for one in model.tensors()}
     there = {one.canonical: one.shape for one in parameters}
@@ -164,7 +166,7 @@ def _check(target: Checkpoint, model: Model, parameters: list[Parameter]) -> Non
             )
 
 
-def _class_of(model: Model) -> str:
+def _class_of(model: ModelConfig) -> str:
     return model.type.base if model.is_base else model.type.causal
 
 
@@ -203,7 +205,7 @@ def _file(
     return file_of_objects(path, frame, wanted)
 
 
-def _along(target: Checkpoint, model: Model) -> Iterator[WantedFile]:
+def _along(target: Checkpoint, model: ModelConfig) -> Iterator[WantedFile]:
     """config.json, and what goes with the model of a transformers source."""
     is_own = target.framework == "transformers"
     if is_own and model.config == target.common_metadata["config"]:

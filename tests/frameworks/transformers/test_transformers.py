@@ -16,7 +16,7 @@ from parammap.formats import safetensors as container
 from parammap.frameworks import registry
 from parammap.frameworks.architecture import architecture_of
 from parammap.frameworks.transformers import target
-from parammap.frameworks.transformers.model import Model
+from parammap.frameworks.transformers.model import ModelConfig
 from tests.support.transformers_folders import (
     CASES,
     COMPUTED,
@@ -360,7 +360,7 @@ def test_a_configuration_of_release_5_is_read(tmp_path):
     ],
 )
 def test_scaled_rotary_positions_are_told(given):
-    model = Model(
+    model = ModelConfig(
         "here", {"model_type": "llama", "tie_word_embeddings": True, **CASES["llama"][1], **given}
     )
     assert model.architecture.rope_scaling["factor"] == 2.0
@@ -378,7 +378,7 @@ def test_scaled_rotary_positions_are_told(given):
 )
 def test_what_a_configuration_says(case, expected):
     kind, told = CASES[case]
-    known = Model("here", kind(**told).to_dict()).architecture
+    known = ModelConfig("here", kind(**told).to_dict()).architecture
     assert (
         known.family,
         known.layers,
@@ -408,8 +408,8 @@ def test_what_a_configuration_says(case, expected):
 def test_settings_unlike_the_familys_are_told(case, setting, value):
     kind, told = CASES[case]
     config = kind(**told).to_dict()
-    assert Model("here", config).unlike == []
-    assert Model("here", {**config, setting: value}).unlike == [f"{setting} {value}"]
+    assert ModelConfig("here", config).unlike == []
+    assert ModelConfig("here", {**config, setting: value}).unlike == [f"{setting} {value}"]
 
 
 def test_the_metadata_is_what_the_library_asks_for(tmp_path):

@@ -18,8 +18,8 @@ from parammap.frameworks.megatron import architecture
 from parammap.frameworks.megatron import before_core as megatron_before_core
 from parammap.frameworks.megatron.buckets import Rule, release_of
 from parammap.frameworks.megatron.facts import Facts
-from parammap.frameworks.megatron.reshard.model import Entry, Model, Parameter, model_of
-from parammap.frameworks.megatron.reshard.optimizer import Chunk, resharded_sidecar
+from parammap.frameworks.megatron.reshard.model import Entry, ModelEntries, WholeParameter, model_of
+from parammap.frameworks.megatron.reshard.optimizer import ModelChunk, resharded_sidecar
 from parammap.frameworks.megatron.reshard.rank_metadata import (
     GroupKind,
     TargetArguments,
@@ -55,7 +55,7 @@ class _Resharding:
         self.facts = Facts.of_checkpoint(source)
         structures = structures_of(source)
         self.naming = megatron_naming(source, structures)
-        self.model: Model = model_of(source, structures, self.naming)
+        self.model: ModelEntries = model_of(source, structures, self.naming)
         self.stages: Stages = stages_of(
             source.num_layers,
             self.layout,
@@ -153,7 +153,7 @@ class _Resharding:
             len(parameter.shape)
             for entries in self.model.layers.values()
             for entry in entries
-            if entry.is_of_experts and isinstance(parameter := entry.content, Parameter)
+            if entry.is_of_experts and isinstance(parameter := entry.content, WholeParameter)
         }
         target = TargetArguments(
             self.layout, self._chunk_layers(), self.vocab_rows, self._divisor()
@@ -193,7 +193,7 @@ class _Resharding:
             notes=[*self.source.notes, *self._notes()],
         )
 
-    def _chunk(self, tp: int, pp: int, vpp: int, ep: int) -> Chunk:
+    def _chunk(self, tp: int, pp: int, vpp: int, ep: int) -> ModelChunk:
         layers = self.stages.get((pp, vpp), range(0))
         is_first, is_last = (
             (pp, vpp) == (0, 0),
@@ -203,16 +203,16 @@ class _Resharding:
         shapes = {
             entry.name: self._local_shape(entry, entry.content)
             for entry in entries
-            if isinstance(entry.content, Parameter)
+            if isinstance(entry.content, WholeParameter)
         }
-        return Chunk(entries, shapes, layers, is_first, is_last)
+        return ModelChunk(entries, shapes, layers, is_first, is_last)
 
     def _experts(self, ep: int) -> range:
         """The global numbers of an expert rank's experts."""
         count = self.model.experts // self.layout.ep
         return range(ep * count, (ep + 1) * count)
 
-    def _local_shape(self, entry: Entry, parameter: Parameter) -> tuple[int, ...]:
+    def _local_shape(self, entry: Entry, parameter: WholeParameter) -> tuple[int, ...]:
         shape = parameter.shape
         if parameter.kind == VOCAB and self.vocab_rows is not None:
             shape = self.vocab_rows, *shape[1:]
@@ -228,12 +228,12 @@ class _Resharding:
     # -----------------------------------------------------------------------------------------------------
     # its tensors
 
-    def _held(self, rank: Coordinates, number: int, chunk: Chunk) -> Iterator[StoredTensor]:
+    def _held(self, rank: Coordinates, number: int, chunk: ModelChunk) -> Iterator[StoredTensor]:
         tp, pp, ep = rank
         place, sizes = Place(tp, pp, ep, number), self.naming.sizes
         for entry in chunk.entries:
             parameter = entry.content
-            if isinstance(parameter, Parameter):
+            if isinstance(parameter, WholeParameter):
                 shape = chunk.shapes[entry.name]
                 parts = arranged(
                     parameter.kind, shape, self.layout.tp, tp, sizes, self._experts(ep)
@@ -252,7 +252,7 @@ class _Resharding:
                     )
 
     def _tensor(
-        self, state: str, parameter: Parameter, part: str, shape: tuple[int, ...]
+        self, state: str, parameter: WholeParameter, part: str, shape: tuple[int, ...]
     ) -> LogicalTensor:
         """The source's logical tensor of a part; a vocabulary's padding has as many rows as this
         layout has."""
@@ -261,12 +261,12 @@ class _Resharding:
             return LogicalTensor(state, name, self.tensors[state, parameter.canonical].dtype, shape)
         return self.tensors[state, name]
 
-    def _structure(self, chunk: Chunk) -> dict[str, Any]:
+    def _structure(self, chunk: ModelChunk) -> dict[str, Any]:
         return nested(
             (
                 entry.keys,
                 TensorSpec(entry.name, entry.content.dtype, chunk.shapes[entry.name])
-                if isinstance(entry.content, Parameter)
+                if isinstance(entry.content, WholeParameter)
                 else entry.content,
             )
             for entry in chunk.entries
@@ -287,7 +287,7 @@ class _Resharding:
             "make_vocab_size_divisible_by"
         )
 
-    def _groups(self, chunks: list[Chunk]) -> list[GroupKind]:
+    def _groups(self, chunks: list[ModelChunk]) -> list[GroupKind]:
         """The kinds of a rank's dense parameter groups, in the order in which its parameters first
         need them; none where all ranks have the same (megatron-core, optimizer/__init__.py,
         _get_param_groups: order of need in 0.6 … 0.15, then sorted; loaded by position up to 0.12;
@@ -304,7 +304,7 @@ class _Resharding:
             (entry.name, entry.content)
             for chunk in chunks
             for entry in chunk.entries
-            if isinstance(entry.content, Parameter)
+            if isinstance(entry.content, WholeParameter)
             and (not entry.is_of_experts or self.layout.ep == 1)
         ]
         return list(

@@ -35,7 +35,7 @@ _NOWHERE = Stored("float32", (), ())
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class WholeParameter:
     """A tensor of the model: its fused canonical name, arrangement ('' where it is not known, which
     is refused), and dtype and shape as a whole; `is_head` for the last stage's copy of the word
     embedding."""
@@ -66,7 +66,7 @@ class Entry:
     @property
     def is_of_experts(self) -> bool:
         return self.expert is not None or (
-            isinstance(self.content, Parameter) and self.content.kind in GROUPED
+            isinstance(self.content, WholeParameter) and self.content.kind in GROUPED
         )
 
     @property
@@ -81,7 +81,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Model:
+class ModelEntries:
     """What stands before the layers, in each layer, and behind them, in the order of the state
     dict."""
 
@@ -118,7 +118,7 @@ class Model:
         embedding = next(
             entry.content
             for entry in self.first
-            if isinstance(entry.content, Parameter)
+            if isinstance(entry.content, WholeParameter)
             and entry.content.canonical == families.WORD_EMBEDDING
         )
         row = families.find(".".join(_HEAD_KEYS[self.dialect]), self.dialect)
@@ -128,29 +128,31 @@ class Model:
         behind = [entry for entry in self.last if entry.name.startswith("output_layer.")]
         return [entry for entry in self.last if entry not in behind] + [head] + behind
 
-    def parameters(self) -> Iterator[Parameter]:
+    def parameters(self) -> Iterator[WholeParameter]:
         for entries in (
             self.first,
             *(self.layers[number] for number in sorted(self.layers)),
             self.last,
         ):
-            yield from (entry.content for entry in entries if isinstance(entry.content, Parameter))
+            yield from (
+                entry.content for entry in entries if isinstance(entry.content, WholeParameter)
+            )
 
 
 def _is_head(entry: Entry) -> bool:
-    return isinstance(entry.content, Parameter) and entry.content.is_head
+    return isinstance(entry.content, WholeParameter) and entry.content.is_head
 
 
 def model_of(
     source: Checkpoint, structures: dict[Coordinates, list[dict[str, Any]]], naming: NameResolver
-) -> Model:
+) -> ModelEntries:
     """The model that a checkpoint's state dicts (by rank, a list of chunks) make up; `naming` is of
     their names.
 
     Raises RefusedError for tensors of which nobody knows how they are cut, and for several stacks
     of layers."""
     experts = (naming.experts_per_rank or 0) * source.layout.ep or naming.sizes.experts or 0
-    model = Model(naming.dialect, experts, naming.tied)
+    model = ModelEntries(naming.dialect, experts, naming.tied)
     seen: dict[tuple[str, ...], Entry] = {}
     facts = _partition_facts(source.sidecar)
     for (tp, pp, ep), chunks in sorted(
@@ -167,7 +169,7 @@ def model_of(
         model.tied = not any(
             entry.content.canonical == families.HEAD
             for entry in model.last
-            if isinstance(entry.content, Parameter)
+            if isinstance(entry.content, WholeParameter)
         )
     return model
 
@@ -183,7 +185,7 @@ def _partition_facts(sidecar: Sidecar | None) -> _Facts:
 
 
 def _add_chunk(
-    model: Model,
+    model: ModelEntries,
     tree: dict[str, Any],
     place: Place,
     naming: NameResolver,
@@ -206,7 +208,7 @@ def _add_chunk(
 
 def _is_behind(entry: Entry) -> bool:
     """Whether a tensor stands behind the layers, wherever the state dict names it."""
-    return isinstance(entry.content, Parameter) and (
+    return isinstance(entry.content, WholeParameter) and (
         entry.content.is_head or entry.content.canonical.startswith(("output.", "final_norm."))
     )
 
@@ -240,19 +242,19 @@ def _entry(
     return Entry(keys, naming.layer(name, place), naming.expert(name, place), content)
 
 
-def _parameter(held: StoredTensor, naming: NameResolver) -> Parameter:
+def _parameter(held: StoredTensor, naming: NameResolver) -> WholeParameter:
     stored = held.found.stored
     shape = (
         whole_shape(held.kind, stored.shape, naming.layout.tp, naming.layout.ep)
         if held.kind
         else stored.shape
     )
-    return Parameter(
+    return WholeParameter(
         held.canonical, held.kind or "", held.row, stored.dtype, shape, held.is_tied_head
     )
 
 
-def _refuse_unknown(source: Checkpoint, model: Model) -> None:
+def _refuse_unknown(source: Checkpoint, model: ModelEntries) -> None:
     unknown = sorted(
         {parameter.canonical for parameter in model.parameters() if not parameter.kind}
     )
@@ -272,7 +274,7 @@ def _refuse_unknown(source: Checkpoint, model: Model) -> None:
         )
 
 
-def _check_order(model: Model, sidecar: Sidecar, naming: NameResolver) -> None:
+def _check_order(model: ModelEntries, sidecar: Sidecar, naming: NameResolver) -> None:
     """Refuse a state dict that names parameters in another order than the buffers, as new ones
     would be filled in it."""
     places = {parameter.canonical: number for number, parameter in enumerate(model.parameters())}

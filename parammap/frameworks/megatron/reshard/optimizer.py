@@ -19,14 +19,14 @@ from parammap.frameworks.megatron import before_core as megatron_before_core
 from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.buckets import Rule
 from parammap.frameworks.megatron.facts import Facts, grad_dtype
-from parammap.frameworks.megatron.reshard.model import Entry, Parameter
+from parammap.frameworks.megatron.reshard.model import Entry, WholeParameter
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class ModelChunk:
     """A rank's model chunk in the new layout: its entries, each rank's shape of each parameter, and
     its global layers."""
 
@@ -44,7 +44,7 @@ def resharded_sidecar(
     layout: Layout,
     model_facts: dict[str, Any],
     is_tied: bool,
-    ranks: dict[Coordinates, list[Chunk]],
+    ranks: dict[Coordinates, list[ModelChunk]],
 ) -> Sidecar | None:
     """The sidecars that the hook would write for these ranks; None if the source has no optimizer
     state.
@@ -143,7 +143,7 @@ def _stepped(sidecar: Sidecar, naming: NameResolver) -> dict[str, Slot]:
     return stepped
 
 
-def _slots(chunk: Chunk, stepped: dict[str, Slot], rule: Rule, tied: str | None) -> list[Slot]:
+def _slots(chunk: ModelChunk, stepped: dict[str, Slot], rule: Rule, tied: str | None) -> list[Slot]:
     """The chunk's parameters that the optimizer steps, in the order of named_parameters()."""
     return [
         _slot(
@@ -155,13 +155,13 @@ def _slots(chunk: Chunk, stepped: dict[str, Slot], rule: Rule, tied: str | None)
             tied,
         )
         for entry in chunk.entries
-        if isinstance(entry.content, Parameter) and entry.content.canonical in stepped
+        if isinstance(entry.content, WholeParameter) and entry.content.canonical in stepped
     ]
 
 
 def _slot(
     entry: Entry,
-    parameter: Parameter,
+    parameter: WholeParameter,
     known: Slot,
     shape: tuple[int, ...],
     rule: Rule,
@@ -201,7 +201,7 @@ def _rank(layout: Layout, tp: int, pp: int, ep: int) -> dict[str, Any]:
     }
 
 
-def _described(number: int, chunk: Chunk) -> dict[str, Any]:
+def _described(number: int, chunk: ModelChunk) -> dict[str, Any]:
     return {
         "vpp": number,
         "layers": {path: list(chunk.layers) for path in _paths(chunk.entries)}
