@@ -13,6 +13,7 @@ from parammap.errors import RefusedError
 from parammap.families import Architecture
 from parammap.frameworks.target import Target
 from parammap.tensors.arrangement import Sizes
+from parammap.tensors.layout import AS_RECORDED, Numbering
 from parammap.tensors.logical import MAIN_PARAM
 
 #: why the optimizer's states cannot be read, and what to drop (--drop) so that the rest of them can
@@ -66,6 +67,22 @@ class Inspection:
     sidecar: Callable[[Checkpoint, list[Path]], dict[str, Any] | None] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """What of a checkpoint to read, and what a user says of it (see `registry.read`)."""
+
+    iteration: int | None = None
+    sidecar_folder: Path | None = None
+    weights_only: bool = False
+    drop: frozenset[str] = frozenset()
+    numbering: Numbering = AS_RECORDED
+    metadata_from: Path | None = None
+    ema: bool = False
+
+
+EVERYTHING = ReadOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class Patch:
     """A file of parammap/patches that has a training write its sidecars, and what it applies to."""
@@ -76,8 +93,8 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Framework:
-    """`recognizes` says whether a path is its checkpoint, and `read` reads one (see `registry.read`
-    for the arguments; `takes` are those that only some readers have). Checkpoints that are read
+    """`recognizes` says whether a path is its checkpoint, and `read` reads one; `takes` are the
+    options that only some readers have (metadata_from, ema). Checkpoints that are read
     hold models of the `families`, with the optimizer's states unless not `optimizer`;
     `architecture` tells what such a model computes, and `tied` whether its output layer is the word
     embedding, where the run recorded that. `targets` are what can be written for it.
@@ -88,7 +105,7 @@ class Framework:
 
     name: str
     recognizes: Callable[[Path], bool]
-    read: Callable[..., Checkpoint]
+    read: Callable[[Path, ReadOptions], Checkpoint]
     families: Callable[[], tuple[str, ...]]
     architecture: Callable[[Checkpoint], Architecture]
     tied: Callable[[Checkpoint], bool | None] = lambda _: None

@@ -14,7 +14,7 @@ from parammap.errors import RefusedError
 from parammap.execute.gc_pause import gc_paused
 from parammap.frameworks.alpa.framework import ALPA
 from parammap.frameworks.deepspeed.framework import DEEPSPEED
-from parammap.frameworks.framework import Framework
+from parammap.frameworks.framework import Framework, ReadOptions
 from parammap.frameworks.megatron.framework import MEGATRON
 from parammap.frameworks.megatron_dist.framework import MEGATRON_DIST
 from parammap.frameworks.merak.framework import MERAK
@@ -146,15 +146,16 @@ def read(
         raise RefusedError(
             f"{source}: is no checkpoint that takes --{foreign[0].replace('_', '-')}; leave it out"
         )
-    checkpoint = found.read(
-        source,
+    options = ReadOptions(
         iteration=iteration,
         sidecar_folder=sidecar,
         weights_only=weights_only,
         drop=drop,
         numbering=Numbering(sizes.get("dp"), sizes.get("cp"), noop, suffix),
-        **{name: lent[name] for name in found.takes},
+        metadata_from=metadata_from,
+        ema=ema,
     )
+    checkpoint = found.read(source, options)
     checkpoint.describe = found.architecture
     completeness.check(checkpoint)
     for name, size in sizes.items():

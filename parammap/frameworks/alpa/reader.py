@@ -21,9 +21,10 @@ from parammap.families import HF_BLOOM, METASEQ, WORD_EMBEDDING
 from parammap.families.opt import BUFFERS
 from parammap.formats import npy
 from parammap.frameworks.alpa import serving as alpa
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.plan.plan import in_a_row
 from parammap.tensors.arrangement import PADDING, Sizes
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
 from parammap.tensors.names import shorten_names
 from parammap.tensors.shard import whole_of
@@ -45,15 +46,7 @@ def _is_training(source: Path) -> bool:
     return any(source.glob("checkpoint_*")) and any(source.glob("state.*/metadata_*"))
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a folder's headers. It has weights only, of one rank, no experts, and no iteration,
     which counts as 0.
 
@@ -65,7 +58,7 @@ def read(
             f"read what "
             "they were made from"
         )
-    if iteration is not None or sidecar_folder is not None:
+    if options.iteration is not None or options.sidecar_folder is not None:
         raise RefusedError(
             f"{source}: holds Alpa's weights, which have no iteration and no sidecar; leave these "
             f"flags out"

@@ -24,10 +24,11 @@ from parammap.frameworks.deepspeed import universal, zero
 from parammap.frameworks.deepspeed.files import DeepSpeedFiles, find, recognizes
 from parammap.frameworks.deepspeed.layers import HEAD, WORDS, Functions, stages_of
 from parammap.frameworks.deepspeed.training_state import iteration_of, shapes_of, training_state
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.facts import args_of, is_gated
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
 from parammap.tensors.arrangement import Sizes
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -83,33 +84,25 @@ class DeepSpeedRank:
         return {**rest, "zero": self.states.rest, "steps": self.states.steps}
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a checkpoint's headers and metadata. SRC is a save root or the folder of one step.
 
     `rank_metadata` holds per rank the mp_rank file without the model, and of its optimizer `zero`
     (see zero.States.rest) and `steps` by parameter. Raises RefusedError for anything missing,
     damaged, contradictory, or of ZeRO stage 3."""
-    if sidecar_folder is not None:
+    if options.sidecar_folder is not None:
         raise RefusedError(
-            f"{sidecar_folder}: DeepSpeed's checkpoints say themselves what lies where and have no "
+            f"{options.sidecar_folder}: DeepSpeed's checkpoints say themselves what lies where and have no "
             f"sidecar; leave --sidecar out"
         )
-    files = find(source, iteration)
+    files = find(source, options.iteration)
     contents = {m: _content(path) for m, path in sorted(files.models.items())}
     if files.is_universal:
-        ranks, layout, naming = _universal(files, contents, weights_only)
+        ranks, layout, naming = _universal(files, contents, options.weights_only)
     else:
-        ranks, layout, naming = _ranks(files, contents, weights_only)
+        ranks, layout, naming = _ranks(files, contents, options.weights_only)
     found = [one for rank in ranks for one in _found(rank, naming)]
-    kept = [one for one in found if not is_dropped(one.name, drop)]
+    kept = [one for one in found if not is_dropped(one.name, options.drop)]
     index = Index([naming.hold(one) for one in kept], layout)
     index.check_complete()
     left = _left_out(ranks, naming)

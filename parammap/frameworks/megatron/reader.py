@@ -13,6 +13,7 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron import before_core
 from parammap.frameworks.megatron import optimizer as megatron_optimizer
 from parammap.frameworks.megatron.facts import (
@@ -31,31 +32,24 @@ from parammap.frameworks.megatron.files import (
     read_ranks,
 )
 from parammap.frameworks.megatron.training_state import training_states
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM
 from parammap.tensors.names import shorten_names
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a checkpoint's headers and sidecar; its folders are numbered without dp and cp.
 
     Raises RefusedError for anything missing, damaged or contradictory.
     """
-    folder, number = find_iteration(source, iteration)
-    sidecar = None if weights_only else _recorded_sidecar(folder, number, sidecar_folder)
+    folder, number = find_iteration(source, options.iteration)
+    weights_only = options.weights_only
+    sidecar = None if weights_only else _recorded_sidecar(folder, number, options.sidecar_folder)
     ranks = read_ranks(folder, sidecar)
     weights_only = weights_only or _is_release_of_weights(folder, ranks)
     if sidecar is None and not weights_only:
-        made = None if sidecar_folder else before_core.sidecar_of(folder, ranks)
-        sidecar = made or find_sidecar(folder, number, sidecar_folder)
+        made = None if options.sidecar_folder else before_core.sidecar_of(folder, ranks)
+        sidecar = made or find_sidecar(folder, number, options.sidecar_folder)
     facts = Facts.of(sidecar, ranks[0].content)
     layout = facts.layout(_found_sizes(ranks))
     _check_grid(folder, ranks, layout)
@@ -63,14 +57,16 @@ def read(
     owners.check_ranks(folder, layout, owned)
     by_rank = [rank.tensors() for rank in ranks]
     found = [one for own in by_rank for one in own]
-    kept = [one for one in found if not megatron_optimizer.dropped(one.name, drop)]
+    kept = [one for one in found if not megatron_optimizer.dropped(one.name, options.drop)]
     states = (
         []
         if weights_only or sidecar is None
         else [
             state
             for rank, own in zip(ranks, by_rank, strict=True)
-            for state in megatron_optimizer.read_rank(rank.folder, rank.place, own, sidecar, drop)
+            for state in megatron_optimizer.read_rank(
+                rank.folder, rank.place, own, sidecar, options.drop
+            )
         ]
     )
     naming = _naming(ranks, layout, sidecar, facts)

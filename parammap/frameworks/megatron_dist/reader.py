@@ -24,6 +24,7 @@ from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
 from parammap.formats.torch_dist import Contents
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron import files as megatron
 from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
@@ -34,7 +35,7 @@ from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.megatron_dist import buckets as megatron_dist_buckets
 from parammap.frameworks.megatron_dist import extra_states as megatron_dist_extra_states
 from parammap.frameworks.megatron_dist import sidecar as megatron_dist_sidecar
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering
+from parammap.tensors.layout import Layout
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM, TensorSpec
 from parammap.tensors.names import shorten_names
 
@@ -63,29 +64,21 @@ def recognizes(source: Path) -> bool:
     )
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a checkpoint's headers and sidecar; it is presented as that of one rank, and `trained`
     is the run's layout.
 
     Raises RefusedError for anything missing, damaged or contradictory.
     """
-    folder, number = megatron.find_iteration(source, iteration)
+    folder, number = megatron.find_iteration(source, options.iteration)
     contents = torch_dist.read(folder)
     common = _common(contents)
-    weights_only = weights_only or (
+    weights_only = options.weights_only or (
         folder.name == megatron.RELEASE
         and not common.get("optimizer")
         and not any(map(_OPTIMIZER.match, contents.tensors))
     )
-    sidecar = None if weights_only else _sidecar(contents, number, sidecar_folder)
+    sidecar = None if weights_only else _sidecar(contents, number, options.sidecar_folder)
     facts = Facts.of(sidecar, common)
     trained = facts.layout({})
     stacks = {
@@ -98,7 +91,10 @@ def read(
     kept = {
         key: stack
         for key, stack in stacks.items()
-        if not (drop and any(dropped(stack.name(numbers), drop) for numbers in stack.numbers()))
+        if not any(
+            options.drop and dropped(stack.name(numbers), options.drop)
+            for numbers in stack.numbers()
+        )
     }
     parts = {MODEL_PARAM: _model(contents, kept, naming)}
     wholes = _wholes(kept, naming, contents)

@@ -23,13 +23,14 @@ from parammap.checkpoint.training_state import ParamGroup, TrainingState, steps_
 from parammap.errors import RefusedError
 from parammap.families import HEAD, MERAK, MERAK_CUT
 from parammap.formats import torch_legacy
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.facts import args_of
 from parammap.frameworks.megatron.training_state import random_state_in, said_by
 from parammap.frameworks.merak import zero
 from parammap.frameworks.merak.architecture import find_config, said
 from parammap.frameworks.merak.files import MerakFiles, find, recognizes
 from parammap.tensors.arrangement import VOCAB, Sizes
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, MODEL_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -102,24 +103,15 @@ class MerakRank:
         }
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-    metadata_from: Path | None = None,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a checkpoint's headers. `metadata_from` is a config.json, or a folder with one, for a
     source without.
 
     Raises RefusedError for anything missing, damaged or contradictory, and for tensors that GPT-2
     has not."""
-    files = find(source, iteration)
+    files = find(source, options.iteration)
     ranks = [MerakRank.read(path, place) for place, path in sorted(files.models.items())]
-    config, args = find_config(files.folder, metadata_from), args_of(ranks[0].content)
+    config, args = find_config(files.folder, options.metadata_from), args_of(ranks[0].content)
     layout = _layout(files)
     words = _Words.of(ranks, layout, config, args)
     dialect = (
@@ -135,7 +127,7 @@ def read(
         ),
         words.whole,
     )
-    states, groups, notes = ([], (), []) if weights_only else _optimizer(files, ranks)
+    states, groups, notes = ([], (), []) if options.weights_only else _optimizer(files, ranks)
     held = [naming.hold(found) for found in states]
     stepped = {one.canonical for one in held if one.found.state == MAIN_PARAM}
     for rank in ranks:

@@ -20,6 +20,7 @@ from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.training_state import ParamGroup, TrainingState, as_number, steps_of
 from parammap.errors import RefusedError
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.optimizer import dropped as is_dropped
 from parammap.frameworks.metaseq.files import MetaseqFiles, find, recognizes
 from parammap.frameworks.metaseq.metadata import OUTPUT, borrowed, join
@@ -27,7 +28,7 @@ from parammap.frameworks.metaseq.norms import without_copies
 from parammap.frameworks.metaseq.parts import ModelPart, read_part
 from parammap.frameworks.metaseq.shard import Save, ShardFile, fields_of, value_of
 from parammap.tensors.arrangement import Sizes
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -36,17 +37,7 @@ __all__ = ["DIALECT", "naming_of", "read", "recognizes"]
 DIALECT = families.METASEQ
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-    metadata_from: Path | None = None,
-    ema: bool = False,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a checkpoint's headers and metadata. SRC is a folder with one checkpoint, a prefix of
     its files, a pattern of them, or a file (see metaseq_files.find). `metadata_from` is what flat
     files without metadata were made from; `ema` takes the moving average of the weights.
@@ -55,10 +46,11 @@ def read(
     wherever that was found, and `optimizer_index`: the key of the flat parameter that each number
     of the optimizer's states stands for. Raises RefusedError for anything missing, damaged or
     contradictory."""
-    files = find(source, iteration)
-    lent = borrowed(metadata_from, len(files.parts)) if metadata_from else [None] * len(files.parts)
+    files = find(source, options.iteration)
+    described, count = options.metadata_from, len(files.parts)
+    lent = borrowed(described, count) if described else [None] * count
     parts = [
-        read_part(number, paths, sidecar_folder, lent[number], ema)
+        read_part(number, paths, options.sidecar_folder, lent[number], options.ema)
         for number, paths in enumerate(files.parts)
     ]
     _check_ranks(files, parts)
@@ -70,14 +62,14 @@ def read(
     for number, part in enumerate(parts):
         saves.append(part.first.save)
         saves[0].check_same(saves[-1])
-        by_state, numbers, copies = _tensors(part, weights_only or ema)
+        by_state, numbers, copies = _tensors(part, options.weights_only or options.ema)
         found += _found(part, by_state)
         rank_metadata[number, 0, 0] = _meta(part, by_state[MAIN_PARAM], numbers)
         training_states[number, 0, 0] = _training_state(part)
         left_out += copies
     layout = Layout(tp=len(files.parts), etp=len(files.parts), dp=len(files.parts[0]))
     naming = _naming(layout, rank_metadata)
-    held = [naming.hold(one) for one in found if not is_dropped(one.name, drop)]
+    held = [naming.hold(one) for one in found if not is_dropped(one.name, options.drop)]
     if not files.is_part_alone:
         _check_parts(held, layout)
     index = Index(held, layout)
@@ -102,7 +94,9 @@ def read(
         rank_metadata=rank_metadata,
         training_states=training_states,
         notes=notes,
-        dropped=sorted({*left_out, *(one.name for one in found if is_dropped(one.name, drop))}),
+        dropped=sorted(
+            {*left_out, *(one.name for one in found if is_dropped(one.name, options.drop))}
+        ),
     )
 
 

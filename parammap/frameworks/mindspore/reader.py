@@ -22,6 +22,7 @@ from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.scalars import value_of
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.facts import Facts, args_of, experts_per_rank, is_gated
 from parammap.frameworks.megatron.structure import megatron_naming, specified, structures_of
 from parammap.frameworks.megatron.training_state import training_states
@@ -29,7 +30,7 @@ from parammap.frameworks.mindspore import scalars as mindspore_scalars
 from parammap.frameworks.mindspore import sharded as mindspore_sharded
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.frameworks.mindspore.target import STRUCTURE_KEY
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Numbering, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -42,21 +43,13 @@ def recognizes(source: Path) -> bool:
     return source.is_dir() and any(map(_RANK_FOLDER.match, os.listdir(source)))
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a MindSpore checkpoint. `numbering` overrules what pt_meta says of dp and cp, which
     number the rank folders.
 
     Raises RefusedError for anything missing, damaged or contradictory.
     """
-    meta_folder = sidecar_folder or source / "pt_meta"
+    meta_folder = options.sidecar_folder or source / "pt_meta"
     sidecar, meta_files = sidecars.read(meta_folder), _meta_files(meta_folder)
     rank_metadata = {rank: torch_zip.read(path) for rank, path in meta_files.items()}
     if sidecar is None and not rank_metadata:
@@ -70,9 +63,9 @@ def read(
     metas = rank_metadata.items()
     owned = ((meta_files[rank], args_of(meta), Place(*rank)) for rank, meta in metas)
     owners.check_ranks(source, layout, owned)
-    folders = _rank_folders(source, layout, numbering)
+    folders = _rank_folders(source, layout, options.numbering)
     contents = {
-        rank: _without_noop(*_content(folder, numbering.suffix), numbering.noop)
+        rank: _without_noop(*_content(folder, options.numbering.suffix), options.numbering.noop)
         for rank, folder in folders.items()
     }
     naming = _naming({rank: tensors for rank, (tensors, _) in contents.items()}, layout, facts)
@@ -80,7 +73,7 @@ def read(
     found = [
         one
         for rank, (tensors, _) in contents.items()
-        for one in _found(rank, tensors, partitions, weights_only)
+        for one in _found(rank, tensors, partitions, options.weights_only)
     ]
     index = Index([naming.hold(one) for one in found], layout)
     index.check_complete()

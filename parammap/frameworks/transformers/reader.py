@@ -13,11 +13,12 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.errors import RefusedError
 from parammap.families import FAMILIES, HEAD, WORD_EMBEDDING, rows_of
+from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.transformers import files, model
 from parammap.frameworks.transformers.files import Weights
 from parammap.frameworks.transformers.model import ADAPTER, CONFIG, ModelConfig
 from parammap.tensors.arrangement import Sizes
-from parammap.tensors.layout import AS_RECORDED, Layout, Numbering, Place
+from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -30,21 +31,13 @@ def recognizes(source: Path) -> bool:
     )
 
 
-def read(
-    source: Path,
-    *,
-    iteration: int | None = None,
-    sidecar_folder: Path | None = None,
-    weights_only: bool = False,
-    drop: frozenset[str] = frozenset(),
-    numbering: Numbering = AS_RECORDED,
-) -> Checkpoint:
+def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """Read a folder's headers and its config.json.
 
     Raises RefusedError for an iteration asked for, for what cannot be converted (adapters,
     quantised models, other model types), and for tensors that are missing, unknown, misplaced, or
     not of the shapes that config.json asks for."""
-    if iteration is not None or sidecar_folder is not None:
+    if options.iteration is not None or options.sidecar_folder is not None:
         raise RefusedError(
             f"{source}: is transformers', which has no iteration and no sidecar; leave these flags "
             f"out"

@@ -20,6 +20,7 @@ from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.pickles import Opaque
 from parammap.frameworks import registry
+from parammap.frameworks.framework import ReadOptions
 from parammap.frameworks.metaseq import reader as metaseq
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Stored
 from parammap.tensors.region import Region
@@ -45,6 +46,10 @@ VARIANTS = {
     "twelve_parts": {"parts": 12, "shards": 1, "heads": 12, "ffn": 24, "layers": 1},
     "no_optimizer": {"optimizer": False},
 }
+
+
+def read(source, **options):
+    return metaseq.read(source, ReadOptions(**options))
 
 
 @pytest.fixture(scope="session")
@@ -149,27 +154,27 @@ def test_metaseqs_checkpoints_are_what_fsdp_unshards(golden):
 def test_files_made_by_metaseqs_own_tools_hold_the_same_tensors(source, options):
     """A singleton, whole parts whose tensors are views of one storage, other parts with metadata of
     the old, flat files."""
-    truth, ours = logical(metaseq.read(FP16)), logical(metaseq.read(FP16 / source, **options))
+    truth, ours = logical(read(FP16)), logical(read(FP16 / source, **options))
     assert len(ours) >= 53
     assert_equal(ours, {key: truth[key] for key in ours})
 
 
 def test_shard_metadata_left_by_reshard_mp_is_corrected():
-    metadata = metaseq.read(FP16 / "up/rm4").rank_metadata[0, 0, 0]["shard_metadata"]
+    metadata = read(FP16 / "up/rm4").rank_metadata[0, 0, 0]["shard_metadata"]
     assert metadata["param_metadata"][0]["params"]["flat_param_0"]["shapes"][0] == (14, 20)
     assert metadata["param_metadata"][0]["params"]["flat_param_0"]["numels"][0] == 280
 
 
 def test_what_is_no_tensor_is_kept_and_needs_no_class_of_metaseqs():
-    meta = metaseq.read(FP32).rank_metadata[0, 0, 0]
+    meta = read(FP32).rank_metadata[0, 0, 0]
     assert meta["last_optimizer_state"]["param_groups"][0]["betas"] == (0.9, 0.95)
-    assert metaseq.read(FP16).rank_metadata[1, 0, 0]["last_optimizer_state"]["loss_scale"] == 4
+    assert read(FP16).rank_metadata[1, 0, 0]["last_optimizer_state"]["loss_scale"] == 4
     assert isinstance(meta["extra_state"]["train_iterator"]["tokenization_cache"], Opaque)
     assert meta["optimizer_index"] == {
         0: "flat_param_0",
         **{1 + i: f"decoder.layers.{i}.flat_param_0" for i in range(3)},
     }
-    assert metaseq.naming_of(metaseq.read(FP16)).sizes.heads == 4
+    assert metaseq.naming_of(read(FP16)).sizes.heads == 4
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def test_what_is_no_tensor_is_kept_and_needs_no_class_of_metaseqs():
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "legacy_norm"])
 def test_fsdps_checkpoints_are_what_fsdp_unshards(written, variant):
-    checkpoint = metaseq.read(written / variant)
+    checkpoint = read(written / variant)
     options = {"parts": 1, "shards": 2, "tied": True, "optimizer": True, **VARIANTS[variant]}
     assert (checkpoint.layout.tp, checkpoint.layout.dp) == (options["parts"], options["shards"])
     assert checkpoint.with_optimizer == options["optimizer"]
@@ -199,9 +204,7 @@ def test_fsdps_checkpoints_are_what_fsdp_unshards(written, variant):
 def test_every_tensor_of_the_model_is_known(written):
     for variant in VARIANTS:
         assert [
-            held.found.name
-            for held in metaseq.read(written / variant).index.held
-            if held.kind is None
+            held.found.name for held in read(written / variant).index.held if held.kind is None
         ] == []
 
 
@@ -228,7 +231,7 @@ def test_a_shard_can_be_padding_only(written):
 
 
 def test_legacy_norms_become_the_norm_of_their_part(written):
-    checkpoint = metaseq.read(written / "legacy_norm")
+    checkpoint = read(written / "legacy_norm")
     for part in range(2):
         truth, ours = (
             torch.load(written / "legacy_norm" / "truth" / f"part{part}.pt"),
@@ -250,7 +253,7 @@ def test_several_trained_copies_of_a_norm_are_refused(copied):
     folder = copied("legacy_norm")
     edit_all(folder, train_both)
     with pytest.raises(RefusedError, match="several copies of one norm were trained"):
-        metaseq.read(folder)
+        read(folder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ def test_several_trained_copies_of_a_norm_are_refused(copied):
 
 def test_metadata_comes_from_the_sidecar_where_the_file_has_none(copied):
     folder = copied("unflattened")
-    truth = logical(metaseq.read(folder))
+    truth = logical(read(folder))
     for path in folder.glob("*.pt"):
         content = torch.load(path, weights_only=False)
         part, shard = int(path.stem[-8]), int(path.stem[-1])
@@ -282,12 +285,12 @@ def test_metadata_comes_from_the_sidecar_where_the_file_has_none(copied):
             )
         )
         torch.save(content, path)
-    assert_equal(logical(metaseq.read(folder)), truth)
+    assert_equal(logical(read(folder)), truth)
     shutil.move(folder / "param_map", folder.parent / "elsewhere")
     with pytest.raises(RefusedError, match="--metadata-from"):
-        metaseq.read(folder)
-    assert_equal(logical(metaseq.read(folder, sidecar_folder=folder.parent / "elsewhere")), truth)
-    assert_equal(logical(metaseq.read(folder, metadata_from=folder.parent / "elsewhere")), truth)
+        read(folder)
+    assert_equal(logical(read(folder, sidecar_folder=folder.parent / "elsewhere")), truth)
+    assert_equal(logical(read(folder, metadata_from=folder.parent / "elsewhere")), truth)
 
 
 def test_the_sidecar_says_which_parameter_an_optimizer_state_is_of(copied):
@@ -297,10 +300,10 @@ def test_the_sidecar_says_which_parameter_an_optimizer_state_is_of(copied):
         state = content["last_optimizer_state"]["state"]
         state[1], state[2] = state[2], state[1]
 
-    truth = logical(metaseq.read(folder))
+    truth = logical(read(folder))
     edit_all(folder, swap)
     assert not torch.equal(
-        logical(metaseq.read(folder))[EXP_AVG, "layers.0.mlp.fc1.weight"],
+        logical(read(folder))[EXP_AVG, "layers.0.mlp.fc1.weight"],
         truth[EXP_AVG, "layers.0.mlp.fc1.weight"],
     )
     (folder / "param_map").mkdir()
@@ -318,7 +321,7 @@ def test_the_sidecar_says_which_parameter_an_optimizer_state_is_of(copied):
                 }
             )
         )
-    assert_equal(logical(metaseq.read(folder)), truth)
+    assert_equal(logical(read(folder)), truth)
 
 
 def test_a_sidecar_of_another_save_is_refused_if_named_and_else_left_alone(copied):
@@ -327,16 +330,16 @@ def test_a_sidecar_of_another_save_is_refused_if_named_and_else_left_alone(copie
     (folder / "param_map" / f"layout_{stem}.json").write_text(
         json.dumps({"file": f"{stem}.pt", "num_updates": 9})
     )
-    assert metaseq.read(folder).iteration == 3
+    assert read(folder).iteration == 3
     with pytest.raises(RefusedError, match=r"layout_.*json: is of update 9"):
-        metaseq.read(folder, sidecar_folder=folder / "param_map")
+        read(folder, sidecar_folder=folder / "param_map")
 
 
 def test_borrowed_metadata_must_fit(written):
     with pytest.raises(RefusedError, match="do not name the same tensors"):
-        metaseq.read(FP16 / "up/y2022_2", metadata_from=written / "nested")
+        read(FP16 / "up/y2022_2", metadata_from=written / "nested")
     with pytest.raises(RefusedError, match="of the 2 parts wanted"):
-        metaseq.read(FP16 / "up/y2022_2", metadata_from=FP32)
+        read(FP16 / "up/y2022_2", metadata_from=FP32)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -366,7 +369,7 @@ def test_a_prefix_a_pattern_a_file_and_an_iteration_name_a_checkpoint(copied):
 
 def test_the_first_part_is_not_the_tenth(written):
     """find_num_parts and consolidate_model_parallel take `part-1` for a part of `part-10`, too."""
-    checkpoint, folder = metaseq.read(written / "twelve_parts"), written / "twelve_parts"
+    checkpoint, folder = read(written / "twelve_parts"), written / "twelve_parts"
     for part in (1, 10, 11):
         truth = torch.load(folder / "truth" / f"part{part}.pt")[MAIN_PARAM][
             "decoder.layers.0.fc1.weight"
@@ -374,7 +377,7 @@ def test_the_first_part_is_not_the_tenth(written):
         assert torch.equal(
             of_part(checkpoint, part)[MAIN_PARAM, "decoder.layers.0.fc1.weight"], truth
         )
-    alone = metaseq.read(folder / "checkpoint_3-model_part-1-shard*.pt")
+    alone = read(folder / "checkpoint_3-model_part-1-shard*.pt")
     assert (alone.layout.tp, alone.layout.dp) == (1, 1)
 
 
@@ -384,8 +387,8 @@ def test_the_first_part_is_not_the_tenth(written):
 
 def test_padding_of_optimizer_states_is_removed():
     """reshard_fsdp leaves 3585 elements for 3584; its own files are read right all the same."""
-    shapes = {held.found.state: [] for held in metaseq.read(FP32).index.held}
-    for held in metaseq.read(FP32).index.held:
+    shapes = {held.found.state: [] for held in read(FP32).index.held}
+    for held in read(FP32).index.held:
         if held.layer == 0:
             shapes[held.found.state].append(held.found.stored.numel)
     assert {role: sum(numels) for role, numels in shapes.items()} == {
@@ -396,7 +399,7 @@ def test_padding_of_optimizer_states_is_removed():
     theirs = FP32 / "up/rf_n1"
     state = torch_zip.read(next(theirs.glob("*.pt")))["last_optimizer_state"]["state"]
     assert state[1][EXP_AVG].shape == (3585,)
-    assert_equal(logical(metaseq.read(theirs)), logical(metaseq.read(FP32)))
+    assert_equal(logical(read(theirs)), logical(read(FP32)))
 
 
 def test_a_missing_shard_is_refused(copied):
@@ -406,7 +409,7 @@ def test_a_missing_shard_is_refused(copied):
         for path in folder.glob(f"*-shard{gone}.pt"):
             path.unlink()
         with pytest.raises(RefusedError, match="a shard is missing|files are missing"):
-            metaseq.read(folder)
+            read(folder)
         shutil.rmtree(folder)
 
 
@@ -414,7 +417,7 @@ def test_a_missing_shard_of_flat_files_without_metadata_is_refused(tmp_path):
     for path in (FP16 / "up/y2022_2").glob("*-shard0.pt"):
         shutil.copyfile(path, tmp_path / path.name)
     with pytest.raises(RefusedError, match="hold 500 elements.* have 1000"):
-        metaseq.read(tmp_path, metadata_from=FP16)
+        read(tmp_path, metadata_from=FP16)
 
 
 def test_a_missing_part_is_refused(copied):
@@ -423,7 +426,7 @@ def test_a_missing_part_is_refused(copied):
         for path in folder.glob(f"*part-{gone}-*.pt"):
             path.unlink()
         with pytest.raises(RefusedError, match=r"parts do not make \[12, 12\]|files are missing"):
-            metaseq.read(folder)
+            read(folder)
         shutil.rmtree(folder)
 
 
@@ -431,7 +434,7 @@ def test_a_missing_part_is_refused(copied):
 def test_shared_parameters_are_whole(written, variant):
     """The head is the table of words: lost by the one tool, and of part 0 only by the other where
     the root is unnested."""
-    whole = logical(metaseq.read(written / variant))[MAIN_PARAM, families.WORD_EMBEDDING]
+    whole = logical(read(written / variant))[MAIN_PARAM, families.WORD_EMBEDDING]
     truth = [
         torch.load(written / variant / "truth" / f"part{part}.pt")[MAIN_PARAM][HEAD]
         for part in range(2)
@@ -443,7 +446,7 @@ def test_tensors_that_the_metadata_does_not_name_are_refused_by_name(copied):
     folder = copied("nested")
     edit_all(folder, lambda content: content["model"].update(surprise=torch.ones(3)))
     with pytest.raises(RefusedError, match="do not name the same tensors: surprise"):
-        metaseq.read(folder)
+        read(folder)
 
 
 def spoil_numels(content):
@@ -488,7 +491,7 @@ def test_metadata_that_does_not_add_up_is_refused(copied, spoil, what):
     folder = copied("nested")
     edit_all(folder, spoil)
     with pytest.raises(RefusedError, match=what) as error:
-        metaseq.read(folder)
+        read(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -516,24 +519,24 @@ def test_shards_of_different_saves_are_refused(copied, change, what, files):
     for path in folder.glob(files):
         edit(path, change)
     with pytest.raises(RefusedError, match=what):
-        metaseq.read(folder)
+        read(folder)
 
 
 def test_a_whole_model_without_fsdp_has_its_optimizer_states_in_order(copied):
     """As with --ddp-backend pytorch_ddp: no shard_metadata, tensors and states of the parameters'
     own shapes."""
     folder = copied("unflattened_one_shard")
-    truth = logical(metaseq.read(folder))
+    truth = logical(read(folder))
     edit_all(folder, lambda content: content.pop("shard_metadata"))
-    assert_equal(logical(metaseq.read(folder)), truth)
+    assert_equal(logical(read(folder)), truth)
 
     def spoil(content):
         content["last_optimizer_state"]["state"][3]["exp_avg"] = torch.ones(5)
 
     edit_all(folder, spoil)
     with pytest.raises(RefusedError, match="are not of the sizes"):
-        metaseq.read(folder)
-    assert metaseq.read(folder, weights_only=True).index.states() == {MAIN_PARAM}
+        read(folder)
+    assert read(folder, weights_only=True).index.states() == {MAIN_PARAM}
 
 
 def test_the_moving_average_is_read_in_place_of_the_weights(copied):
@@ -545,11 +548,11 @@ def test_the_moving_average_is_read_in_place_of_the_weights(copied):
         }
 
     with pytest.raises(RefusedError, match="no moving average"):
-        metaseq.read(folder, ema=True)
-    truth = logical(metaseq.read(folder, weights_only=True))
+        read(folder, ema=True)
+    truth = logical(read(folder, weights_only=True))
     edit_all(folder, average)
     assert_equal(
-        logical(metaseq.read(folder, ema=True)), {key: tensor + 1 for key, tensor in truth.items()}
+        logical(read(folder, ema=True)), {key: tensor + 1 for key, tensor in truth.items()}
     )
 
 
@@ -563,7 +566,7 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
     (known from the shards themselves). The files here have the real metadata and sizes, and no
     content."""
     opt175b.write(tmp_path, [5])
-    checkpoint = metaseq.read(tmp_path / "checkpoint_last-model_part-5-shard*.pt")
+    checkpoint = read(tmp_path / "checkpoint_last-model_part-5-shard*.pt")
     held = next(
         held for held in checkpoint.index.held if held.found.name == "decoder.layers.15.fc1.weight"
     )
@@ -578,4 +581,4 @@ def test_positions_of_opt_175b_lead_to_their_shard(tmp_path):
 
 def test_metadata_from_what_is_no_pt_file_is_refused():
     with pytest.raises(RefusedError, match="README.md: is no .pt file of metaseq"):
-        metaseq.read(FP16, metadata_from=paths.ROOT / "README.md")
+        read(FP16, metadata_from=paths.ROOT / "README.md")

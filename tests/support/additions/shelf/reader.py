@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from additions import tray
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.families import Architecture
+from parammap.frameworks.framework import ReadOptions
 from parammap.tensors.arrangement import Sizes
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM
@@ -26,7 +26,7 @@ def architecture(source: Checkpoint) -> Architecture:
     return Architecture(**json.loads((source.folder / FACTS).read_text())["model"])
 
 
-def read(source: Path, **_: Any) -> Checkpoint:
+def read(source: Path, options: ReadOptions) -> Checkpoint:
     model = json.loads((source / FACTS).read_text())["model"]
     naming = NameResolver(
         "gpt2",
