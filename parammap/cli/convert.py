@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from parammap.cli import running
+from parammap.cli import reading, running
 from parammap.frameworks import options, registry
 from parammap.frameworks.flags import numbers, positive
 from parammap.job.request import Request
@@ -27,20 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("source", type=Path, metavar="SRC", help="a save folder, or one of its iteration folders")
     add("target", type=Path, metavar="DST", help="the folder to make")
     add("--to", required=True, choices=list(registry.targets()), help="the framework to write for")
-    add("--iteration", type=int, metavar="N", help="the iteration to take (default: the latest)")
-    add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
-    add(
-        "--metadata-from",
-        type=Path,
-        metavar="DIR",
-        help="shards whose metadata describes metaseq files that lost it",
-    )
-    add(
-        "--weights-only",
-        action="store_true",
-        help="take the weights of model_optim_rng.pt, no optimizer state",
-    )
-    add("--drop", action="append", choices=["experts"], default=[], help="leave these tensors out")
+    reading.add_arguments(parser)
+    reading.add_selection(add)
     add(
         "--accept-stale",
         action="store_true",
@@ -88,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
             stage_layers=args.stage_layers,
             vocab_divisible_by=args.make_vocab_size_divisible_by,
             options=options.of(args),
-            iteration=args.iteration,
-            sidecar=args.sidecar,
-            metadata_from=args.metadata_from,
-            weights_only=args.weights_only,
-            drop=frozenset(args.drop),
+            **reading.how(args),
             accept_stale=args.accept_stale,
             accept_permuted=args.accept_permuted,
             **running.how(args),

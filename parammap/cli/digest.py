@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from parammap.checkpoint.manifest import TensorDigest
 from parammap.cli import reading
@@ -15,12 +14,7 @@ from parammap.proof.digests import tensor_digests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CKPT",
-        help="a save folder, or one of its iteration folders",
-    )
+    reading.add_checkpoint(parser)
     reading.add_arguments(parser)
     reading.add_common(parser)
 

@@ -16,15 +16,8 @@ from parammap.inspection.reading import read
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        metavar="CKPT",
-        help="a save folder, or one of its iteration folders",
-    )
-    add("--iteration", type=int, metavar="N", help="the iteration to look at (default: the latest)")
-    add("--sidecar", type=Path, metavar="DIR", help="where param_map*.json or layout_*.json are")
-    reading_flags.add_metadata(add)
+    reading_flags.add_checkpoint(parser)
+    reading_flags.add_arguments(parser)
     add(
         "--tensors",
         action="store_true",

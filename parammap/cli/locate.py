@@ -21,12 +21,7 @@ _AXES = ("tp", "pp", "ep", "vpp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "checkpoint",
-        type=Path,
-        metavar="CKPT",
-        help="a save folder, or one of its iteration folders",
-    )
+    reading.add_checkpoint(parser)
     add(
         "tensor",
         nargs="?",

@@ -57,12 +57,8 @@ def run(args: argparse.Namespace) -> int:
     request = Verification(
         output=args.output,
         against=args.against,
-        iteration=args.iteration,
-        sidecar=args.sidecar,
-        metadata_from=args.metadata_from,
         output_metadata_from=args.output_metadata_from,
-        weights_only=args.weights_only,
-        drop=frozenset(args.drop),
+        **reading.how(args),
         cast=args.cast,
         replicas=args.replicas,
         workers=args.workers,
