@@ -31,8 +31,7 @@ def _inspect(checkpoint: Path) -> int:
         known = read(checkpoint).best
         print(
             f"{known.folder}: {known.framework}, iteration {known.iteration}, "
-            f"{known.trained or known.layout}, "
-            f"{known.num_layers} layers"
+            f"{known.trained or known.layout}, {known.num_layers} layers"
         )
         files = sorted(path for path in known.folder.rglob("*") if path.is_file())
     elif checkpoint.is_file():

@@ -32,8 +32,7 @@ def check(source: Checkpoint) -> None:
     if lacking := missing(source):
         raise RefusedError(
             f"{source.folder}: {len(lacking)} tensors are missing: {shorten_names(lacking)}; copy "
-            f"the whole "
-            "checkpoint"
+            "the whole checkpoint"
         )
 
 

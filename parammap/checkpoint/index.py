@@ -189,8 +189,7 @@ class NameResolver:
         if local >= len(numbers):
             raise RefusedError(
                 f"{name} is layer {local} of {len(numbers)} that {place} should hold; the sidecar "
-                f"is of "
-                "another run"
+                "is of another run"
             )
         return numbers[local]
 
@@ -375,8 +374,7 @@ class Index:
                     raise RefusedError(
                         f"{held.found.where}: {tensor.name} ({tensor.state}) is {tensor.dtype} "
                         f"{list(tensor.shape)} here and {first.dtype} {list(first.shape)} on "
-                        f"another rank; "
-                        "these files are of different runs"
+                        "another rank; these files are of different runs"
                     )
                 self.holders.setdefault(first, []).append(held)
         self.shards = Shards(self.holders, self.layout)
@@ -392,9 +390,8 @@ class Index:
                 files = sorted({shard.view.file for shards in regions.values() for shard in shards})
                 raise RefusedError(
                     f"{files[0]}: the pieces of {tensor.name} ({tensor.state}) found in "
-                    f"{len(files)} files "
-                    f"do not make up its shape {list(tensor.shape)} exactly once; a rank is "
-                    f"missing"
+                    f"{len(files)} files do not make up its shape {list(tensor.shape)} exactly "
+                    "once; a rank is missing"
                 )
 
     def tensors(self, state: str) -> list[LogicalTensor]:

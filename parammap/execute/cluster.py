@@ -126,8 +126,7 @@ def _unreachable(address: str, reason: str) -> RefusedError:
     first = reason.strip().split("\n")[0].rstrip(".")
     return RefusedError(
         f"--ray {address}: no Ray cluster can be reached there ({first}); start one with ray "
-        f"start, or "
-        "leave the flag out"
+        "start, or leave the flag out"
     )
 
 
@@ -196,8 +195,7 @@ class _Job:
             first = str(error).strip().split("\n")[0]
             raise TaskError(
                 f"{self.staging / task.path}: was lost with the worker that wrote it, "
-                f"{MAX_RETRIES + 1} times "
-                f"({first})"
+                f"{MAX_RETRIES + 1} times ({first})"
             ) from error
         if isinstance(outcome, TaskError):
             raise outcome
@@ -238,8 +236,7 @@ def _check_shared(folders: Folders, stamps: dict[str, Stamp]) -> None:
         if not same:
             raise TaskError(
                 f"{file}: is another file on node {node} than where the run was started; all nodes "
-                f"must see the "
-                "same source under this path"
+                "must see the same source under this path"
             )
 
 

@@ -219,9 +219,8 @@ def _buffer(buffer: dict[str, Any]) -> str:
     )
     return (
         f"<div class=buffer><h3>{escape(text.buffer_name(buffer))} on "
-        f"{text.ranks_text(buffer['ranks'])}</h3>"
-        f"<p>{_counted(buffer)}{shared}; bounds by {text.BOUNDS[buffer['bounds']]}</p>"
-        f"<div class=buckets>{rows}</div></div>"
+        f"{text.ranks_text(buffer['ranks'])}</h3><p>{_counted(buffer)}{shared}; bounds by "
+        f"{text.BOUNDS[buffer['bounds']]}</p><div class=buckets>{rows}</div></div>"
     )
 
 
@@ -236,8 +235,7 @@ def _counted(buffer: dict[str, Any]) -> str:
         f"{text.counted(buffer['numel'], 'element')} in "
         f"{text.counted(len(buffer['buckets']), 'bucket')}: "
         f"{text.counted(buffer['parameters'], 'parameter')}, "
-        f"{text.counted(buffer['gaps'], 'element')} in gaps, "
-        f"{buffer['padding']:,} padding"
+        f"{text.counted(buffer['gaps'], 'element')} in gaps, {buffer['padding']:,} padding"
     )
 
 

@@ -212,10 +212,9 @@ def ranks_text(ranks: list[list[int]]) -> str:
 def buffer(one: dict[str, Any]) -> str:
     return (
         f"{buffer_name(one)} on {ranks_text(one['ranks'])}: "
-        f"{counted(len(one['buckets']), 'bucket')}, "
-        f"{counted(one['parameters'], 'parameter')}, {counted(one['numel'], 'element')}, of these "
-        f"{one['gaps']:,} in "
-        f"gaps and {one['padding']:,} padding (bounds by {BOUNDS[one['bounds']]})"
+        f"{counted(len(one['buckets']), 'bucket')}, {counted(one['parameters'], 'parameter')}, "
+        f"{counted(one['numel'], 'element')}, of these {one['gaps']:,} in gaps and "
+        f"{one['padding']:,} padding (bounds by {BOUNDS[one['bounds']]})"
     )
 
 
@@ -235,9 +234,8 @@ def flats(known: list[dict[str, Any]]) -> Iterator[str]:
     for (count, numel, shards, chunk, padding, parts), keys in alike.items():
         yield (
             f"{shorten_names(keys)} on {'part' if len(parts) == 1 else 'parts'} {spans(parts)}: "
-            f"{counted(count, 'parameter')}, "
-            f"{counted(numel, 'element')} in {counted(shards, 'shard')} of {chunk:,} (padding "
-            f"{padding:,})"
+            f"{counted(count, 'parameter')}, {counted(numel, 'element')} in "
+            f"{counted(shards, 'shard')} of {chunk:,} (padding {padding:,})"
         )
 
 

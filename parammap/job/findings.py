@@ -78,10 +78,9 @@ class Findings:
         if wrong and not request.accept_permuted:
             return RefusedError(
                 f"{folder}: in {len(wrong)} tensors the optimizer holds other values than the "
-                f"model, moments and all "
-                f"({_told(wrong)}): a wrong sidecar, or a defect of the release that saved it; "
-                f"convert --weights-only, or "
-                "--accept-permuted if you know better"
+                f"model, moments and all ({_told(wrong)}): a wrong sidecar, or a defect of the "
+                "release that saved it; convert --weights-only, or --accept-permuted if you know "
+                "better"
             )
         if self.unequal and request.replicas == REFUSE:
             return RefusedError(
@@ -206,8 +205,7 @@ def _position(one: Unequal) -> str:
     row, column, first, other, file = one.positions[0]
     return (
         f"{one.tensor.name} ({one.tensor.state}): {one.count} elements differ, first at row {row}, "
-        f"column {column}: "
-        f"{first:.9g} and {other:.9g} in {file}"
+        f"column {column}: {first:.9g} and {other:.9g} in {file}"
     )
 
 

@@ -39,8 +39,7 @@ def partial_run_of(output: Output, request: Request) -> PartialRun:
     if not any(file.place for file in chosen):
         raise RefusedError(
             f"{request.target}: has no ranks tp {sorted(request.only_tp)} pp "
-            f"{sorted(request.only_pp)}; name "
-            "ranks of the output"
+            f"{sorted(request.only_pp)}; name ranks of the output"
         )
     before = None if request.overwrite else read_whole(request.target)
     before = before if before and before.whole == whole else None

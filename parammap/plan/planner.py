@@ -198,7 +198,6 @@ def _check_once(spec: TensorSpec, fills: list[Fill]) -> None:
         ):
             raise RefusedError(
                 f"{spec.name}: its parts leave out or repeat elements from byte {position} on; "
-                f"this is a "
-                "defect of ParamMap, please report it"
+                "this is a defect of ParamMap, please report it"
             )
         position = stop

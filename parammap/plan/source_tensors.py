@@ -61,8 +61,7 @@ class SourceTensors:
         if self.vocab_rows < words:
             raise RefusedError(
                 f"{source.folder}: has a vocabulary of {words}, of which {self.vocab_rows} rows "
-                f"would cut "
-                "off a part; ask for at least as many"
+                "would cut off a part; ask for at least as many"
             )
 
     def names(self) -> set[str]:

@@ -368,8 +368,7 @@ def local_shape(
     if kind in (Q_DOWN, KV_DOWN) and tp > 1:
         raise RefusedError(
             "nobody recorded whether the release keeps it whole on every tensor-parallel rank; "
-            "keep tp 1, or "
-            "convert with the sidecar"
+            "keep tp 1, or convert with the sidecar"
         )
     dim, ranks = ARRANGEMENTS[kind].dim, _ranks(kind, tp, ep)
     return (*shape[:dim], shape[dim] // ranks, *shape[dim + 1 :]) if ranks > 1 else shape

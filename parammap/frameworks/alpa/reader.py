@@ -55,8 +55,7 @@ def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     if _is_training(source):
         raise RefusedError(
             f"{source}: holds training checkpoints of Alpa, which are written here and not read; "
-            f"read what "
-            "they were made from"
+            "read what they were made from"
         )
     if options.iteration is not None or options.sidecar_folder is not None:
         raise RefusedError(

@@ -130,15 +130,13 @@ def _bloom(states: SourceTensors, options: Options) -> tuple[Architecture, list[
         if names:
             raise RefusedError(
                 f"{states.source.folder}: cannot be Alpa's BLOOM: {what} "
-                f"{shorten_names(sorted(names))}; the two "
-                "models are of different architectures"
+                f"{shorten_names(sorted(names))}; the two models are of different architectures"
             )
     architecture = architecture_for(states.source, (BLOOM,), "Alpa's BLOOM", options.activation)
     if architecture.eps not in (None, EPS):
         raise RefusedError(
             f"{states.source.folder}: cannot be Alpa's BLOOM: its norms have eps "
-            f"{architecture.eps} and not "
-            f"{EPS}"
+            f"{architecture.eps} and not {EPS}"
         )
     sizes = Sizes(architecture.heads, architecture.heads)
     return architecture, [
@@ -222,8 +220,7 @@ def check_names(states: SourceTensors, expected: set[str], model: str) -> None:
         if strange:
             raise RefusedError(
                 f"{states.source.folder}: {what.format(f'{len(strange)} tensors')} {model}: "
-                f"{shorten_names(strange)}; "
-                "the two models are of different architectures"
+                f"{shorten_names(strange)}; the two models are of different architectures"
             )
 
 
@@ -255,10 +252,9 @@ def _check_vocabulary(states: SourceTensors, options: Options) -> None:
     if public and states.vocab_rows != PUBLIC_VOCAB and options.vocab_size is None:
         raise RefusedError(
             f"{states.source.folder}: has {states.vocab_rows} rows of vocabulary, and "
-            f"llm_serving's "
-            f"{public.name} takes {PUBLIC_VOCAB}; --vocab-size {PUBLIC_VOCAB} adds copies of the "
-            f"last row, "
-            f"and --vocab-size {states.vocab_rows} is for a configuration of your own"
+            f"llm_serving's {public.name} takes {PUBLIC_VOCAB}; --vocab-size {PUBLIC_VOCAB} adds "
+            f"copies of the last row, and --vocab-size {states.vocab_rows} is for a configuration "
+            "of your own"
         )
 
 

@@ -180,8 +180,7 @@ def output(target: Checkpoint, options: Options = Options()) -> Output:
     if missing := sorted({EXP_AVG, EXP_AVG_SQ} - target.index.states()):
         raise RefusedError(
             f"{target.folder}: holds no {' and '.join(missing)}, which Alpa's training state has "
-            f"of every "
-            "parameter; --to alpa takes weights alone"
+            "of every parameter; --to alpa takes weights alone"
         )
     writer = _StateWriter(states, leaves, rows_before if model.family == OPT else 0)
     tree = _train_state(writer, options)

@@ -41,15 +41,13 @@ def of(source: Checkpoint) -> Architecture:
     if states is None or "final_norm.weight" not in states.names():
         raise RefusedError(
             f"{source.folder}: holds a model that no table of names knows; it can be written as a "
-            f"universal "
-            "checkpoint only"
+            "universal checkpoint only"
         )
     names, positions = states.names(), _positions(args)
     for reason in _reasons(args, names, positions):
         raise RefusedError(
             f"{source.folder}: {reason}, as no GPT-2 and no BLOOM does; it can be written as a "
-            f"universal "
-            "checkpoint only"
+            "universal checkpoint only"
         )
     words, query = (
         states.tensor(MAIN_PARAM, WORD_EMBEDDING),

@@ -80,8 +80,7 @@ def _check(source: Checkpoint, model: Architecture, states: SourceTensors) -> No
     if still := sorted(name for name in states.names() if (EXP_AVG, name) not in states.tensors):
         raise RefusedError(
             f"{source.folder}: {len(still)} parameters have no optimizer's states, and DeepSpeed "
-            f"does not "
-            f"resume without: {shorten_names(still)}"
+            f"does not resume without: {shorten_names(still)}"
         )
 
 

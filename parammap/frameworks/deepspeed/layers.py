@@ -60,8 +60,7 @@ class Functions:
         if order != [EMBEDDING, "layers", NORM]:
             raise RefusedError(
                 f"{folder}: its functions with parameters are {', '.join(order)}, and those of a "
-                f"GPT are an "
-                "embedding, layers and a final norm; copy the whole checkpoint"
+                "GPT are an embedding, layers and a final norm; copy the whole checkpoint"
             )
         if layers[-1] - layers[0] + 1 != len(layers) or num_layers not in (None, len(layers)):
             raise RefusedError(

@@ -58,8 +58,7 @@ def output(target: Checkpoint, _options: object = None) -> Output:
     if not target.with_optimizer:
         raise RefusedError(
             f"{target.folder}: has no optimizer's states, and by them alone DeepSpeed resumes from "
-            f"a "
-            "universal checkpoint; for weights choose another target"
+            "a universal checkpoint; for weights choose another target"
         )
     contents = _own(target) if target.framework == "deepspeed" else import_model.contents(target)
     folder = f"global_step{target.iteration}_universal"

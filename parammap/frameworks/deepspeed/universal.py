@@ -72,15 +72,13 @@ def check_complete(folder: Path, tensors: dict[str, dict[str, Stored]], stepped:
     if missing := sorted(stepped - tensors[MAIN_PARAM].keys()):
         raise RefusedError(
             f"{folder / ZERO / missing[0]}: missing, and {len(missing) - 1} others that the "
-            f"mp_rank files "
-            f"name ({shorten_names(missing)}); copy the whole checkpoint"
+            f"mp_rank files name ({shorten_names(missing)}); copy the whole checkpoint"
         )
     if tensors[EXP_AVG] and (missing := sorted(stepped - tensors[EXP_AVG].keys())):
         raise RefusedError(
             f"{folder / ZERO / missing[0] / FILES[EXP_AVG]}: missing, as are the moments of "
             f"{len(missing) - 1} others ({shorten_names(missing)}); copy the whole checkpoint, or "
-            f"convert "
-            "--weights-only"
+            "convert --weights-only"
         )
 
 

@@ -91,8 +91,7 @@ class ZeroShard:
         if missing := [key for key in _MOMENTS if key not in own]:
             raise RefusedError(
                 f"{self.path}: group {number} has no {' and no '.join(missing)}; has its optimizer "
-                f"taken a "
-                "step, and is it Adam? convert --weights-only"
+                "taken a step, and is it Adam? convert --weights-only"
             )
         return own
 
@@ -108,8 +107,7 @@ def read(model: Path, content: dict[str, Any], paths: list[Path]) -> States:
     if not shapes:
         raise RefusedError(
             f"{model}: has no param_shapes, without which nobody knows what lies where in "
-            f"{paths[0].name}; "
-            "save with deepspeed 0.4.4 or later, or convert --weights-only"
+            f"{paths[0].name}; save with deepspeed 0.4.4 or later, or convert --weights-only"
         )
     shapes = list(shapes) if isinstance(shapes, (list, tuple)) else [shapes]
     states = States({MAIN_PARAM: {}, EXP_AVG: {}, EXP_AVG_SQ: {}}, rest=_rest(shards[0]))
@@ -124,16 +122,14 @@ def _check_shard(shard: ZeroShard, groups: int, dp: int) -> None:
     if len(shard.partitions) != groups:
         raise RefusedError(
             f"{shard.path}: has partitions of {len(shard.partitions)} groups, and the model file "
-            f"names "
-            f"parameters of {groups}; these files are of different saves"
+            f"names parameters of {groups}; these files are of different saves"
         )
     counts = shard.state.get("partition_count") or []
     for count in counts if isinstance(counts, list) else [counts]:
         if count != dp:
             raise RefusedError(
                 f"{shard.path}: is one of {count} data-parallel shards, of which {dp} are here; "
-                f"copy the "
-                "whole checkpoint"
+                "copy the whole checkpoint"
             )
 
 
@@ -169,8 +165,7 @@ def _gaps(shard: ZeroShard, number: int, count: int) -> list[int]:
     if len(own) != count:
         raise RefusedError(
             f"{shard.path}: has alignment paddings of {len(own)} parameters in group {number}, "
-            f"which has "
-            f"{count}; these files are of different saves"
+            f"which has {count}; these files are of different saves"
         )
     return own
 
@@ -194,11 +189,9 @@ def _check_sizes(
         unpadded = min(max(total - rank * size, 0), size)
         if partition.shape not in ((size,), (unpadded,)):
             raise RefusedError(
-                f"{shard.path}: its {state} of group {number} has {list(partition.shape)} elements, "
-                f"and the "
-                f"{total} of the group's parameters over {len(shards)} shards make {size}; these "
-                f"files are "
-                "of different saves"
+                f"{shard.path}: its {state} of group {number} has {list(partition.shape)} "
+                f"elements, and the {total} of the group's parameters over {len(shards)} shards "
+                f"make {size}; these files are of different saves"
             )
 
 
@@ -236,8 +229,7 @@ def _check_mappings(
         ):
             raise RefusedError(
                 f"{shard.path}: its own map says that {shorten_names(wrong)} lies elsewhere than "
-                f"the model file's "
-                "shapes do; these files are of different saves"
+                "the model file's shapes do; these files are of different saves"
             )
 
 

@@ -83,8 +83,7 @@ def of(source: Checkpoint) -> Architecture:
     for reason in _reasons(said, kind):
         raise RefusedError(
             f"{source.folder}: {reason}, as no GPT-2 and no LLaMA does; only Megatron's own "
-            f"formats "
-            "can take it"
+            "formats can take it"
         )
     family = _family(source, names, kind)
     is_rotary = FAMILIES[family].positions == ROTARY
@@ -156,8 +155,7 @@ def _family(source: Checkpoint, names: set[str], positions: str | None) -> str:
         there = [f"{'' if value else 'not '}{what}" for what, value in has.items()]
         raise RefusedError(
             f"{source.folder}: is neither like GPT-2 (norms with biases, learned positions, no "
-            f"gates) nor "
-            f"like LLaMA (RMS norms, rotary positions, gates): it has {', '.join(there)}"
+            f"gates) nor like LLaMA (RMS norms, rotary positions, gates): it has {', '.join(there)}"
         )
     return next(name for name in computed() if FAMILIES[name].computes == known[tells])
 

@@ -44,8 +44,7 @@ def sidecar_of(folder: Path, ranks: Iterable[MegatronRank]) -> Sidecar | None:
         if not is_this_format(content):
             raise RefusedError(
                 f"{path}: missing, or not of the same release as the others; copy the whole "
-                f"checkpoint, or "
-                "convert --weights-only"
+                "checkpoint, or convert --weights-only"
             )
     return Sidecar(
         folder,
@@ -101,8 +100,7 @@ def _buffers(path: Path, saved: Mapping[int, Any], rank: MegatronRank) -> tuple[
     if list(saved) != list(chunks):
         raise RefusedError(
             f"{path}: holds the buffers of {len(saved)} model chunks, the model file "
-            f"{len(chunks)}; "
-            "they are of different runs"
+            f"{len(chunks)}; they are of different runs"
         )
     dp = args_of(rank.content).get("data_parallel_size") or 1
     return tuple(
@@ -122,10 +120,9 @@ def _buffer(
     if len(lengths) != 1 or not lengths <= {end, -(-end // dp) * dp}:
         raise RefusedError(
             f"{path}: the states of model chunk {chunk} have "
-            f"{', '.join(map(str, sorted(lengths)))} elements "
-            f"and the model's parameters {end}, at dp {dp}; they are of different runs, or some "
-            f"parameters "
-            "are not trained: convert --weights-only"
+            f"{', '.join(map(str, sorted(lengths)))} elements and the model's parameters {end}, at "
+            f"dp {dp}; they are of different runs, or some parameters are not trained: convert "
+            "--weights-only"
         )
     (length,) = lengths
     return Buffer(chunk, slots[0].dtype, dtype.name, (Bucket(0, length, length),), tuple(slots))

@@ -235,10 +235,9 @@ class Rule:
             release = ".".join(map(str, self.core))
             raise RefusedError(
                 f"{slot.name}: megatron-core {release} cannot give this tied embedding its own "
-                f"bucket after "
-                f"{start} elements, which are no multiple of {self._divisor(expert)}; choose "
-                f"another tp or "
-                "another number of layers for the first stage, or save for core 0.13 or later"
+                f"bucket after {start} elements, which are no multiple of {self._divisor(expert)}; "
+                "choose another tp or another number of layers for the first stage, or save for "
+                "core 0.13 or later"
             )
         return bucket.end, bucket
 

@@ -137,8 +137,7 @@ def _box(
     if len(grid) != len(stack.shape) or any(size != 1 for size in chunk.sizes[:-1]):
         raise RefusedError(
             f"{chunk.archive.file}: {tensor.key} is flattened in a way that is not known; save it "
-            f"with "
-            "--dist-ckpt-optim-fully-reshardable"
+            "with --dist-ckpt-optim-fully-reshardable"
         )
     sizes = tuple(whole // parts for whole, parts in zip(stack.shape, grid, strict=True))
     start = tuple(number * size for number, size in zip(chunk.offsets, sizes, strict=False))

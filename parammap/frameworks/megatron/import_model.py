@@ -167,8 +167,7 @@ def _tensors(
     if unplaced := sorted(states.names() - used):
         raise RefusedError(
             f"{states.source.folder}: has {len(unplaced)} tensors that {NAME}'s model has no place "
-            f"for: "
-            f"{shorten_names(unplaced)}; the two models are of different architectures"
+            f"for: {shorten_names(unplaced)}; the two models are of different architectures"
         )
 
 
@@ -196,8 +195,7 @@ def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
     if unknown:
         raise RefusedError(
             f"{source.folder}: does not record its {', '.join(unknown)}, which {NAME} must be "
-            f"told; name a "
-            "checkpoint with its configuration"
+            "told; name a checkpoint with its configuration"
         )
     biased = {
         name: f"layers.0.{name}.bias" in names for name in ("attention.out", _fc1(model), "mlp.fc2")
@@ -218,8 +216,7 @@ def _check(source: Checkpoint, model: Architecture, names: set[str]) -> None:
         if applies:
             raise RefusedError(
                 f"{source.folder}: {reason}, which {NAME}'s model cannot compute; the two models "
-                f"are of "
-                "different architectures"
+                "are of different architectures"
             )
 
 

@@ -62,8 +62,7 @@ def check(states: SourceTensors) -> None:
         if still := sorted(name for name in states.names() if (state, name) not in states.tensors):
             raise RefusedError(
                 f"{states.source.folder}: {len(still)} parameters have no {state}, and "
-                f"Megatron-LM's "
-                f"optimizer steps all: {shorten_names(still)}; convert --weights-only"
+                f"Megatron-LM's optimizer steps all: {shorten_names(still)}; convert --weights-only"
             )
 
 
@@ -90,8 +89,7 @@ def meta(source: Checkpoint) -> dict[str, Any]:
     if not groups or any(getattr(group, key) is None for group in groups for key in _HYPER):
         raise RefusedError(
             f"{source.folder}: keeps no {', '.join(_HYPER)} of its optimizer's param_groups, "
-            f"without which "
-            "Adam cannot go on; convert --weights-only"
+            "without which Adam cannot go on; convert --weights-only"
         )
     decays = {group.weight_decay for group in groups if group.weight_decay}
     for what, values in (
@@ -101,8 +99,7 @@ def meta(source: Checkpoint) -> dict[str, Any]:
         if len(values) > 1:
             raise RefusedError(
                 f"{source.folder}: its parameter groups have different {what} {sorted(values)}, "
-                f"and "
-                "Megatron-LM keeps one; convert --weights-only"
+                "and Megatron-LM keeps one; convert --weights-only"
             )
     own = {
         "bias_correction": groups[0].bias_correction is not False,
@@ -223,9 +220,8 @@ def notes(source: Checkpoint, dtype: str) -> Iterator[str]:
     )
     if not _schedule(source.training_state):
         yield (
-            "the learning rate's schedule is none of Megatron-LM's, or not recorded: it is written "
-            "as constant; "
-            "--override-opt_param-scheduler takes the flags' own"
+            "the learning rate's schedule is none of Megatron-LM's, or not recorded: it is "
+            "written as constant; --override-opt_param-scheduler takes the flags' own"
         )
     if dtype == "float16":
         yield "the loss scale begins anew"

@@ -63,8 +63,7 @@ def read_rank(
             if sidecar.complete or number == 0:
                 raise RefusedError(
                     f"{sidecar.folder}: says nothing of optimizer {number} at {place}, which "
-                    f"{path} holds; "
-                    "copy that rank's files as well"
+                    f"{path} holds; copy that rank's files as well"
                 )
             continue
         _check_count(path, saved, buffers, sidecar)
@@ -137,9 +136,8 @@ def _buffer_states(
             if expected != slot.shape:
                 raise RefusedError(
                     f"{sidecar.folder}: maps {slot.name} {list(slot.shape)} of {at}; the model "
-                    f"file has "
-                    f"{'no such tensor' if expected is None else list(expected)}; "
-                    "they are of different runs"
+                    f"file has {'no such tensor' if expected is None else list(expected)}; they "
+                    "are of different runs"
                 )
             stored = _slice(runs[_bucket_of(slot, buckets)], slot)
             yield TensorEntry(slot.name, at, _STATES.get(key, key), stored, slot.partition)
@@ -165,8 +163,7 @@ def _buckets(where: str, states: dict[str, Any], buffer: Buffer) -> tuple[Bucket
     if last != total:
         raise RefusedError(
             f"{where}: its buckets are padded and the map does not say where; a layout file, as "
-            f"ParamMap's "
-            "hook writes it, is needed"
+            "ParamMap's hook writes it, is needed"
         )
     return (Bucket(0, total, total),)
 

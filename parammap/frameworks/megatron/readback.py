@@ -93,8 +93,7 @@ def _misfit(
                 if element is not None:
                     return (
                         f"{folder / OPTIMIZER_FILE}: where Megatron-LM will look for {state.name}, "
-                        f"element {element} is "
-                        f"not that of {MODEL_FILE}"
+                        f"element {element} is not that of {MODEL_FILE}"
                     )
     return None
 

@@ -209,9 +209,8 @@ def misplaced(sidecar: Sidecar) -> str | None:
     for before, after in filter(None, map(_misfit, recorded(sidecar))):
         return (
             f"its buffers have {before} registered before {after}, and Megatron-LM's model "
-            f"registers it after that: an "
-            "earlier ParamMap made them from a torch_dist checkpoint (see its CHANGELOG); convert "
-            "that checkpoint again"
+            "registers it after that: an earlier ParamMap made them from a torch_dist checkpoint "
+            "(see its CHANGELOG); convert that checkpoint again"
         )
     return None
 

@@ -106,9 +106,8 @@ def _wrong(
     )
     return (
         f"{list(tensor.shape)} as a whole, and {list(expected)} by the arguments ({names}): as if "
-        f"whole copies had been "
-        "joined or cut like parts, which ParamMap 0.1 did with multi-latent attention; convert the "
-        "original again"
+        "whole copies had been joined or cut like parts, which ParamMap 0.1 did with multi-latent "
+        "attention; convert the original again"
     )
 
 

@@ -108,8 +108,7 @@ def check_recorded(source: Checkpoint, given: str | None) -> None:
     if given is not None and given != recorded:
         raise RefusedError(
             f"{source.folder}: was trained with --transformer-impl {recorded or '(not recorded)'} "
-            f"and not "
-            f"{given}; leave the flag out"
+            f"and not {given}; leave the flag out"
         )
 
 
@@ -125,8 +124,7 @@ def check_specification(source: Checkpoint, given: str | None) -> None:
     ):
         raise RefusedError(
             f"{source.folder}: by its arguments ({_LEGACY_GROUPED}) all experts of a layer are two "
-            f"tensors, "
-            "which cannot be made of experts apart yet; convert --to megatron-dist"
+            "tensors, which cannot be made of experts apart yet; convert --to megatron-dist"
         )
 
 

@@ -77,8 +77,7 @@ def structures_of(source: Checkpoint) -> dict[Coordinates, list[dict[str, Any]]]
             if source.sidecar is None:
                 raise RefusedError(
                     f"{source.folder}: neither the model's structure nor a sidecar is recorded in "
-                    f"pt_meta; "
-                    "name the folder of the sidecar with --sidecar"
+                    "pt_meta; name the folder of the sidecar with --sidecar"
                 )
             structures[rank] = structures_from_slots(source.sidecar, rank, source.layout.vpp)
     return structures

@@ -49,8 +49,7 @@ def states(contents: Contents, sidecar: Sidecar, naming: NameResolver) -> Iterat
                 if found is None:
                     raise RefusedError(
                         f"{contents.folder}: lacks buffer {gbuf} of optimizer {link}, group "
-                        f"{group},"
-                        f" which {sidecar.folder} maps; they are of different runs"
+                        f"{group}, which {sidecar.folder} maps; they are of different runs"
                     )
                 yield from _buffer(
                     found, buffer, Place(tp, pp, ep, buffer.chunk), naming, sidecar.folder
@@ -119,7 +118,6 @@ def _slice(
     if sum(part.nbytes for part in parts) != stored.nbytes:
         raise RefusedError(
             f"{parts[0].file if parts else tensor.key}: the chunks of {tensor.key} leave out a "
-            f"part of "
-            f"{slot.name}; copy the whole checkpoint"
+            f"part of {slot.name}; copy the whole checkpoint"
         )
     return stored

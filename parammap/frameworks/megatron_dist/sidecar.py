@@ -80,10 +80,9 @@ def check_positions(sidecar: Sidecar, folder: Path) -> None:
     if shifted and _SHIFTED[0] <= tuple(map(int, release.split(".")[:2])) < _SHIFTED[1]:
         raise RefusedError(
             f"{folder}: megatron-core {release} saved the optimizer state of {len(shifted)} "
-            f"parameters from wrong "
-            f"positions, because their buckets follow padded ones (NVIDIA/Megatron-LM#5077): "
-            f"{shorten_names(shifted)}; "
-            "convert --weights-only, or save again with --ckpt-format torch or one large bucket"
+            "parameters from wrong positions, because their buckets follow padded ones "
+            f"(NVIDIA/Megatron-LM#5077): {shorten_names(shifted)}; convert --weights-only, or save "
+            "again with --ckpt-format torch or one large bucket"
         )
 
 

@@ -45,15 +45,13 @@ def cuts(method: str, num_layers: int, pp: int, custom: tuple[int, ...] = ()) ->
     if modules < pp:
         raise RefusedError(
             f"--pp {pp}: {num_layers} layers are {modules} modules, so that {pp - modules} stages "
-            f"would be "
-            f"empty; take --pp {modules} at most"
+            f"would be empty; take --pp {modules} at most"
         )
     if empty:
         raise RefusedError(
             f"--pp {pp}: {modules} modules cut uniformly at {','.join(map(str, found))} leave "
-            f"stage "
-            f"{empty[0]} empty; take --pp {-(-modules // size)}, or another --partition-method: "
-            f"{UNIFORM_FLOOR}, {CUSTOM}"
+            f"stage {empty[0]} empty; take --pp {-(-modules // size)}, or another "
+            f"--partition-method: {UNIFORM_FLOOR}, {CUSTOM}"
         )
     return found
 

@@ -81,8 +81,7 @@ class MerakRank:
         if own not in self.names:
             raise RefusedError(
                 f"{self.path}: holds no tensor for {name}, which its optimizer or a tie names; "
-                f"copy the "
-                "whole checkpoint"
+                "copy the whole checkpoint"
             )
         return own
 
@@ -199,8 +198,7 @@ class _Words:
         if not found:
             raise RefusedError(
                 f"{ranks[0].path.parent.parent}: no rank holds transformer.wte.weight; a stage is "
-                f"missing, "
-                "or the model is no GPT-2"
+                "missing, or the model is no GPT-2"
             )
         rank, stored = found[0]
         rows, built = stored.shape[0], config.get("vocab_size")
@@ -298,8 +296,7 @@ def _check_complete(folder: Path, index: Index, dialect: str, known: dict[str, A
     if known.get("layers") not in (None, layers):
         raise RefusedError(
             f"{folder}: holds {layers} layers and not {known['layers']}, as the configuration "
-            f"says; a stage "
-            "is missing, or the configuration is of another model"
+            "says; a stage is missing, or the configuration is of another model"
         )
     expected = {
         name.format(i=i)
@@ -310,8 +307,7 @@ def _check_complete(folder: Path, index: Index, dialect: str, known: dict[str, A
     if missing := sorted(expected - {held.canonical for held in index.held}):
         raise RefusedError(
             f"{folder}: lacks {len(missing)} tensors of GPT-2 of {layers} layers: "
-            f"{shorten_names(missing)}; a stage "
-            "is missing: copy the whole checkpoint"
+            f"{shorten_names(missing)}; a stage is missing: copy the whole checkpoint"
         )
     index.check_complete()
     shapes = {tensor.name: tensor.shape for tensor in index.tensors(MAIN_PARAM)}
@@ -324,6 +320,5 @@ def _check_complete(folder: Path, index: Index, dialect: str, known: dict[str, A
         if known.get(name) not in (None, size):
             raise RefusedError(
                 f"{folder}: has {name} {size} and not {known[name]}, as the configuration says; it "
-                f"is of "
-                "another model"
+                "is of another model"
             )

@@ -69,8 +69,7 @@ class Partitions:
             if content["param_shapes"] != self.contents[0]["param_shapes"]:
                 raise RefusedError(
                     f"{path}: its parameters are not those of {paths[0].name}; these files are of "
-                    f"different "
-                    "runs"
+                    "different runs"
                 )
         self.states: list[PartitionState] = [
             content["optimizer_state_dict"] for content in self.contents
@@ -98,8 +97,7 @@ class Partitions:
         if len(counts) != 1:
             raise RefusedError(
                 f"{self.paths[0].parent}: the dp ranks' partitions of group {group} ({state}) are "
-                f"not alike: "
-                f"{sorted(counts)}; these files are of different runs"
+                f"not alike: {sorted(counts)}; these files are of different runs"
             )
         return [parts[interval] for interval in range(len(by_rank[0])) for parts in by_rank]
 
@@ -123,8 +121,7 @@ class Partitions:
         if needed > there:
             raise RefusedError(
                 f"{self.paths[0]}: {state} has {there} elements in {len(self.paths)} files for "
-                f"parameters of "
-                f"{needed}; a file of another run is among them"
+                f"parameters of {needed}; a file of another run is among them"
             )
         position, itemsize = 0, ITEMSIZE[parts[0].dtype]
         runs = list(_placed(parts))

@@ -47,8 +47,7 @@ def of(source: Checkpoint) -> Architecture:
     if activation not in ACTIVATIONS:
         raise RefusedError(
             f"{source.folder}: its activation is {activation}, which OPT has not, or metaseq's "
-            f"releases "
-            "compute differently; only metaseq's own format can take it"
+            "releases compute differently; only metaseq's own format can take it"
         )
     heads = setting("decoder_attention_heads")
     query = states.tensor(MAIN_PARAM, "layers.0.attention.q.weight")

@@ -110,8 +110,7 @@ def _found(states: SourceTensors) -> Iterator[TensorEntry]:
     if unplaced := sorted(states.names() - used):
         raise RefusedError(
             f"{states.source.folder}: has {len(unplaced)} tensors that have no place in metaseq's "
-            f"OPT: "
-            f"{shorten_names(unplaced)}; the two models are of different architectures"
+            f"OPT: {shorten_names(unplaced)}; the two models are of different architectures"
         )
 
 

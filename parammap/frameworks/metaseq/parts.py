@@ -74,15 +74,13 @@ class ModelPart:
         ):
             raise RefusedError(
                 f"{self.first.path}: its parameters are flat and it has no shard_metadata; name "
-                f"the "
-                "checkpoint that it was made from with --metadata-from"
+                "the checkpoint that it was made from with --metadata-from"
             )
         sidecar = self.first.sidecar
         if sidecar and (there := sidecar.get("data_parallel_size")) not in (None, len(self.shards)):
             raise RefusedError(
                 f"{self.first.path}: {len(self.shards)} shards are here, and its sidecar says "
-                f"{there}; copy "
-                "the whole checkpoint"
+                f"{there}; copy the whole checkpoint"
             )
 
     # -------------------------------------------------------------------------------------------------------
@@ -95,8 +93,7 @@ class ModelPart:
             if loose := [name for name in self.first.model if _is_flat(name)]:
                 raise RefusedError(
                     f"{self.first.path}: holds {shorten_names(loose)}, which its shard metadata "
-                    f"does not name; name "
-                    "the checkpoint that it was made from with --metadata-from"
+                    "does not name; name the checkpoint that it was made from with --metadata-from"
                 )
             return _without_repeated(self.first.model)
         buffers = {
@@ -108,8 +105,7 @@ class ModelPart:
                 raise RefusedError(
                     f"{shard.path}: its model and its shard metadata do not name the same tensors: "
                     f"{shorten_names(map(str, shard.model.keys() ^ known))}; name the checkpoint "
-                    f"that it was made "
-                    "from with --metadata-from"
+                    "that it was made from with --metadata-from"
                 )
         result = {
             name: stored
@@ -140,10 +136,8 @@ class ModelPart:
         if min(paddings) < 0 or min(valid) < 0 or sum(valid) != flat.numel:
             raise RefusedError(
                 f"{self.first.path}: the shards of {flat.key} hold {sum(valid)} elements without "
-                f"padding, "
-                f"and its {len(flat.names)} parameters have {flat.numel}; a shard is missing, or "
-                f"its "
-                "metadata is of another run"
+                f"padding, and its {len(flat.names)} parameters have {flat.numel}; a shard is "
+                "missing, or its metadata is of another run"
             )
         return valid
 
@@ -176,8 +170,7 @@ class ModelPart:
         }:
             raise RefusedError(
                 f"{self.first.path}: the optimizer has states of {shorten_names(lost)}, and the "
-                f"model has no such "
-                "tensor; convert --weights-only"
+                "model has no such tensor; convert --weights-only"
             )
         return result, index
 
@@ -186,8 +179,7 @@ class ModelPart:
             if shard.states.keys() != self.first.states.keys():
                 raise RefusedError(
                     f"{shard.path}: its optimizer steps other parameters than "
-                    f"{self.first.path.name}'s; copy "
-                    "the checkpoint again"
+                    f"{self.first.path.name}'s; copy the checkpoint again"
                 )
             for number, states in shard.states.items():
                 strange = [
@@ -201,8 +193,7 @@ class ModelPart:
                     raise RefusedError(
                         f"{shard.path}: parameter {number} of the optimizer has the states "
                         f"{sorted(map(str, states))}, and only Adam's {' and '.join(_MOMENTS)} can "
-                        f"be "
-                        "converted; convert --weights-only"
+                        "be converted; convert --weights-only"
                     )
 
     def _index(self, flats: dict[str, Flat]) -> dict[int, str]:
@@ -221,9 +212,8 @@ class ModelPart:
                     return dict(zip(numbers, order, strict=True))
         raise RefusedError(
             f"{self.first.path}: the optimizer's {len(numbers)} states are not of the sizes of the "
-            f"model's "
-            f"{len(flats)} flat parameters; name the sidecar's folder with --sidecar, or convert "
-            "--weights-only"
+            f"model's {len(flats)} flat parameters; name the sidecar's folder with --sidecar, or "
+            "convert --weights-only"
         )
 
     def _is_of(self, number: int, flat: Flat | None, exactly: bool) -> bool:
@@ -297,8 +287,7 @@ def _cut(flat: Flat, chunks: list[Stored], valid: list[int]) -> Iterator[tuple[s
     if len(dtypes) > 1:
         raise RefusedError(
             f"{chunks[0].extents[0].file}: {flat.key} is {' and '.join(sorted(dtypes))} in other "
-            f"shards; "
-            "copy the checkpoint again"
+            "shards; copy the checkpoint again"
         )
     (dtype,) = dtypes
     itemsize, runs, used = ITEMSIZE[dtype], iter(zip(chunks, valid, strict=True)), 0

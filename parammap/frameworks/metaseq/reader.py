@@ -156,8 +156,7 @@ def _check_parts(held: list[StoredTensor], layout: Layout) -> None:
     if cols * layout.tp != rows:
         raise RefusedError(
             f"{projection.where}: {projection.name} is {[rows, cols]}, of which {layout.tp} parts "
-            f"do not "
-            f"make {[rows, rows]}; copy the whole checkpoint"
+            f"do not make {[rows, rows]}; copy the whole checkpoint"
         )
 
 

@@ -41,8 +41,7 @@ def resharded(source: Checkpoint, target_layout: TargetLayout) -> Checkpoint:
     if extra := [name for name in ("pp", "vpp", "ep", "cp") if getattr(layout, name) != 1]:
         raise RefusedError(
             f"{source.folder}: metaseq has no {' and no '.join(extra)}; only tp (its model parts) "
-            f"and dp "
-            "(its shards) can be chosen"
+            "and dp (its shards) can be chosen"
         )
     naming, parts = metaseq.naming_of(source), layout.tp
     ranks = {(part, 0, 0): (part % source.layout.tp, 0, 0) for part in range(parts)}

@@ -47,8 +47,7 @@ class ShardFile:
         if (mine is None) != (theirs is None) or (mine and theirs and not mine.same_model(theirs)):
             raise RefusedError(
                 f"{other.path}: its shard metadata is of another model than {self.path.name}'s; "
-                f"copy the "
-                "checkpoint again"
+                "copy the checkpoint again"
             )
         if mine and theirs:
             other.metadata = replace(mine, paddings=theirs.paddings)

@@ -45,8 +45,7 @@ def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict
             if folder:
                 raise RefusedError(
                     f"{path}: is of update {sidecar.get('num_updates')} and {file.name} of "
-                    f"{num_updates}; "
-                    "name the right folder with --sidecar"
+                    f"{num_updates}; name the right folder with --sidecar"
                 )
     return None
 

@@ -67,8 +67,7 @@ def output(target: Checkpoint, options: Options) -> Output:
     if target.framework != "metaseq":
         raise RefusedError(
             f"{target.folder}: is {target.framework}'s, and only metaseq's own checkpoints can be "
-            f"written as "
-            "metaseq's; --to alpa takes others"
+            "written as metaseq's; --to alpa takes others"
         )
     if options.form == SINGLETON and target.layout.tp != 1:
         raise RefusedError(
@@ -77,8 +76,7 @@ def output(target: Checkpoint, options: Options) -> Output:
     if options.form == SINGLETON and target.with_optimizer:
         raise RefusedError(
             f"{target.folder}: a singleton has no flat parameters, which the optimizer's states "
-            f"are of; "
-            "convert it --weights-only, or in another form"
+            "are of; convert it --weights-only, or in another form"
         )
     files: list[WantedFile] = []
     for rank in target.rank_folders:
@@ -291,9 +289,8 @@ class _Part:
         if lost := set(self.meta["optimizer_index"].values()) - by_key.keys():
             raise RefusedError(
                 f"{self.target.folder}: part {self.part}: the optimizer has states of "
-                f"{shorten_names(lost)}, which "
-                "are no flat parameters of the output; leave the optimizer out with "
-                "--skip-optimizer-state"
+                f"{shorten_names(lost)}, which are no flat parameters of the output; leave the "
+                "optimizer out with --skip-optimizer-state"
             )
         state = {}
         for number, states in saved["state"].items():
@@ -310,8 +307,7 @@ class _Part:
         if isinstance(value, Stored) and value.numel > 1:
             raise RefusedError(
                 f"{self.target.folder}: nobody knows how the optimizer state {key} "
-                f"{list(value.shape)} is "
-                "cut; leave the optimizer out with --skip-optimizer-state"
+                f"{list(value.shape)} is cut; leave the optimizer out with --skip-optimizer-state"
             )
         return value
 

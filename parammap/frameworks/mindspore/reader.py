@@ -55,8 +55,7 @@ def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     if sidecar is None and not rank_metadata:
         raise RefusedError(
             f"{meta_folder}: has no layout_*.json, param_map*.json or args_*.pt, so nobody knows "
-            f"the "
-            "parallel sizes; name their folder with --sidecar"
+            "the parallel sizes; name their folder with --sidecar"
         )
     facts = Facts.of(sidecar, next(iter(rank_metadata.values()), {}))
     layout = facts.layout({})
@@ -135,8 +134,7 @@ def _check_states(source: Checkpoint, sidecar: Sidecar, meta_folder: Path) -> No
         if lacking := sorted(said - there - tables):
             raise RefusedError(
                 f"{folder}: has no moments of {shorten_names(lacking)}, which the sidecar in "
-                f"{meta_folder} names; "
-                "copy the whole checkpoint, or convert --weights-only"
+                f"{meta_folder} names; copy the whole checkpoint, or convert --weights-only"
             )
 
 

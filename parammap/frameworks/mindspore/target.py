@@ -113,8 +113,7 @@ def _check_names(source: Checkpoint, options: Options) -> None:
         if unknown:
             raise RefusedError(
                 f"{source.folder}: MindSpeed-Core-MS's model has no place for {len(unknown)} "
-                f"tensors: "
-                f"{shorten_names(unknown)}; use --names megatron"
+                f"tensors: {shorten_names(unknown)}; use --names megatron"
             )
 
 

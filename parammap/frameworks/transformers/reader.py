@@ -108,21 +108,18 @@ def _checked(described: ModelConfig, weights: Weights) -> tuple[dict[str, Stored
             )
             raise RefusedError(
                 f"{weights.taken}: {what} {len(names)} tensors {rest} {CONFIG}: "
-                f"{shorten_names(sorted(names))}; the "
-                "two are of different models"
+                f"{shorten_names(sorted(names))}; the two are of different models"
             )
     for name, stored in tensors.items():
         if stored.shape != allowed[name]:
             raise RefusedError(
                 f"{weights.taken}: {name} has the shape {list(stored.shape)}, and {CONFIG} asks "
-                f"for "
-                f"{list(allowed[name])}; the two are of different models"
+                f"for {list(allowed[name])}; the two are of different models"
             )
         if stored.dtype not in DTYPES:
             raise RefusedError(
                 f"{weights.taken}: {name} is {stored.dtype}, which no weight is; convert the model "
-                f"that this "
-                "one was made of"
+                "that this one was made of"
             )
     return tensors, dropped
 

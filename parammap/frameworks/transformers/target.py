@@ -160,9 +160,8 @@ def _check(target: Checkpoint, model: ModelConfig, parameters: list[Parameter]) 
         if shape != expected[canonical]:
             raise RefusedError(
                 f"{target.folder}: {canonical} is {list(shape)}, and in transformers' "
-                f"{_class_of(model)} of "
-                f"these sizes {list(expected[canonical])}; the two models are of different "
-                f"architectures"
+                f"{_class_of(model)} of these sizes {list(expected[canonical])}; the two models "
+                "are of different architectures"
             )
 
 

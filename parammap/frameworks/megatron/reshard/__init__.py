@@ -327,8 +327,7 @@ class _Resharding:
         if has_random and (self.layout.tp > there.tp or self.layout.pp > there.pp):
             yield (
                 f"random states: only tp {there.tp} × pp {there.pp} ranks have any, further ranks "
-                f"repeat them; without "
-                "dropout nothing depends on it"
+                "repeat them; without dropout nothing depends on it"
             )
 
     def _model_facts(self) -> dict[str, Any]:

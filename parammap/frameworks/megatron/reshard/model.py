@@ -261,16 +261,14 @@ def _refuse_unknown(source: Checkpoint, model: ModelEntries) -> None:
     if unknown:
         raise RefusedError(
             f"{source.folder}: nobody recorded how {len(unknown)} tensors are cut over ranks, or "
-            f"the sidecar "
-            f"and the family's table contradict each other: {shorten_names(unknown)}; leave the "
-            f"sizes out"
+            f"the sidecar and the family's table contradict each other: {shorten_names(unknown)}; "
+            "leave the sizes out"
         )
     stacks = sorted({entry.path for entries in model.layers.values() for entry in entries})
     if len(stacks) != 1:
         raise RefusedError(
             f"{source.folder}: has {len(stacks)} stacks of layers ({', '.join(stacks)}), and only "
-            f"one can be "
-            "laid out anew; leave the sizes out"
+            "one can be laid out anew; leave the sizes out"
         )
 
 

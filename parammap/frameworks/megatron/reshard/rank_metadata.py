@@ -144,8 +144,7 @@ def check_stages(args: dict[str, Any], any_stages: bool, target: TargetArguments
         )
         raise RefusedError(
             f"stages of {list(target.stage_layers)} layers: in the release that saved, {ends} may "
-            f"differ "
-            "from the others; choose --stage-layers anew"
+            "differ from the others; choose --stage-layers anew"
         )
 
 
@@ -201,8 +200,7 @@ def regrouped(optimizer: State, to_be_apart: bool, expert_dims: set[int]) -> Sta
         if _values(experts) - _values(dense):
             raise RefusedError(
                 "the experts' parameter groups have other rates or steps than the dense ones, but "
-                "share "
-                "their optimizer where ep is 1; keep ep above 1"
+                "share their optimizer where ep is 1; keep ep above 1"
             )
         return dense
     groups = _groups(optimizer)

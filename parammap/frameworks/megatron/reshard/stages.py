@@ -33,8 +33,7 @@ def stages_of(
     elif num_layers % len(chunks):
         raise RefusedError(
             f"{num_layers} layers cannot be divided equally over pp {layout.pp} × vpp "
-            f"{layout.vpp}; say how "
-            "with --stage-layers N,N,…"
+            f"{layout.vpp}; say how with --stage-layers N,N,…"
         )
     else:
         counts = dict.fromkeys(chunks, num_layers // len(chunks))
@@ -56,15 +55,13 @@ def _check_least(
     if not least and not empty_chunks:
         raise RefusedError(
             f"{said}: 0 is no number of layers of a stage in this release: only core 0.13 and "
-            f"later can have "
-            "one without any"
+            "later can have one without any"
         )
     for pp in range(1, layout.pp - 1):
         if not any(counts[pp, vpp] for vpp in range(layout.vpp)):
             raise RefusedError(
                 f"{said}: stage {pp} would hold nothing at all; only the first and the last, which "
-                f"hold the "
-                "embedding and the output, can be without layers"
+                "hold the embedding and the output, can be without layers"
             )
 
 
@@ -80,8 +77,7 @@ def _per_chunk(given: tuple[int, ...], layout: Layout) -> list[int]:
     if uneven:
         raise RefusedError(
             f"--stage-layers: {uneven[0]} layers of a stage cannot be divided over vpp "
-            f"{layout.vpp}; give "
-            f"{layout.pp * layout.vpp} numbers, one for each chunk in the order in which data "
-            f"passes them"
+            f"{layout.vpp}; give {layout.pp * layout.vpp} numbers, one for each chunk in the order "
+            "in which data passes them"
         )
     return [layers // layout.vpp for layers in given] * layout.vpp
