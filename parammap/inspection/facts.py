@@ -15,7 +15,7 @@ from parammap.frameworks.framework import Recorded
 from parammap.inspection import model, ranks, training_state
 from parammap.inspection.buffers import RELEASES, Optimizers
 from parammap.inspection.reading import Reading, asked
-from parammap.inspection.tensors import tensors as tensor_tree
+from parammap.inspection.tensors import tensor_tree
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, MODEL_PARAM
 from parammap.tensors.names import shorten_names
 

@@ -9,7 +9,7 @@ from parammap.inspection.kinds import kind_of
 from parammap.tensors.logical import MAIN_PARAM
 
 
-def tensors(whole: Checkpoint) -> list[dict[str, Any]]:
+def tensor_tree(whole: Checkpoint) -> list[dict[str, Any]]:
     """Each logical tensor: shape, dtype of each state, how it is split, and who holds it under which
     name."""
     entries: dict[str, dict[str, Any]] = {}
