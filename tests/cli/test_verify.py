@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -415,3 +416,19 @@ def test_a_vocabulary_padded_anew_is_no_difference(trained, tmp_path, capsys, fl
     out = convert(source, tmp_path / "out", "megatron", *flags)
     status, found = run(capsys, "verify", out)
     assert (status, found["problems"]) == (0, []) and found["tensors_compared"] > 30
+
+
+def test_a_byte_that_is_no_tensors_is_found_by_its_checksum_whatever_the_file_is_called(
+    tmp_path, capsys
+):
+    """torch.load ignores the CRC-32 of a record."""
+    out = convert(
+        paths.TESTS / "data/merak/hf", tmp_path / "out", "transformers", "--format", "bin"
+    )
+    file = out / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        (record,) = (one for one in archive.infolist() if one.filename.endswith("/version"))
+    flip(file, file.read_bytes().index(b"3\n", record.header_offset + len(record.filename)), 0)
+    status, found = run(capsys, "verify", out)
+    assert (status, names(found["problems"])) == (1, {str(file)})
+    assert record.filename in found["problems"][0]["what"]

@@ -136,7 +136,8 @@ def test_what_is_there_is_not_replaced(additions):
             formats.register(refused)
 
 
-def test_installed_packages_add_theirs_by_entry_points(folder):
+def test_installed_packages_add_theirs_by_entry_points(folder, tmp_path):
+    """Which are loaded when more is asked for than a name that is built in."""
     told = folder / "shelves-1.0.dist-info"
     told.mkdir()
     (told / "METADATA").write_text("Metadata-Version: 2.1\nName: shelves\nVersion: 1.0\n")
@@ -145,15 +146,18 @@ def test_installed_packages_add_theirs_by_entry_points(folder):
         "[parammap.formats]\ntray = additions.tray:FORMAT\n"
     )
     code = (
-        "from pathlib import Path; from parammap.formats.registry import of;"
-        "from parammap.frameworks.registry import target;"
-        "print(target('shelf').name, of(Path('x.tray')).name)"
+        "import sys; from pathlib import Path; from parammap.formats.registry import of;"
+        "from parammap.frameworks.registry import framework, recognized, target;"
+        "print(framework('megatron').name, target('merak').name, 'additions' in sys.modules);"
+        "print(recognized(Path(sys.argv[1])).name, target('shelf').name, of(Path('x.tray')).name)"
     )
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf/shelf.json").write_text("{}")
     run = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, tmp_path / "shelf"],
         cwd=paths.ROOT,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )
-    assert run.stdout == "shelf tray\n", run.stderr
+    assert run.stdout == "megatron merak False\nshelf shelf tray\n", run.stderr
