@@ -19,7 +19,7 @@ from parammap.cli.main import main
 from parammap.errors import RefusedError
 from parammap.formats import frames, torch_dist
 from parammap.frameworks import registry
-from parammap.tensors.logical import MAIN_PARAM
+from parammap.tensors.logical import MAIN_PARAM, TensorSpec
 from tests.support.torch_dist import DENSE, EXPERTS, LLAMA, digests
 from tests.support.views import matrix_of
 
@@ -216,9 +216,7 @@ def test_torch_itself_reads_what_is_written(tmp_path):
     file = torch_dist.DistcpFile("__0_0.distcp")
     halves = [np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * half for half in (0, 1)]
     chunks = tuple(
-        torch_dist.Chunk(
-            (2 * half, 0), (2, 3), file.add(torch_dist.TensorSpec(f"{half}", "float32", (2, 3)))
-        )
+        torch_dist.Chunk((2 * half, 0), (2, 3), file.add(TensorSpec(f"{half}", "float32", (2, 3))))
         for half in (0, 1)
     )
     objects = {"object": file.add({"a": [1, None, "b"]})}
