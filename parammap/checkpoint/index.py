@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
 
 from parammap import families
 from parammap.checkpoint.cuts import UNRECORDED, Partition, kind_of
@@ -36,7 +35,7 @@ from parammap.tensors.arrangement import (
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MODEL_PARAM, LogicalTensor, Stored
 from parammap.tensors.region import Region, covers_once
-from parammap.tensors.shard import Shard, fitted, lying, merged
+from parammap.tensors.shard import Shard, lying, refined
 
 #: the segment of a canonical name that names the fused tensor, and is replaced by each atom's name
 _FUSED_SEGMENT = {
@@ -288,7 +287,7 @@ class Shards(Mapping[LogicalTensor, dict[Region, list[Shard]]]):
             for shard in held.shards(replica_of(held, self.layout), tensor):
                 regions.setdefault(shard.region, []).append(shard)
         if sum(region.numel for region in regions) > tensor.rows * tensor.cols:
-            regions = _refined(regions)
+            regions = refined(regions)
         for shards in regions.values():
             shards.sort(key=lambda shard: shard.replica)
         return dict(sorted(regions.items(), key=lambda item: item[0].offsets))
@@ -313,32 +312,6 @@ class Shards(Mapping[LogicalTensor, dict[Region, list[Shard]]]):
             regions,
             max((region.sizes[0] for region in regions), default=0),
         )
-
-
-def _refined(regions: dict[Region, list[Shard]]) -> dict[Region, list[Shard]]:
-    """The same shards, cut where any of them ends: copies that files cut differently come to have
-    equal regions."""
-    refined: dict[Region, list[Shard]] = {}
-    shards = [shard for shards in regions.values() for shard in shards]
-    rows = sorted({edge for region in regions for edge in (region.offsets[0], region.ends[0])})
-    for low, high in pairwise(rows):
-        there = [
-            shard
-            for shard in shards
-            if shard.region.offsets[0] < high and low < shard.region.ends[0]
-        ]
-        cols = sorted(
-            {edge for shard in there for edge in (shard.region.offsets[1], shard.region.ends[1])}
-        )
-        for left, right in pairwise(cols):
-            cell = Region((low, left), (high - low, right - left))
-            holding = [shard for shard in there if shard.region.intersect(cell)]
-            for part, views in fitted(cell, holding):
-                refined[part] = [
-                    Shard(shard.tensor, part, merged(view), shard.replica)
-                    for shard, view in zip(holding, views, strict=True)
-                ]
-    return refined
 
 
 def _cover(tensor: LogicalTensor, holders: list[StoredTensor]) -> bool:

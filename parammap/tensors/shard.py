@@ -196,6 +196,32 @@ def _runs(low: int, high: int, shards: Sequence[Shard]) -> Iterator[tuple[int, i
             yield from _runs(start, start + periods[-1], shards)
 
 
+def refined(regions: dict[Region, list[Shard]]) -> dict[Region, list[Shard]]:
+    """The same shards, cut where any of them ends: copies that files cut differently come to have
+    equal regions."""
+    refined: dict[Region, list[Shard]] = {}
+    shards = [shard for shards in regions.values() for shard in shards]
+    rows = sorted({edge for region in regions for edge in (region.offsets[0], region.ends[0])})
+    for low, high in pairwise(rows):
+        there = [
+            shard
+            for shard in shards
+            if shard.region.offsets[0] < high and low < shard.region.ends[0]
+        ]
+        cols = sorted(
+            {edge for shard in there for edge in (shard.region.offsets[1], shard.region.ends[1])}
+        )
+        for left, right in pairwise(cols):
+            cell = Region((low, left), (high - low, right - left))
+            holding = [shard for shard in there if shard.region.intersect(cell)]
+            for part, views in fitted(cell, holding):
+                refined[part] = [
+                    Shard(shard.tensor, part, merged(view), shard.replica)
+                    for shard, view in zip(holding, views, strict=True)
+                ]
+    return refined
+
+
 def views_of(stored: Stored) -> Iterator[tuple[View, View]]:
     """A tensor as it lies in its files: views of those, each with which elements of the tensor,
     row-major, it is."""
