@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +78,9 @@ def _is_none(content: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(
-                archive.read(name) == _NONE
-                for name in archive.namelist()
-                if name.endswith("/data.pkl")
+                info.file_size == len(_NONE) and archive.read(info) == _NONE
+                for info in archive.infolist()
+                if info.filename.endswith("/data.pkl")
             )
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, EOFError):
         return False

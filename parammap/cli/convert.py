@@ -30,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reading.add_arguments(parser)
     reading.add_selection(add)
     add(
+        "--keep-foreign-objects",
+        type=lambda text: frozenset(text.split(",")),
+        default=frozenset(),
+        metavar="MODULE,MODULE,…",
+        help="pass on objects of classes in these modules, which whoever loads the output calls; "
+        "without it, they are refused",
+    )
+    add(
         "--accept-stale",
         action="store_true",
         help="status 0 although the model's own copy is older than the optimizer's",
@@ -77,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             vocab_divisible_by=args.make_vocab_size_divisible_by,
             options=options.of(args),
             **reading.how(args),
+            keep_foreign_objects=args.keep_foreign_objects,
             accept_stale=args.accept_stale,
             accept_permuted=args.accept_permuted,
             **running.how(args),

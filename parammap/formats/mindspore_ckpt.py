@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from parammap.errors import RefusedError
 from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
-from parammap.tensors.logical import Extent, Stored, TensorSpec
+from parammap.tensors.logical import Extent, Stored, TensorSpec, shape_of
 
 _TYPE_OF = {
     "float64": "Float64",
@@ -40,6 +40,8 @@ _TYPE_OF = {
 }
 _DTYPE_OF = {ms_type: dtype for dtype, ms_type in _TYPE_OF.items()}
 _STRING = "str"
+#: of a text entry; those of MindSpore are names of versions and modes
+_MAX_STRING_NBYTES = 1 << 20
 _SLICE_NBYTES = 512 * 1024 * 1024
 _ENCRYPTED = tuple(bytes([first]) + b"\x5e\x3a\x7f" for first in (0xD8, 0xD9, 0xDA))
 _CRC_TAG = b"crc_num"
@@ -196,7 +198,11 @@ def _parsed(data: bytes, position: int) -> _Record:
     nbytes = cursor.enter(_CONTENT)
     if not cursor.position + nbytes == tensor_end == value_end:
         raise _Malformed
-    return _Record(name, tuple(dims), ms_type, position + cursor.position, nbytes)
+    try:
+        shape = shape_of(dims)
+    except ValueError as error:
+        raise _Malformed from error
+    return _Record(name, shape, ms_type, position + cursor.position, nbytes)
 
 
 def _foreign(file: str, fd: int, position: int) -> str:
@@ -211,6 +217,10 @@ def _foreign(file: str, fd: int, position: int) -> str:
 
 def _entry(file: str, fd: int, record: _Record) -> Stored | str:
     if record.ms_type == _STRING:
+        if record.nbytes > _MAX_STRING_NBYTES:
+            raise RefusedError(
+                f"{file}: the text {record.name!r:.80} has {record.nbytes} bytes; the file is damaged"
+            )
         return _string(file, record, os.pread(fd, record.nbytes, record.start))
     if record.ms_type not in _DTYPE_OF:
         raise RefusedError(

@@ -18,7 +18,7 @@ from numpy.lib import format as npy_format
 from parammap.errors import RefusedError
 from parammap.formats.format import Format
 from parammap.formats.frames import FrameBuilder, Segment
-from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
+from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec, shape_of
 
 #: shape, whether it is column-major, dtype
 _Header: TypeAlias = tuple[tuple[int, ...], bool, np.dtype[Any]]
@@ -28,6 +28,19 @@ _HEADERS: dict[tuple[int, int], Callable[[BinaryIO], _Header]] = {
     (1, 0): npy_format.read_array_header_1_0,
     (2, 0): npy_format.read_array_header_2_0,
 }
+#: numpy's own limit is 10,000 characters
+_MAX_HEADER_NBYTES = 1 << 14
+#: what numpy raises for a header of arbitrary text, which it parses as Python
+_DAMAGED = (
+    ValueError,
+    SyntaxError,
+    tokenize.TokenError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 
 
 def frame(spec: TensorSpec) -> list[Segment]:
@@ -60,11 +73,12 @@ def read(path: str | os.PathLike[str]) -> Stored:
     file = os.fspath(path)
     try:
         with open(file, "rb") as stream:
-            shape, fortran, dtype = _header(stream)
-            offset, size = stream.tell(), os.fstat(stream.fileno()).st_size
+            head = io.BytesIO(stream.read(_MAX_HEADER_NBYTES))
+            sizes, fortran, dtype = _header(head)
+            shape, offset, size = shape_of(sizes), head.tell(), os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+    except _DAMAGED as error:
         raise RefusedError(
             f"{file}: is no .npy file ({error}); save the array with numpy.save"
         ) from error

@@ -21,7 +21,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from parammap.errors import RefusedError
+from parammap.formats.pickle_limits import (
+    CONTAINERS,
+    BoundedUnpickler,
+    Parts,
+    Refusal,
+    TreeCheck,
+    checked_keys,
+)
 from parammap.formats.standard_library import may_be_read
+from parammap.tensors.logical import shape_of
 
 MAX_PICKLE_NBYTES = 1 << 30
 
@@ -80,17 +89,21 @@ class Size(tuple[int, ...]):
     """A torch.Size."""
 
 
-class _Refusal(Exception):
-    """What is wrong with the pickle, without the file's name."""
+def _ordered_dict(pairs: list[Any] | tuple[Any, ...] = ()) -> OrderedDict[Any, Any]:
+    listed = [tuple(_plain_list(pair, "pair")) for pair in _plain_list(pairs, "OrderedDict")]
+    checked_keys([pair[0] for pair in listed])
+    return OrderedDict(listed)
 
 
-def _ordered_dict(*args: list[Any]) -> OrderedDict[Any, Any]:
-    return OrderedDict(*args)
+def _plain_list(items: Any, kind: str) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(items, (list, tuple)):
+        raise Refusal(f"fills a {kind} from a {type(items).__name__}")
+    return items
 
 
 def _encoded(text: str, encoding: str) -> bytes:
     if encoding.replace("-", "").replace("_", "").lower() != "latin1":
-        raise _Refusal(f"calls _codecs.encode with encoding {encoding!r}")
+        raise Refusal(f"calls _codecs.encode with encoding {encoding!r}")
     return text.encode("latin-1")
 
 
@@ -100,22 +113,17 @@ def _bytearray(content: bytes | str = b"", encoding: str = "latin-1") -> bytearr
     )
 
 
-def _of_list(kind: type) -> Callable[..., Any]:
+def _set_of(kind: type) -> Callable[..., Any]:
     def build(items: list[Any] | tuple[Any, ...] = ()) -> Any:
-        if not isinstance(items, (list, tuple)):
-            raise _Refusal(f"fills a {kind.__name__} from a {type(items).__name__}")
-        return kind(items)
+        return kind(checked_keys(_plain_list(items, kind.__name__)))
 
     return build
 
 
-def _numbers(kind: type) -> Callable[..., Any]:
-    def build(*args: float | None) -> Any:
-        if not all(arg is None or isinstance(arg, (int, float)) for arg in args):
-            raise _Refusal(f"makes a {kind.__name__} of something that is no number")
-        return kind(*args)
-
-    return build
+def _complex(*parts: float) -> complex:
+    if not all(isinstance(part, (int, float)) for part in parts):
+        raise Refusal("makes a complex of something that is no number")
+    return complex(*parts)
 
 
 def _member(owner: Any, name: str) -> Opaque:
@@ -128,7 +136,7 @@ def _member(owner: Any, name: str) -> Opaque:
         or isinstance(owner, Global)
         and owner.module.partition(".")[0] in sys.stdlib_module_names
     ):
-        raise _Refusal("calls builtins.getattr on something that is no third-party class")
+        raise Refusal("calls builtins.getattr on something that is no third-party class")
     return Opaque(GETATTR, (owner, name))
 
 
@@ -139,14 +147,12 @@ _VALUES: dict[Global, Callable[..., Any]] = {
     GETATTR: _member,
     Global("_codecs", "encode"): _encoded,
     Global("builtins", "bytearray"): _bytearray,
-    Global("builtins", "bytes"): _of_list(bytes),
-    Global("builtins", "complex"): _numbers(complex),
-    Global("builtins", "frozenset"): _of_list(frozenset),
-    Global("builtins", "range"): _numbers(range),
-    Global("builtins", "set"): _of_list(set),
-    Global("builtins", "slice"): _numbers(slice),
+    Global("builtins", "bytes"): lambda items=(): bytes(_plain_list(items, "bytes")),
+    Global("builtins", "complex"): _complex,
+    Global("builtins", "frozenset"): _set_of(frozenset),
+    Global("builtins", "set"): _set_of(set),
     Global("collections", "OrderedDict"): _ordered_dict,
-    Global("torch", "Size"): _of_list(Size),
+    Global("torch", "Size"): lambda sizes=(): Size(shape_of(sizes)),
 }
 
 
@@ -168,8 +174,10 @@ def loads(
             " outside the pickle: save it with torch.save"
         )
     try:
-        return _Unpickler(data, file, calls or {}, persistent_load).load()
-    except _Refusal as refusal:
+        tree = _Unpickler(data, file, calls or {}, persistent_load).load()
+        TreeCheck(_CONTAINERS, Opaque, len(data)).check(tree)
+        return tree
+    except Refusal as refusal:
         raise RefusedError(
             f"{file}: its pickle {refusal}; do not load this file if you do not trust it"
         ) from refusal
@@ -186,10 +194,18 @@ def read(path: str | os.PathLike[str]) -> Any:
     file = os.fspath(path)
     try:
         with open(file, "rb") as stream:
-            return loads(stream.read(MAX_PICKLE_NBYTES + 1), file)
+            size = os.fstat(stream.fileno()).st_size
+            return loads(stream.read(min(size, MAX_PICKLE_NBYTES + 1)), file)
     except OSError as error:
         raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
 
+
+#: the values that hold others
+_CONTAINERS: dict[type, Parts] = {
+    **CONTAINERS,
+    Size: iter,
+    Opaque: lambda node: (node.target, node.args, node.kwargs, node.state, node.items, node.pairs),
+}
 
 #: what a stream of arbitrary bytes can make an unpickler raise
 _DAMAGED = (
@@ -206,18 +222,16 @@ _DAMAGED = (
 )
 
 
-class _Unpickler(pickle._Unpickler):
-    """The standard library's own pure-Python unpickler, with every operation that names or calls
-    replaced.
+class _Unpickler(BoundedUnpickler):
+    """The bounded unpickler, with every operation that names or calls replaced.
 
     pickle.Unpickler (in C) would call whatever `find_class` returns and set state on it; here
     neither ever happens."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(BoundedUnpickler.dispatch)
+    fillable = (Opaque,)
     #: what the standard library's class has while it loads
     proto: int
-    stack: list[Any]
-    append: Callable[[Any], None]
     read: Callable[[int], bytes]
 
     def __init__(
@@ -232,6 +246,7 @@ class _Unpickler(pickle._Unpickler):
         self._values = {**_VALUES, **calls}
         self._persistent_load = persistent_load
         self._globals: dict[tuple[str, str], Global] = {}
+        self._nested: dict[int, tuple[int, tuple[Any, ...]]] = {}
 
     def persistent_load(self, pid: Any) -> Any:
         return (self._persistent_load or super().persistent_load)(pid)
@@ -246,7 +261,7 @@ class _Unpickler(pickle._Unpickler):
         return known
 
     def get_extension(self, code: int) -> None:
-        raise _Refusal(f"uses extension code {code}")
+        raise Refusal(f"uses extension code {code}")
 
     def _instantiate(self, klass: Any, args: list[Any]) -> None:
         self.append(self._call(klass, tuple(args), {}, new=False))
@@ -278,7 +293,7 @@ class _Unpickler(pickle._Unpickler):
         elif isinstance(target, OrderedDict) and isinstance(state, dict):
             vars(target).update(state)
         else:
-            raise _Refusal(f"sets the state of a {type(target).__name__}")
+            raise Refusal(f"sets the state of a {type(target).__name__}")
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -288,8 +303,10 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], new: bool) -> Any:
-        if not isinstance(target, (Global, Opaque)) or not isinstance(args, tuple):
-            raise _Refusal(f"calls a {type(target).__name__}")
+        if not isinstance(target, (Global, Opaque)) or type(args) is not tuple:
+            raise Refusal(f"calls a {type(target).__name__}")
+        if type(kwargs) is not dict or not all(isinstance(name, str) for name in kwargs):
+            raise Refusal("calls with keywords that are no names")
         value = self._values.get(target) if isinstance(target, Global) and not kwargs else None
         return value(*args) if value else Opaque(target, args, kwargs, new)
 
@@ -307,5 +324,5 @@ def _checked(target: Global) -> Global:
     through_module = not sys.stdlib_module_names.isdisjoint(target.name.split(".")[:-1])
     is_standard = top in sys.stdlib_module_names
     if through_module or is_standard and not may_be_read(target.module, target.name):
-        raise _Refusal(f"names {target}, which no checkpoint needs")
+        raise Refusal(f"names {target}, which no checkpoint needs")
     return target

@@ -16,7 +16,7 @@ from typing import Any
 from parammap.errors import RefusedError
 from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
-from parammap.tensors.logical import Extent, Stored, TensorSpec
+from parammap.tensors.logical import Extent, Stored, TensorSpec, count_of, shape_of
 
 #: the format's dtype codes, in the order in which the library sorts tensors (the last come first in
 #: a file)
@@ -147,7 +147,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _stored(file: str, start: int, name: str, entry: Any) -> Stored:
     try:
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        code, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise RefusedError(
             f"{file}: tensor {name!r} lacks dtype, shape or offsets; the file is damaged"
@@ -156,11 +156,10 @@ def _stored(file: str, start: int, name: str, entry: Any) -> Stored:
         raise RefusedError(
             f"{file}: tensor {name!r} has dtype {code!r}; only {', '.join(_CODES)} can be converted"
         )
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise RefusedError(
-            f"{file}: tensor {name!r} has a shape or offset that is not a count; the file is "
-            f"damaged"
-        )
+    try:
+        shape, begin, end = shape_of(sizes), count_of(begin), count_of(end)
+    except ValueError as error:
+        raise RefusedError(f"{file}: tensor {name!r}: {error}; the file is damaged") from error
     stored = Stored(_CODES[code], shape, (Extent(file, start + begin, end - begin),))
     if stored.nbytes != end - begin:
         raise RefusedError(

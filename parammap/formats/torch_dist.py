@@ -17,7 +17,7 @@ from parammap.errors import RefusedError
 from parammap.formats import pickle_writer, pickles, torch_zip
 from parammap.formats.frames import Crc, Frame, Hole, total_nbytes
 from parammap.formats.pickles import Global, Opaque, Size
-from parammap.tensors.logical import Extent, Stored
+from parammap.tensors.logical import Extent, Stored, count_of, shape_of
 
 METADATA = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
@@ -121,13 +121,14 @@ def _archives(folder: Path, storage: dict[Any, Any]) -> _Archives:
             )
         if path not in sizes:
             sizes[path] = _size(path)
-        if where["offset"] + where["length"] > sizes[path]:
+        start, nbytes = count_of(where["offset"]), count_of(where["length"])
+        if start + nbytes > sizes[path]:
             raise RefusedError(
                 f"{path}: ends before {at['fqn']} does; copy it again from its source"
             )
         offset = at.get("offset")
-        archives[at["fqn"], offset and tuple(offset)] = Extent(
-            str(path), where["offset"], where["length"]
+        archives[at["fqn"], None if offset is None else shape_of(offset)] = Extent(
+            str(path), start, nbytes
         )
     return archives
 
@@ -144,9 +145,9 @@ def _tensor(key: str, entry: dict[str, Any], archives: _Archives) -> Chunked:
     dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
     chunks = {}
     for chunk in entry["chunks"]:
-        offsets, sizes = tuple(chunk.attributes["offsets"]), tuple(chunk.attributes["sizes"])
+        offsets, sizes = (shape_of(chunk.attributes[name]) for name in ("offsets", "sizes"))
         chunks[offsets] = Chunk(offsets, sizes, archives[key, offsets])
-    return Chunked(key, dtype.name, tuple(entry["size"]), tuple(chunks.values()))
+    return Chunked(key, dtype.name, shape_of(entry["size"]), tuple(chunks.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------

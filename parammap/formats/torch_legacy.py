@@ -82,7 +82,11 @@ def _read(file: str, stream: BinaryIO) -> Any:
         persistent_load=lambda named: kinds.setdefault(_five(file, named)[2], named[1:5]),
     )
     keys = pickles.loads(_pickle(file, stream), file)
-    if not isinstance(keys, list) or set(keys) != set(kinds):
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or sorted(keys) != sorted(kinds)
+    ):
         raise RefusedError(
             f"{file}: its list of storages is not that of its tensors; the file is damaged"
         )
@@ -129,13 +133,7 @@ def _pickle(file: str, stream: BinaryIO) -> bytes:
 
 def _five(file: str, named: Any) -> tuple[Any, ...]:
     """A persistent id as archives have it, without the view, which torch has not used since 0.4."""
-    if not isinstance(named, tuple) or len(named) != 6 or named[5] is not None:
-        raise RefusedError(
-            f"{file}: has the persistent id {named!r:.80}, which is not that of a whole storage; "
-            f"load it and "
-            "save it again with a current torch.save"
-        )
-    return named[:5]
+    return torch_zip.storage_id(named, file, length=6)[:5]
 
 
 def _storages(

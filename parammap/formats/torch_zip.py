@@ -21,7 +21,7 @@ from parammap.formats.format import TreeFormat, subscripts
 from parammap.formats.frames import Frame
 from parammap.formats.pickles import Global, Opaque
 from parammap.formats.zip_records import Record
-from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec
+from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec, count_of, shape_of
 
 _DTYPE_OF_STORAGE = {
     "DoubleStorage": "float64",
@@ -112,6 +112,25 @@ def _archive_name(file: str, records: Mapping[str, Extent]) -> str:
     return names[0]
 
 
+def storage_id(named: Any, file: str, length: int = 5) -> tuple[Any, ...]:
+    """A persistent id: "storage", kind, key, device, number of elements; in older files then a
+    view, which is None. Raises RefusedError for what is none."""
+    if (
+        not isinstance(named, tuple)
+        or len(named) != length
+        or named[0] != "storage"
+        or not isinstance(named[1], Global)
+        or not isinstance(named[2], str)
+        or type(named[4]) is not int
+        or named[5:] not in ((), (None,))
+    ):
+        raise RefusedError(
+            f"{file}: has a persistent id that is not that of a whole storage; load it and save it "
+            "again with a current torch.save"
+        )
+    return named
+
+
 class TensorReader:
     """Resolves the storages and tensors that one archive's pickle names."""
 
@@ -136,30 +155,20 @@ class TensorReader:
         }
 
     def storage(self, persistent_id: Any) -> Storage:
-        if (
-            not isinstance(persistent_id, tuple)
-            or len(persistent_id) != 5
-            or persistent_id[0] != "storage"
-        ):
-            raise RefusedError(
-                f"{self.file}: has the persistent id {persistent_id!r:.80}, which is not torch's;"
-                " it cannot be converted"
-            )
-        _, kind, key, _, numel = persistent_id
+        _, kind, key, _, numel = storage_id(persistent_id, self.file)
         known = self._storages.get((kind, key, numel))
         if known is None:
             known = self._storages[kind, key, numel] = self._new_storage(kind, key, numel)
         return known
 
-    def _new_storage(self, kind: Any, key: str, numel: int) -> Storage:
+    def _new_storage(self, kind: Global, key: str, numel: int) -> Storage:
         extent = self.records.get(f"{self.prefix}/data/{key}")
         if extent is None:
             raise RefusedError(
                 f"{self.file}: lacks the storage {key!r} that its pickle names; the file is damaged"
             )
-        untyped = isinstance(kind, Global) and kind.name == _UNTYPED.name
-        dtype = _DTYPE_OF_STORAGE.get(kind.name) if isinstance(kind, Global) else None
-        if dtype is None and not untyped:
+        dtype = _DTYPE_OF_STORAGE.get(kind.name)
+        if dtype is None and kind.name != _UNTYPED.name:
             raise RefusedError(
                 f"{self.file}: storage {key!r} is a {kind}; only {', '.join(_DTYPE_OF_STORAGE)}"
                 " can be converted"
@@ -172,24 +181,21 @@ class TensorReader:
         return Storage(dtype, extent)
 
     def tensor(
-        self,
-        storage: Storage,
-        offset: int,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
-        *_flags: Any,
+        self, storage: Storage, offset: Any, shape: Any, stride: Any, *_flags: Any
     ) -> Stored:
         """Flags: requires_grad, backward hooks, metadata. `offset` counts elements."""
         if not isinstance(storage, Storage) or storage.dtype is None:
             raise RefusedError(f"{self.file}: a tensor has no typed storage; the file is damaged")
-        return self._box(storage.extent, storage.dtype, offset, tuple(shape), tuple(stride))
+        return self._box(
+            storage.extent, storage.dtype, count_of(offset), shape_of(shape), shape_of(stride)
+        )
 
     def tensor_of_dtype(
         self,
         storage: Storage,
-        offset: int,
-        shape: tuple[int, ...],
-        stride: tuple[int, ...],
+        offset: Any,
+        shape: Any,
+        stride: Any,
         _requires_grad: bool,
         _hooks: Any,
         dtype: Global,
@@ -201,7 +207,9 @@ class TensorReader:
                 f"{self.file}: a tensor is of {dtype}, which cannot be converted; only"
                 f" {', '.join(ITEMSIZE)} can"
             )
-        return self._box(storage.extent, dtype.name, offset, tuple(shape), tuple(stride))
+        return self._box(
+            storage.extent, dtype.name, count_of(offset), shape_of(shape), shape_of(stride)
+        )
 
     def parameter(self, data: Any, *_flags: Any) -> Any:
         return data
@@ -227,11 +235,7 @@ class TensorReader:
     ) -> Stored:
         start = extent.offset + offset * ITEMSIZE[dtype]
         stored = Stored(dtype, shape, (Extent(self.file, start, _nbytes(dtype, shape)),))
-        if (
-            offset < 0
-            or min(shape, default=0) < 0
-            or start + stored.nbytes > extent.offset + extent.nbytes
-        ):
+        if start + stored.nbytes > extent.offset + extent.nbytes:
             raise RefusedError(
                 f"{self.file}: a tensor {shape} reaches beyond its storage; the file is damaged"
             )
@@ -275,7 +279,7 @@ class Views(TensorReader):
             sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * itemsize
             + itemsize
         )
-        if offset < 0 or start + span > extent.offset + extent.nbytes:
+        if start + span > extent.offset + extent.nbytes:
             raise RefusedError(
                 f"{self.file}: a tensor {shape} reaches beyond its storage; the file is damaged"
             )

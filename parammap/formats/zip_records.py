@@ -31,6 +31,8 @@ _MAX16 = 0xFFFF
 #: there is none
 _UTF8, _DESCRIPTOR = 0x0800, 0x0008
 _ENCRYPTED = 0x1
+#: of the directory of an archive: a million records take about 100 bytes each
+_MAX_DIRECTORY_NBYTES = 1 << 27
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LOCAL_MAGIC, _CENTRAL_MAGIC, _DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
@@ -71,6 +73,14 @@ class _Window(io.RawIOBase):
         if self._position < 0:
             raise ValueError("a position before the start")
         return self._position
+
+    def read(self, nbytes: int = -1) -> bytes:
+        """Up to a whole directory; raises ValueError for a larger one, which takes no memory."""
+        left = max(self.extent.nbytes - self._position, 0)
+        wanted = left if nbytes < 0 else min(nbytes, left)
+        if wanted > _MAX_DIRECTORY_NBYTES:
+            raise ValueError(f"a directory of {wanted} bytes")
+        return super().read(wanted) or b""
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer)

@@ -19,6 +19,7 @@ from parammap.execute.gc_pause import gc_paused
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.execute.writer import STRIP_BYTES, Outcome
+from parammap.formats import allowed
 from parammap.frameworks import registry
 from parammap.frameworks.flags import DTYPE
 from parammap.job.findings import Findings, status_of
@@ -40,7 +41,7 @@ _WORKER_BYTES = 12 << 20
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing
     published)."""
-    with gc_paused():
+    with gc_paused(), allowed.keeping(request.keep_foreign_objects):
         source, target, planned, part, plan = _planned(request)
     dropped = _dropped(source, plan, planned, request)
     if request.verbose:

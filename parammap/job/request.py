@@ -42,6 +42,7 @@ class Request:
     ema: bool = False
     weights_only: bool = False
     drop: frozenset[str] = frozenset()
+    keep_foreign_objects: frozenset[str] = frozenset()
     replicas: str = REFUSE
     accept_stale: bool = False
     accept_permuted: bool = False

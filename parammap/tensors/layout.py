@@ -3,15 +3,22 @@ lives where."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
+from parammap.errors import RefusedError
+
+#: of a run, times its model chunks: more than any cluster has, and few enough to go through
+MAX_RANKS = 1 << 22
 #: the one rank order that Megatron-LM and MindSpeed-Core-MS both use by default: tp varies fastest
 RANK_ORDER = "tp-cp-ep-dp-pp"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the parallel groups. `dp` counts replicas of the dense model, so `ep` divides it."""
+    """Sizes of the parallel groups. `dp` counts replicas of the dense model, so `ep` divides it.
+
+    Raises RefusedError for sizes that no run has."""
 
     tp: int = 1
     pp: int = 1
@@ -21,6 +28,17 @@ class Layout:
     cp: int = 1
     dp: int = 1
     order: str = RANK_ORDER
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in SIZES}
+        for name, size in sizes.items():
+            if type(size) is not int or not 1 <= size <= MAX_RANKS:
+                raise RefusedError(
+                    f"{name} {size!r:.40}: is no size from 1 to {MAX_RANKS}; the file that records "
+                    "it is damaged"
+                )
+        if math.prod((self.tp, self.pp, self.vpp, max(self.ep, self.cp * self.dp))) > MAX_RANKS:
+            raise RefusedError(f"{self}: no run has so many ranks; what records them is damaged")
 
     def __str__(self) -> str:
         return " ".join(f"{name}{getattr(self, name)}" for name in SIZES)

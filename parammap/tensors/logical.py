@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 #: bytes per element of every dtype that a checkpoint can hold, by torch's name of it
 ITEMSIZE = {
@@ -25,9 +26,30 @@ ITEMSIZE = {
     "bool": 1,
 }
 
+#: dimensions of a tensor; numpy 2 has no more, and torch's own kernels stop there
+MAX_DIMS = 64
+#: what a dimension, an offset or a number of elements is counted in: int64
+MAX_COUNT = (1 << 63) - 1
+
 #: states of the training state: the weight an optimizer steps, its two Adam moments, and the copy
 #: the model computes with
 MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM = "weight", "exp_avg", "exp_avg_sq", "model_weight"
+
+
+def shape_of(sizes: Any) -> tuple[int, ...]:
+    """A shape, strides or offsets as a file gives them, as a tuple. Raises ValueError unless it is
+    a list or tuple of at most MAX_DIMS counts."""
+    if not isinstance(sizes, (list, tuple)) or len(sizes) > MAX_DIMS:
+        raise ValueError(f"a shape is no list of up to {MAX_DIMS} sizes")
+    return tuple(map(count_of, sizes))
+
+
+def count_of(number: Any) -> int:
+    """A size, offset or number of elements as a file gives it. Raises ValueError unless it is a
+    whole number that is not negative and fits in 64 bits."""
+    if type(number) is not int or not 0 <= number <= MAX_COUNT:
+        raise ValueError("a size or offset is not a count: a whole number from 0 to 2^63 - 1")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,6 +183,16 @@ def _sources(scratch: Path) -> Iterator[tuple[str, Path]]:
                 yield name, made
 
 
+def source(name: str, scratch: Path) -> Path:
+    """One source by its name, without the others; "mindspore of megatron/…" is made in `scratch`."""
+    to, _, golden = name.rpartition(" of ")
+    if to:
+        assert _quiet(["convert", str(DATA / golden), str(scratch), "--to", to])[0] == 0
+        return scratch
+    archives = list(DATA.glob(f"{golden}.*"))
+    return _unpacked(archives[0], scratch) if archives else DATA / golden
+
+
 def _unpacked(archive: Path, folder: Path) -> Path:
     if archive.suffix == ".zip":
         zipfile.ZipFile(archive).extractall(folder)

@@ -19,10 +19,11 @@ from typing import Any
 
 from parammap.checkpoint.sidecar import Bucket, Buffer, RankSidecar, Sidecar, Slot
 from parammap.errors import RefusedError
-from parammap.formats import torch_zip
+from parammap.formats import torch_zip, tree_schema
 from parammap.formats.pickles import Global
 from parammap.frameworks.megatron.facts import args_of
 from parammap.frameworks.megatron.files import OPTIMIZER_FILE, MegatronRank
+from parammap.frameworks.megatron.saved import OPTIMIZER
 from parammap.tensors.logical import Stored
 
 #: the last megatron-core (major, minor) of this format
@@ -57,7 +58,11 @@ def sidecar_of(folder: Path, ranks: Iterable[MegatronRank]) -> Sidecar | None:
 
 
 def _content(path: Path) -> Any:
-    return torch_zip.read(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = torch_zip.read(path)
+    tree_schema.check(content, OPTIMIZER, path)
+    return content
 
 
 def is_this_format(saved: object) -> bool:

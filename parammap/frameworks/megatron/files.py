@@ -19,7 +19,8 @@ from parammap.checkpoint.checkpoint import Coordinates
 from parammap.checkpoint.index import TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
-from parammap.formats import torch_zip
+from parammap.formats import torch_zip, tree_schema
+from parammap.frameworks.megatron import saved
 from parammap.frameworks.megatron.facts import args_of
 from parammap.frameworks.megatron.structure import specified
 from parammap.tensors.layout import Place
@@ -150,9 +151,8 @@ def _content(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RefusedError(f"{path}: missing; copy the whole checkpoint")
     content = torch_zip.read(path)
-    if not isinstance(content, dict):
-        raise RefusedError(f"{path}: holds a {type(content).__name__} and not a checkpoint")
-    return content
+    tree_schema.check(content, saved.model_file, path)
+    return dict(content)
 
 
 def _second_number_is_ep(contents: dict[Path, dict[str, Any]], sidecar: Sidecar | None) -> bool:

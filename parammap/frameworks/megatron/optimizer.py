@@ -19,8 +19,9 @@ from parammap import families
 from parammap.checkpoint.index import TensorEntry
 from parammap.checkpoint.sidecar import Bucket, Buffer, Sidecar, Slot
 from parammap.errors import RefusedError
-from parammap.formats import torch_zip
+from parammap.formats import torch_zip, tree_schema
 from parammap.frameworks.megatron.files import OPTIMIZER_FILE
+from parammap.frameworks.megatron.saved import OPTIMIZER
 from parammap.tensors.layout import Place
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Extent, Stored
 
@@ -50,6 +51,7 @@ def read_rank(
     if not path.is_file():
         raise RefusedError(f"{path}: missing; copy the whole checkpoint, or convert --weights-only")
     content = torch_zip.read(path)
+    tree_schema.check(content, OPTIMIZER, path)
     chain = content if isinstance(content, list) else [content]
     known = sidecar.ranks.get((place.tp, place.pp, place.ep))
     optimizers = known.optimizers if known else ()
@@ -100,11 +102,15 @@ def _states(path: Path, saved: dict[Any, Any], gbuf: int) -> dict[str, Any]:
     ((dtypes, states),) = by_dtypes.items()
     if not (bounds := saved.get("per_bucket_numel")):
         return {**states}
-    unpadded = saved["per_bucket_numel_unpadded"]
-    return {
-        **states,
-        "per_bucket": list(zip(bounds[gbuf][dtypes], unpadded[gbuf][dtypes], strict=True)),
-    }
+    try:
+        lengths = (bounds, saved["per_bucket_numel_unpadded"])
+        pairs = zip(*(one[gbuf][dtypes] for one in lengths), strict=True)
+        return {**states, "per_bucket": list(pairs)}
+    except (LookupError, ValueError) as error:
+        raise RefusedError(
+            f"{path}: does not record the lengths of the buckets of buffer {gbuf} with and without "
+            "padding; the file is damaged"
+        ) from error
 
 
 def _buffer_states(
@@ -159,7 +165,8 @@ def _buckets(where: str, states: dict[str, Any], buffer: Buffer) -> tuple[Bucket
     if buffer.buckets is not None:
         return buffer.buckets
     last = max(slot.end for slot in buffer.slots)
-    total = states.get("numel_unpadded", states["param"].numel)
+    param = states["param"] if isinstance(states["param"], list) else [states["param"]]
+    total = states.get("numel_unpadded", sum(stored.numel for stored in param))
     if last != total:
         raise RefusedError(
             f"{where}: its buckets are padded and the map does not say where; a layout file, as "

@@ -22,7 +22,7 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, in_state
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
-from parammap.formats import torch_dist, torch_zip
+from parammap.formats import torch_dist, torch_zip, tree_schema
 from parammap.formats.torch_dist import Contents
 from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron import files as megatron
@@ -30,6 +30,7 @@ from parammap.frameworks.megatron import registration
 from parammap.frameworks.megatron.chunks import Stack, joined, parts_of, stack_of, whole_of
 from parammap.frameworks.megatron.facts import Facts, is_gated
 from parammap.frameworks.megatron.optimizer import dropped
+from parammap.frameworks.megatron.saved import METADATA
 from parammap.frameworks.megatron.specification import Specification
 from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.megatron_dist import buckets as megatron_dist_buckets
@@ -178,11 +179,8 @@ def _common(contents: Contents) -> dict[str, Any]:
         common = common[0] if isinstance(common, list) else common
     else:
         raise RefusedError(f"{contents.folder / COMMON_FILE}: missing; copy the whole checkpoint")
-    if not isinstance(common, dict):
-        raise RefusedError(
-            f"{contents.folder / COMMON_FILE}: holds a {type(common).__name__} and not a checkpoint"
-        )
-    return common
+    tree_schema.check(common, METADATA, contents.folder / COMMON_FILE)
+    return dict(common)
 
 
 def _meta(contents: Contents, common: dict[str, Any]) -> dict[str, Any]:

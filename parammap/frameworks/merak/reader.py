@@ -22,9 +22,11 @@ from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorE
 from parammap.checkpoint.training_state import ParamGroup, TrainingState, steps_of
 from parammap.errors import RefusedError
 from parammap.families import HEAD, MERAK, MERAK_CUT
-from parammap.formats import torch_legacy
+from parammap.formats import torch_legacy, tree_schema
+from parammap.formats.tree_schema import dict_of, kind
 from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.facts import args_of
+from parammap.frameworks.megatron.saved import METADATA
 from parammap.frameworks.megatron.training_state import random_state_in, said_by
 from parammap.frameworks.merak import zero
 from parammap.frameworks.merak.architecture import find_config, said
@@ -64,6 +66,8 @@ class MerakRank:
             isinstance(value, Stored) for value in model.values()
         ):
             raise RefusedError(f"{path}: holds no `model` of tensors; is it Merak's?")
+        tree_schema.check(content, METADATA, path)
+        tree_schema.check(model, dict_of(kind(str), kind(Stored)), path)
         tied = {name: stored for name, stored in model.items() if zero.TIED.fullmatch(name)}
         buffers = [name for name in model if _BUFFER.fullmatch(name)]
         names = {

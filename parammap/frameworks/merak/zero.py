@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from parammap.errors import RefusedError
-from parammap.formats import torch_legacy
+from parammap.formats import torch_legacy, tree_schema
 from parammap.formats.scalars import value_of
+from parammap.formats.tree_schema import count, dict_of, kind, list_of, record
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Extent, Stored
 
 TIED = re.compile(r"(?:.*\.)?tied_modules\.[^.]*\.weight")
@@ -34,6 +35,30 @@ _MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 #: (state, the model's name of the parameter, where it lies)
 State = tuple[str, str, Stored]
+
+
+_TENSOR = kind(Stored)
+_ADAM = record(
+    {
+        "state": dict_of(
+            count, record({**dict.fromkeys(_MOMENTS, _TENSOR), "step": kind(int, float, Stored)})
+        ),
+        "param_groups": list_of(record({"params": list_of(count)}, required=("params",))),
+    },
+    required=("state", "param_groups"),
+)
+_STATE = record(
+    {
+        "local_sub_partitions_of_fp32_groups": list_of(list_of(_TENSOR)),
+        "base_optimizer_state": _ADAM,
+    },
+    required=("local_sub_partitions_of_fp32_groups", "base_optimizer_state"),
+)
+#: what a ZeRO-1 file holds
+_CONTENT = record(
+    {"optimizer_state_dict": _STATE, "param_shapes": list_of(dict_of(kind(str), list_of(count)))},
+    required=("optimizer_state_dict", "param_shapes"),
+)
 
 
 class AdamState(TypedDict):
@@ -59,12 +84,16 @@ class Partitions:
     def __init__(self, paths: list[Path]) -> None:
         self.paths, self.contents = paths, [torch_legacy.read_either(path) for path in paths]
         for path, content in zip(paths, self.contents, strict=True):
-            if (
-                not isinstance(content, dict)
-                or not {"optimizer_state_dict", "param_shapes"} <= content.keys()
-            ):
+            tree_schema.check(content, _CONTENT, path)
+            groups, state = len(content["param_shapes"]), content["optimizer_state_dict"]
+            lengths = {
+                len(state["local_sub_partitions_of_fp32_groups"]),
+                len(state["base_optimizer_state"]["param_groups"]),
+            }
+            if lengths != {groups}:
                 raise RefusedError(
-                    f"{path}: holds no ZeRO-1 state of Merak; copy the whole checkpoint"
+                    f"{path}: its optimizer has {max(lengths)} groups and its parameters are in "
+                    f"{groups}; the file is damaged"
                 )
             if content["param_shapes"] != self.contents[0]["param_shapes"]:
                 raise RefusedError(

@@ -8,12 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from parammap.errors import RefusedError
-from parammap.formats import torch_zip
+from parammap.formats import torch_zip, tree_schema
 from parammap.formats.pickles import Opaque
+from parammap.formats.tree_schema import (
+    anything,
+    count,
+    dict_of,
+    kind,
+    list_of,
+    optional,
+    record,
+)
 from parammap.frameworks.metaseq.metadata import ShardMetadata, parsed
 from parammap.frameworks.metaseq.sidecar import sidecar_of
 from parammap.tensors.logical import Stored
 from parammap.tensors.names import shorten_names
+
+#: what a file holds, as far as anything is asked of it
+_CONTENT = record(
+    {
+        "model": dict_of(kind(str), anything),
+        "optimizer_history": optional(list_of(record({"num_updates": optional(count)}))),
+        "last_optimizer_state": optional(
+            record({"state": optional(dict_of(kind(int), record({})))})
+        ),
+        "extra_state": optional(record({})),
+    }
+)
 
 
 @dataclass(slots=True)
@@ -84,6 +105,7 @@ def read_shard(
     Raises RefusedError if it is no metaseq checkpoint, or its sidecar is of another save.
     """
     content = torch_zip.read(path)
+    tree_schema.check(content, _CONTENT, path)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not model:
         raise RefusedError(f"{path}: holds no model; is it a metaseq checkpoint?")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from parammap import families
 from parammap.checkpoint import owners
@@ -20,10 +21,12 @@ from parammap.checkpoint.cuts import UNRECORDED, Partition
 from parammap.checkpoint.index import Index, NameResolver, TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
 from parammap.errors import RefusedError
-from parammap.formats import torch_zip
+from parammap.formats import torch_zip, tree_schema
 from parammap.formats.scalars import value_of
+from parammap.formats.tree_schema import count, dict_of, kind, list_of, optional, record
 from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron.facts import Facts, args_of, experts_per_rank, is_gated
+from parammap.frameworks.megatron.saved import METADATA
 from parammap.frameworks.megatron.structure import megatron_naming, specified, structures_of
 from parammap.frameworks.megatron.training_state import training_states
 from parammap.frameworks.mindspore import scalars as mindspore_scalars
@@ -31,12 +34,33 @@ from parammap.frameworks.mindspore import sharded as mindspore_sharded
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.frameworks.mindspore.target import STRUCTURE_KEY
 from parammap.tensors.layout import Layout, Numbering, Place
-from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, MAIN_PARAM, Stored
+from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
 _RANK_FOLDER = re.compile(r"rank_(\d+)$")
 _ARGS_FILE = re.compile(r"args_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.pt$")
 _STATES = (EXP_AVG, EXP_AVG_SQ)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    content = torch_zip.read(path)
+    tree_schema.check(content, METADATA, path)
+    tree_schema.check(content, _STRUCTURES, path)
+    return dict(content)
+
+
+def _structure(value: Any, where: str) -> Iterator[str]:
+    """A state dict with ("tensor", dtype, shape) for each tensor."""
+    if isinstance(value, dict):
+        yield from dict_of(kind(str), _structure)(value, where)
+    elif isinstance(value, tuple) and value[:1] == ("tensor",):
+        if len(value) != 3 or not isinstance(value[1], str) or value[1] not in ITEMSIZE:
+            yield f"{where} describes no tensor by dtype and shape"
+        else:
+            yield from list_of(count)(value[2], where)
+
+
+_STRUCTURES = record({STRUCTURE_KEY: optional(list_of(_structure))})
 
 
 def recognizes(source: Path) -> bool:
@@ -51,7 +75,7 @@ def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     """
     meta_folder = options.sidecar_folder or source / "pt_meta"
     sidecar, meta_files = sidecars.read(meta_folder), _meta_files(meta_folder)
-    rank_metadata = {rank: torch_zip.read(path) for rank, path in meta_files.items()}
+    rank_metadata = {rank: _metadata(path) for rank, path in meta_files.items()}
     if sidecar is None and not rank_metadata:
         raise RefusedError(
             f"{meta_folder}: has no layout_*.json, param_map*.json or args_*.pt, so nobody knows "
