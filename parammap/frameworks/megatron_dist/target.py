@@ -321,11 +321,10 @@ def _objects(tensors: list[_StackedTensor]) -> dict[str, object]:
     objects: dict[str, object] = {}
     for tensor in tensors:
         module, _, _ = tensor.key.rpartition(".")
-        names = {
-            module,
-            *(module.replace("self_attention.linear_proj", other) for other in _BESIDE_PROJECTION),
-        }
-        for name in names if module.startswith("decoder.") else ():
+        beside = (
+            module.replace("self_attention.linear_proj", other) for other in _BESIDE_PROJECTION
+        )
+        for name in (module, *beside) if module.startswith("decoder.") else ():
             objects[key_of(f"{name}.{extra_states.KEY}", tensor.numbers, tensor.stack)] = None
     return objects
 
