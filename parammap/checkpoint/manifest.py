@@ -1,11 +1,12 @@
 """The manifest of an output, `parammap_manifest.json`: what was converted, from what, with which
-findings, and the digests by which the output is proved.
+findings, and the digests and checksums by which the output is proved.
 
 Its form is parammap/schemas/manifest.schema.json, in words docs/manifest.md; nothing but this module
 writes or reads it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,9 +18,12 @@ from parammap import families
 from parammap.errors import RefusedError
 
 MANIFEST = "parammap_manifest.json"
-#: what is written. Manifests of ParamMap 0.1 do not say their version: in 1 the output's files say
-#: their ranks in the output's own layout (`says_ranks`), in 0 in the source's
-VERSION = 2
+#: what is written. Those of 2 have no checksums. Manifests of ParamMap 0.1 do not say their version:
+#: in 1 the output's files say their ranks in the output's own layout (`says_ranks`), in 0 in the
+#: source's
+VERSION = 3
+#: the checksum of the manifest itself
+_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +85,9 @@ class Manifest:
 
     `whole` stands for the conversion of which this may be a part, `is_whole` says whether nothing of
     it is missing, and `fingerprints` are those of its parts so far. `files` are sizes in bytes by
-    path below the folder; `links` says how further names of files were made. `dropped` names what
-    of the source is not in the output.
+    path below the folder, and `crc32` the checksums of those files (of none before version 3); they
+    find accidents and no forger, and cost little, as archives need them anyway. `links` says how
+    further names of files were made. `dropped` names what of the source is not in the output.
 
     `misfits`, `replicas_merged`, `not_finite` and `overflown` are findings by tensor, for people to
     read; `replicas_that_differ` names tensors. `digests` are of what was read, `digests_of_casts` of
@@ -102,6 +107,7 @@ class Manifest:
     is_whole: bool
     fingerprints: tuple[str, ...]
     files: Mapping[str, int]
+    crc32: Mapping[str, int]
     links: str
     dropped: tuple[str, ...]
     options: Choices
@@ -131,6 +137,10 @@ class Manifest:
             os.fsync(file.fileno())
 
     def to_json(self) -> dict[str, Any]:
+        content = self._content()
+        return content if self.version < 3 else content | {_CHECKSUM: _checksum(content)}
+
+    def _content(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "parammap": self.parammap,
@@ -143,7 +153,11 @@ class Manifest:
             "whole": self.whole,
             "is_whole": self.is_whole,
             "fingerprints": list(self.fingerprints),
-            "files": [{"path": path, "bytes": nbytes} for path, nbytes in self.files.items()],
+            "files": [
+                {"path": path, "bytes": nbytes}
+                | ({"crc32": f"{self.crc32[path]:08x}"} if path in self.crc32 else {})
+                for path, nbytes in self.files.items()
+            ],
             "links": self.links,
             "dropped": list(self.dropped),
             "options": asdict(self.options) | {"drop": list(self.options.drop)},
@@ -157,8 +171,12 @@ class Manifest:
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Of any version that is known; the fields of `_LATER` may be missing from one of 0.1.
 
-        Raises KeyError, TypeError or AttributeError for another form."""
+        Raises KeyError, TypeError, AttributeError or ValueError for another form, and for one that
+        does not fit its own checksum."""
         rest = {**_LATER, **content}
+        version, checksum = content.get("version", 0), rest.pop(_CHECKSUM, None)
+        if version and (checksum or version >= 3) and checksum != _checksum(content):
+            raise ValueError("it does not fit its own checksum")
         says_ranks, framework, options = (
             rest.pop(name) for name in ("says_ranks", "framework", "options")
         )
@@ -166,12 +184,17 @@ class Manifest:
             "from_framework": framework["from"],
             "to_framework": framework["to"],
             "version": rest.pop("version", 1 if says_ranks else 0),
+            "crc32": {
+                file["path"]: int(file["crc32"], 16) for file in rest["files"] if "crc32" in file
+            },
             "files": {file["path"]: file["bytes"] for file in rest.pop("files")},
             "options": Choices(**options | {"drop": tuple(options.get("drop", ()))}),
             **{name: rest.pop(name) for name in _AS_IT_IS},
             **{name: tuple(rest.pop(name)) for name in _LISTS},
             **{name: tuple(map(TensorDigest.from_json, rest.pop(name))) for name in _DIGESTS},
         }
+        if not all(isinstance(note, dict) for note in rest.values()):
+            raise TypeError(f"it has an unknown field among {', '.join(rest)}")
         return cls(**known, notes=rest)
 
 
@@ -199,6 +222,14 @@ _LATER: dict[str, Any] = {
     "scalars": (),
     "digests_of_parts": (),
 }
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """The SHA-256, in hexadecimal, of a manifest's other fields: as JSON without spaces, the keys
+    sorted."""
+    others = {name: value for name, value in content.items() if name != _CHECKSUM}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(path: Path) -> Manifest | None:

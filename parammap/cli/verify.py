@@ -85,6 +85,7 @@ def _show(verdict: Verdict, args: argparse.Namespace, output: Path) -> None:
                     **replicas,
                     "notes": verdict.notes,
                     "tensors_compared": len(verdict.compared),
+                    "bytes_covered": verdict.coverage.nbytes,
                 },
                 indent=1,
             )
@@ -94,7 +95,7 @@ def _show(verdict: Verdict, args: argparse.Namespace, output: Path) -> None:
         print(line)
     print(
         f"{output}: {len(verdict.problems) or 'no'} problems; {len(verdict.compared)} tensors "
-        f"compared"
+        f"compared; {verdict.coverage}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 
 from parammap.errors import RefusedError
+from parammap.execute.source_checksums import RunsRead
 from parammap.tensors.arrays import Array
 from parammap.tensors.digest import bits_dtype
 from parammap.tensors.view import View, row_major
@@ -41,10 +42,11 @@ class Reader:
     """Reads views of files, which stay open while it does; those unused for longest are closed.
 
     `cut` makes the error to be raised where a file (named) ends (at which byte) before a view does.
+    `runs` takes in what is read, so that it can be held to the checksums of the files.
     """
 
-    def __init__(self, cut: Callable[[str, int], Exception]) -> None:
-        self.cut = cut
+    def __init__(self, cut: Callable[[str, int], Exception], runs: RunsRead | None = None) -> None:
+        self.cut, self.runs = cut, runs
         self.scratch = memoryview(bytearray(BUFFER_BYTES))
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
@@ -135,12 +137,16 @@ class Reader:
             if count == 0:
                 raise self.cut(file, offset + got)
             got += count
+        if self.runs:
+            self.runs.add(file, offset, into)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
             if len(self._descriptors) >= _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
-            self._descriptors[file] = self._open(file)
+            descriptor = self._descriptors[file] = self._open(file)
+            if self.runs:
+                self.runs.open(file, descriptor)
         self._descriptors.move_to_end(file)
         return self._descriptors[file]
 

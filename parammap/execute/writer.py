@@ -25,6 +25,7 @@ from parammap.execute.checks import (
     unequal,
 )
 from parammap.execute.gather import BUFFER_BYTES, Memory, Reader, array_of
+from parammap.execute.source_checksums import Runs, RunsRead
 from parammap.formats import frames
 from parammap.plan.plan import FileTask, Fill, panels
 from parammap.tensors.arrays import Array
@@ -42,10 +43,12 @@ STRIP_BYTES = 16 << 20
 class Outcome:
     """What a task found out: per (tensor, replica) the digest and the number of its elements, as
     they are and as a cast made them; misfits; replicas that differ; what is not finite or became
-    so; bytes written."""
+    so; bytes written, and their CRC-32; the runs that were read of files with checksums."""
 
     path: str
     nbytes: int
+    crc32: int = 0
+    runs: Runs = field(default_factory=dict)
     digests: dict[tuple[LogicalTensor, int], tuple[int, int]] = field(default_factory=dict)
     misfits: dict[LogicalTensor, Misfit] = field(default_factory=dict)
     unequal: dict[LogicalTensor, Unequal] = field(default_factory=dict)
@@ -122,12 +125,14 @@ class Writer:
         #: the tensor that is being written, its panels, and its name for errors
         self.tensor, self.dtype = -1, ""
         self.panels: list[_Panel] = []
-        self.reader = Reader(self._cut)
+        self.runs = RunsRead()
+        self.reader = Reader(self._cut, self.runs)
         self.tile, self.uncast, self.repeated = (Memory() for _ in range(3))
 
     def write(self) -> Outcome:
         with self.reader:
-            frames.write(self.task.segments, self._fill, self.out)
+            self.outcome.crc32 = frames.write(self.task.segments, self._fill, self.out)
+        self.outcome.runs = self.runs.taken()
         self.report(self.unreported)
         return self.outcome
 

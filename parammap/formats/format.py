@@ -20,14 +20,12 @@ class Format:
     `entries` reads a file's headers: where the bytes of each tensor lie, or a text, by the key that
     the format's own loader knows it by. It raises RefusedError for a file that is missing, damaged
     or of another format. `structure` says what lies at a byte of a file that belongs to no
-    tensor, and `damage` what of a file does not fit the checksums in it, if anything;
-    a format without checksums has none."""
+    tensor."""
 
     name: str
     suffixes: tuple[str, ...]
     entries: Callable[[Path], Mapping[str, Stored | str]]
     structure: Callable[[Path, int], str]
-    damage: Callable[[Path], str | None] | None = None
     magic: bytes = b""
 
 

@@ -7,12 +7,12 @@ plan time, and one sequential pass writes it."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal as OneOf
 from typing import Protocol, TypeAlias
 
+from parammap.formats.crc32 import combine, crc32
 from parammap.tensors.logical import Stored, TensorSpec
 
 Chunk: TypeAlias = bytes | memoryview
@@ -126,33 +126,35 @@ class FrameBuilder:
 
 
 class Checksums:
-    """The CRC-32s that a frame asks for, fed with the file's bytes in file order."""
+    """The CRC-32 of a file, and those that its frame asks for, fed with the file's bytes in file
+    order."""
 
     def __init__(self, segments: Iterable[Segment]) -> None:
-        spans = {(segment.start, segment.end) for segment in segments if isinstance(segment, Crc)}
-        self._waiting = sorted(spans, reverse=True)
-        self._open: list[tuple[int, int]] = []
-        self._values = dict.fromkeys(spans, 0)
+        crcs = [segment for segment in segments if isinstance(segment, Crc)]
+        self._marks = sorted({at for crc in crcs for at in (crc.start, crc.end)}, reverse=True)
+        #: of all that lies before a byte, by that byte
+        self._before = {0: 0}
+        self.crc32 = 0
 
-    def update(self, position: int, data: bytes | memoryview) -> None:
+    def update(self, position: int, data: Chunk) -> None:
         """Take in `data`, which begins at byte `position` of the file."""
-        data = memoryview(data)
-        end = position + len(data)
-        while self._waiting and self._waiting[-1][0] < end:
-            self._open.append(self._waiting.pop())
-        for span in self._open:
-            covered = data[max(span[0] - position, 0) : max(span[1] - position, 0)]
-            self._values[span] = zlib.crc32(covered, self._values[span])
-        self._open = [span for span in self._open if span[1] > end]
+        data, done = memoryview(data), 0
+        while self._marks and self._marks[-1] <= position + len(data):
+            mark = self._marks.pop()
+            self.crc32 = crc32(data[done : mark - position], self.crc32)
+            self._before[mark], done = self.crc32, mark - position
+        self.crc32 = crc32(data[done:], self.crc32)
 
     def encode(self, crc: Crc) -> bytes:
         """The bytes of segment `crc`, once everything before it has been taken in."""
-        return self._values[crc.start, crc.end].to_bytes(crc.nbytes, crc.byteorder)
+        before, both = self._before[crc.start], self._before[crc.end]
+        value = combine(before, both, crc.end - crc.start)
+        return value.to_bytes(crc.nbytes, crc.byteorder)
 
 
-def write(segments: Sequence[Segment], fill: Callable[[Hole], Iterable[Chunk]], out: Sink) -> None:
+def write(segments: Sequence[Segment], fill: Callable[[Hole], Iterable[Chunk]], out: Sink) -> int:
     """Write a file from its start; `fill` yields the bytes of a hole, in order and in chunks of any
-    size.
+    size. Returns the file's CRC-32.
 
     Raises ValueError if `fill` yields another number of bytes than the hole has.
     """
@@ -165,6 +167,7 @@ def write(segments: Sequence[Segment], fill: Callable[[Hole], Iterable[Chunk]], 
             done += len(chunk)
         if done - position != segment.nbytes:
             raise ValueError(f"{segment} was filled with {done - position} bytes")
+    return checksums.crc32
 
 
 def _chunks(

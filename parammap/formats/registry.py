@@ -52,13 +52,17 @@ def find(file: Path) -> Format | None:
     return next(iter(by_magic + by_ending[-1:]), None)
 
 
+def suffixes() -> tuple[str, ...]:
+    """The endings of all formats."""
+    return tuple(dict.fromkeys(suffix for one in _FORMATS for suffix in one.suffixes))
+
+
 def of(file: Path) -> Format:
     """The same. Raises RefusedError for a file of no format that is known."""
     found = find(file)
     if found is None:
-        endings = dict.fromkeys(suffix for one in _FORMATS for suffix in one.suffixes)
         raise RefusedError(
-            f"{file}: is no {', '.join(endings)} file, so nobody knows what lies where in it"
+            f"{file}: is no {', '.join(suffixes())} file, so nobody knows what lies where in it"
         )
     return found
 

@@ -9,7 +9,6 @@ persistent id ("storage", storage class, key, device, number of elements)."""
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -378,21 +377,11 @@ def _structure(path: Path, offset: int) -> str:
     return "structure of the zip archive: headers, padding or directory"
 
 
-def _damage(path: Path) -> str | None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except zipfile.BadZipFile as error:
-        record = f"({error})"
-    return record and f"the content of its record {record} does not fit the record's checksum"
-
-
 FORMAT = TreeFormat(
     name="torch",
     suffixes=SUFFIXES,
     entries=lambda path: dict(subscripts(_read_views(path))),
     structure=_structure,
-    damage=_damage,
     read_tree=_read_views,
     frame_tree=frame,
 )

@@ -12,12 +12,14 @@ import io
 import os
 import struct
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parammap.errors import RefusedError
+from parammap.formats.crc32 import crc32
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, TensorSpec
 
@@ -34,6 +36,10 @@ _ENCRYPTED = 0x1
 #: of the directory of an archive: a million records take about 100 bytes each
 _MAX_DIRECTORY_NBYTES = 1 << 27
 _LOCAL = struct.Struct("<4s5H3I2H")
+#: what is read of a local header at first: it, a name, and torch's padding of up to 67 bytes
+_HEAD_NBYTES = 256
+#: of the extra field: what it is, its length
+_FIELD = struct.Struct("<2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _LOCAL_MAGIC, _CENTRAL_MAGIC, _DESCRIPTOR_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08"
 _CENTRAL_CRC = 16
@@ -42,18 +48,80 @@ _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4s4H2IH")
 
 
-def read(path: str | os.PathLike[str], within: Extent | None = None) -> dict[str, Extent]:
+@dataclass(frozen=True, slots=True)
+class StoredRecord(Extent):
+    """Where a record's content lies, and its CRC-32; None for one that was saved without."""
+
+    name: str
+    crc32: int | None
+
+    @property
+    def damage(self) -> str:
+        """What to say of content that does not fit the checksum."""
+        return (
+            f"{self.file}: the content of its record {self.name} does not fit the record's "
+            "checksum; the file is damaged, copy it again from its source"
+        )
+
+
+_opened: ContextVar[dict[str, os.stat_result] | None] = ContextVar("_opened", default=None)
+
+
+def read(path: str | os.PathLike[str], within: Extent | None = None) -> dict[str, StoredRecord]:
     """Where each record's content lies; reads the central directory and the local headers only.
 
     `within` is the part of the file that is the archive, if not all of it. Raises RefusedError if
-    the file is missing, truncated, not a zip, or a record is compressed, encrypted or doubled."""
+    the file is missing, truncated, not a zip, a record is compressed, encrypted or doubled, or its
+    two headers differ."""
     file = os.fspath(path)
     try:
         with open(file, "rb") as stream:
             fd = stream.fileno()
-            return _extents(_Window(fd, within or Extent(file, 0, os.fstat(fd).st_size)))
+            stat = os.fstat(fd)
+            if (opened := _opened.get()) is not None:
+                opened.setdefault(file, stat)
+            window = _Window(fd, within or Extent(file, 0, stat.st_size))
+            return _records(window, _directory(window))
     except OSError as error:
         raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+
+
+@contextmanager
+def noting() -> Iterator[dict[str, os.stat_result]]:
+    """Note the archives that `read` opens meanwhile, as they then were."""
+    opened: dict[str, os.stat_result] = {}
+    token = _opened.set(opened)
+    try:
+        yield opened
+    finally:
+        _opened.reset(token)
+
+
+def read_all(path: str | os.PathLike[str]) -> list[StoredRecord]:
+    """The records of all archives that lie behind each other in a file, in order of their content;
+    none of what lies before an archive that cannot be read. Raises RefusedError as `read` does if
+    that is the last one."""
+    file = os.fspath(path)
+    records: list[StoredRecord] = []
+    with open(file, "rb") as stream:
+        fd = stream.fileno()
+        end = os.fstat(fd).st_size
+        while end:
+            window = _Window(fd, Extent(file, 0, end))
+            try:
+                infos = _directory(window)
+                records += _records(window, infos).values()
+            except RefusedError:
+                if not records:
+                    raise
+                break
+            end = min((info.header_offset for info in infos), default=0)
+    return sorted(records, key=lambda record: record.offset)
+
+
+def is_archive(descriptor: int) -> bool:
+    """Whether an open file begins as an archive does."""
+    return os.pread(descriptor, len(_LOCAL_MAGIC), 0) == _LOCAL_MAGIC
 
 
 class _Window(io.RawIOBase):
@@ -91,30 +159,39 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def read_record(extent: Extent) -> bytes:
-    """The whole content of one (small) record."""
-    with open(extent.file, "rb") as stream:
-        return os.pread(stream.fileno(), extent.nbytes, extent.offset)
+def read_record(record: StoredRecord) -> bytes:
+    """The whole content of one (small) record. Raises RefusedError if it does not fit its
+    checksum."""
+    with open(record.file, "rb") as stream:
+        content = os.pread(stream.fileno(), record.nbytes, record.offset)
+    if record.crc32 not in (None, crc32(content)):
+        raise RefusedError(record.damage)
+    return content
 
 
-def _extents(window: _Window) -> dict[str, Extent]:
-    file = window.extent.file
+def _directory(window: _Window) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(window) as archive:
-            infos = archive.infolist()
+            return archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
-        raise RefusedError(f"{file}: {_what_it_is(window)}") from error
-    extents: dict[str, Extent] = {}
+        raise RefusedError(f"{window.extent.file}: {_what_it_is(window)}") from error
+
+
+def _records(window: _Window, infos: list[zipfile.ZipInfo]) -> dict[str, StoredRecord]:
+    # torch.serialization.set_crc32_options(False) leaves all of them 0
+    with_crc = any(info.CRC for info in infos)
+    records: dict[str, StoredRecord] = {}
     for info in infos:
-        if info.filename in extents:
+        if info.filename in records:
             raise RefusedError(
-                f"{file}: holds the record {info.filename!r} twice; the file is damaged"
+                f"{window.extent.file}: holds the record {info.filename!r} twice; the file is "
+                "damaged"
             )
-        extents[info.filename] = _extent(window, info)
-    return extents
+        records[info.filename] = _extent(window, info, with_crc)
+    return records
 
 
-def _extent(window: _Window, info: zipfile.ZipInfo) -> Extent:
+def _extent(window: _Window, info: zipfile.ZipInfo, with_crc: bool = True) -> StoredRecord:
     file, start = window.extent.file, window.extent.offset
     if (
         info.compress_type != zipfile.ZIP_STORED
@@ -126,19 +203,47 @@ def _extent(window: _Window, info: zipfile.ZipInfo) -> Extent:
             f"torch.save"
         )
     is_inside = 0 <= info.header_offset < window.extent.nbytes
-    header = os.pread(window.fd, _LOCAL.size, start + info.header_offset) if is_inside else b""
-    if len(header) < _LOCAL.size or not header.startswith(_LOCAL_MAGIC):
+    head = os.pread(window.fd, _HEAD_NBYTES, start + info.header_offset) if is_inside else b""
+    if len(head) < _LOCAL.size or not head.startswith(_LOCAL_MAGIC):
         raise RefusedError(
             f"{file}: record {info.filename!r} is not where the directory says; the file is damaged"
         )
-    *_, name_nbytes, extra_nbytes = _LOCAL.unpack(header)
-    offset = info.header_offset + _LOCAL.size + name_nbytes + extra_nbytes
+    *_, name_nbytes, extra_nbytes = _LOCAL.unpack_from(head)
+    nbytes = _LOCAL.size + name_nbytes + extra_nbytes
+    if nbytes > len(head):
+        head = os.pread(window.fd, nbytes, start + info.header_offset)
+    if not _is_header_of(info, head[:nbytes]):
+        raise RefusedError(
+            f"{file}: record {info.filename!r} has a header that contradicts the directory; the "
+            "file is damaged"
+        )
+    offset = info.header_offset + nbytes
     if offset + info.file_size > window.extent.nbytes:
         raise RefusedError(
             f"{file}: record {info.filename!r} ends beyond the file, which is truncated; copy it "
             f"again"
         )
-    return Extent(file, start + offset, info.file_size)
+    crc = info.CRC if with_crc else None
+    return StoredRecord(file, start + offset, info.file_size, info.filename, crc)
+
+
+def _is_header_of(info: zipfile.ZipInfo, header: bytes) -> bool:
+    """Whether a local header says what the directory does, and its extra field is whole."""
+    _, _, flags, packing, _, _, crc, _, size, name_nbytes, _ = _LOCAL.unpack_from(header)
+    name, extra = header[_LOCAL.size :][:name_nbytes], header[_LOCAL.size + name_nbytes :]
+    while len(extra) >= _FIELD.size:
+        extra = extra[_FIELD.size + _FIELD.unpack_from(extra)[1] :] if _fits(extra) else b"?"
+    follow = flags & _DESCRIPTOR or size == _MAX32
+    return (
+        not extra
+        and (flags, packing) == (info.flag_bits, info.compress_type)
+        and name.decode("utf-8" if flags & _UTF8 else "cp437", "replace") == info.orig_filename
+        and bool(follow or (crc, size) == (info.CRC, info.file_size))
+    )
+
+
+def _fits(extra: bytes) -> bool:
+    return _FIELD.size + int(_FIELD.unpack_from(extra)[1]) <= len(extra)
 
 
 def _what_it_is(stream: io.RawIOBase) -> str:
@@ -181,7 +286,8 @@ class _Placed:
         data = content if isinstance(content, bytes) else content[1].data
         if data is None and self.record.nbytes:
             return None
-        return zlib.crc32(data or b"")
+        known: int = crc32(data or b"")
+        return known
 
 
 def frame(records: Sequence[Record]) -> list[Segment]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,8 +15,10 @@ from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.frameworks.mindspore import sharded
 from parammap.frameworks.mindspore.formats import FORMATS
+from parammap.job.fingerprint import fingerprint
+from parammap.job.resume import intact
 from parammap.job.staging import Staging
-from parammap.plan.plan import FileTask, Wanted, WantedFile
+from parammap.plan.plan import FileTask, Plan, Wanted, WantedFile
 from parammap.plan.planner import Planner
 from parammap.tensors.layout import Layout
 from parammap.tensors.logical import Stored, TensorSpec
@@ -157,11 +158,11 @@ def _execute(
     staging = Staging(
         request.output_dir
         / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
-        _fingerprint(tasks),
+        fingerprint(Plan(tasks)),
         overwrite=False,
     )
     try:
-        done = staging.open()
+        done = intact(staging.open(), staging.out, request.workers)
     except OSError as error:
         raise RefusedError(
             f"{request.output_dir}: cannot be written to ({error.strerror}); choose another folder"
@@ -200,15 +201,3 @@ def _move(staged: Path, folder: Path, outputs: list[str]) -> None:
         for path in moved:
             os.rename(folder / path, staged / path)
         raise TaskError(f"{folder / outputs[len(moved)]}: {error.strerror}") from error
-
-
-def _fingerprint(tasks: list[FileTask]) -> str:
-    """What makes a run this one: every byte of the plan, and the files read as they are now."""
-    digest = hashlib.sha256()
-    files = set()
-    for task in tasks:
-        digest.update(repr(task).encode())
-        files |= task.files()
-    for name in sorted(files):
-        digest.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
-    return digest.hexdigest()

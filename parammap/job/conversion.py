@@ -12,20 +12,23 @@ from typing import Any
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.manifest import Choices, Manifest
-from parammap.errors import RefusedError
+from parammap.errors import RefusedError, TaskError
 from parammap.execute.cluster import run_tasks_on_ray
 from parammap.execute.gather import BUFFER_BYTES
 from parammap.execute.gc_pause import gc_paused
 from parammap.execute.local import run_tasks
 from parammap.execute.progress import Progress
 from parammap.execute.writer import STRIP_BYTES, Outcome
-from parammap.formats import allowed
+from parammap.formats import allowed, zip_records
 from parammap.frameworks import registry
 from parammap.frameworks.flags import DTYPE
 from parammap.job.findings import Findings, status_of
 from parammap.job.fingerprint import fingerprint
+from parammap.job.own_output import held_to_manifest
 from parammap.job.partial_run import PartialRun, partial_run_of
 from parammap.job.request import Report, Request
+from parammap.job.resume import intact
+from parammap.job.source_files import SourceFiles
 from parammap.job.staging import Staging, check_target, published
 from parammap.plan.plan import FileTask, Output, Plan
 from parammap.plan.planner import OWN, Planner
@@ -41,7 +44,11 @@ _WORKER_BYTES = 12 << 20
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing
     published)."""
-    with gc_paused(), allowed.keeping(request.keep_foreign_objects):
+    with (
+        gc_paused(),
+        allowed.keeping(request.keep_foreign_objects),
+        zip_records.noting() as archives,
+    ):
         source, target, planned, part, plan = _planned(request)
     dropped = _dropped(source, plan, planned, request)
     if request.verbose:
@@ -54,6 +61,9 @@ def convert(request: Request) -> Report:
         )
     if request.dry_run:
         return Report(0, _describe(source, target, plan, request))
+    sources = SourceFiles.of(
+        plan.sources(), archives, (source.folder, request.sidecar, request.metadata_from)
+    )
     this = fingerprint(plan, _shaping(planned, request))
     done = None if request.overwrite else published(request.target, this)
     if done:
@@ -73,22 +83,24 @@ def convert(request: Request) -> Report:
     outcomes = _execute(plan, staging, request)
     findings = Findings(source.index, outcomes, part.before)
     try:
+        checked = [
+            sources.check_checksums(outcomes, request.workers),
+            *held_to_manifest(source.folder, findings.digests, plan.sources()),
+        ]
+        sources.check_unchanged()
         if refusal := findings.refusal(source.folder, request):
             raise refusal
         if check := registry.target(request.to).check:
             check(staging.out, target)
-    except RefusedError:
+    except (RefusedError, TaskError):
         staging.discard()
         raise
-    linked = staging.link(link for link in planned.links if (staging.out / link[1]).exists())
+    links = [link for link in planned.links if (staging.out / link[1]).exists()]
+    linked = staging.link(links)
     staging.adopt(part.kept)
     status = findings.status(request)
     before = part.before
-    kept = {
-        path: nbytes
-        for path, nbytes in (before.files if before else {}).items()
-        if path in part.kept
-    }
+    files, checksums = _written(outcomes, links, part)
     manifest = Manifest(
         parammap=__version__,
         status=status,
@@ -101,7 +113,8 @@ def convert(request: Request) -> Report:
         whole=part.whole,
         is_whole=part.is_last,
         fingerprints=(*(before.fingerprints if before else ()), this),
-        files={outcome.path: outcome.nbytes for outcome in outcomes} | kept,
+        files=files,
+        crc32=checksums,
         links=linked,
         dropped=tuple(dropped),
         options=Choices(
@@ -118,10 +131,26 @@ def convert(request: Request) -> Report:
     lines = [
         *target.notes,
         *findings.lines(request),
+        *checked,
         *_replicas(plan),
         *_summary(plan, request, dropped, started),
     ]
     return Report(status, lines, planned.converted)
+
+
+def _written(
+    outcomes: list[Outcome], links: list[tuple[str, str]], part: PartialRun
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The size and the checksum of each file of the output."""
+    sizes = {outcome.path: outcome.nbytes for outcome in outcomes}
+    checksums = {outcome.path: outcome.crc32 for outcome in outcomes}
+    for known, before in (
+        (sizes, part.before.files if part.before else {}),
+        (checksums, part.before.crc32 if part.before else {}),
+    ):
+        known |= {link: known[existing] for link, existing in links if existing in known}
+        known |= {path: value for path, value in before.items() if path in part.kept}
+    return sizes, checksums
 
 
 def _planned(request: Request) -> tuple[Checkpoint, Checkpoint, Output, PartialRun, Plan]:
@@ -208,7 +237,7 @@ def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) 
 
 
 def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:
-    done = staging.open()
+    done = intact(staging.open(), staging.out, request.workers)
     try:
         left = [task for task in plan.tasks if task.path not in done]
         _check_space(plan, sum(task.nbytes for task in left), staging)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from parammap.job.source_files import stamp_of
 from parammap.plan.plan import FileTask, Plan
 from parammap.tensors.logical import LogicalTensor
 from parammap.tensors.region import Region
@@ -28,17 +28,12 @@ _MARSHAL = 2
 _ATOMS = (str, int, bool, bytes, float, type(None))
 
 
-def fingerprint(plan: Plan, options: Iterable[object]) -> str:
+def fingerprint(plan: Plan, options: Iterable[object] = ()) -> str:
     """A hash in hexadecimal; `options` are those that shape the output beside the plan."""
     digest = hashlib.sha256(program().encode())
     digest.update(repr(list(options)).encode())
-    for name in sorted(set().union(*(task.files() for task in plan.tasks))):
-        stat = os.stat(name)
-        digest.update(
-            marshal.dumps(
-                (name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino), _MARSHAL
-            )
-        )
+    for name in sorted(plan.sources()):
+        digest.update(marshal.dumps((name, stamp_of(name)), _MARSHAL))
     known: dict[int, object] = {}
     fields_of = attrgetter(*(one.name for one in fields(FileTask)))
     for task in plan.tasks:

@@ -15,6 +15,7 @@ from parammap.checkpoint.manifest import Manifest, read_whole
 from parammap.errors import RefusedError
 from parammap.execute.checks import Misfit, NonFinite, Overflown, Unequal
 from parammap.execute.durable import sync
+from parammap.execute.source_checksums import Run
 from parammap.execute.writer import Outcome
 from parammap.tensors.logical import LogicalTensor
 
@@ -148,6 +149,8 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
     return {
         "path": outcome.path,
         "bytes": outcome.nbytes,
+        "crc32": outcome.crc32,
+        "runs": outcome.runs,
         "digests": [
             [*_key(tensor), replica, digest, count]
             for (tensor, replica), (digest, count) in outcome.digests.items()
@@ -176,7 +179,8 @@ def _tensor(key: list[Any]) -> LogicalTensor:
 
 
 def _outcome(entry: dict[str, Any]) -> Outcome:
-    outcome = Outcome(entry["path"], entry["bytes"])
+    outcome = Outcome(entry["path"], entry["bytes"], entry["crc32"])
+    outcome.runs = {file: [Run(*run) for run in runs] for file, runs in entry["runs"].items()}
     for *key, replica, digest, count in entry["digests"]:
         outcome.digests[_tensor(key), replica] = digest, count
     for *key, count, positions, window, sums in entry["misfits"]:

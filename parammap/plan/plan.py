@@ -224,6 +224,10 @@ class Plan:
     tasks: list[FileTask]
     unused: list[str] = field(default_factory=list)
 
+    def sources(self) -> set[str]:
+        """The files that its tasks read."""
+        return set[str]().union(*(task.files() for task in self.tasks))
+
     @property
     def nbytes(self) -> int:
         return sum(task.nbytes for task in self.tasks)

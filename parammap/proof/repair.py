@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from parammap.checkpoint.index import Index
 from parammap.errors import RefusedError
 from parammap.execute.durable import sync
 from parammap.execute.gather import Files, array_of
-from parammap.formats import registry as formats
 from parammap.formats import zip_records
+from parammap.formats.crc32 import crc32
+from parammap.formats.zip_records import StoredRecord
 from parammap.proof.compare import Pair, read_both
 from parammap.proof.stream import BAND_BYTES, Copy, copies_of
-from parammap.proof.verify import Verdict, Verification, damaged, read_output, read_source, verify
+from parammap.proof.verify import Verdict, Verification, read_output, read_source, verify
 from parammap.tensors.arrays import Array
 from parammap.tensors.logical import Extent
 from parammap.tensors.region import Region
@@ -95,10 +95,7 @@ def _repaired(request: Verification, verdict: Verdict) -> Verdict:
     checksums.renew()
     for file in checksums.files:
         sync(file)
-    after = verify(request)
-    written = map(Path, sorted(checksums.files))
-    after.problems += [one for one in damaged(written) if one not in after.problems]
-    return after
+    return verify(request)
 
 
 def _rewrite(pair: Pair, output: Index, source: Index, checksums: _Checksums) -> None:
@@ -152,15 +149,16 @@ class _Checksums:
 
     def __init__(self) -> None:
         self.files: set[str] = set()
-        self._records: dict[str, dict[str, Extent]] = {}
+        self._records: dict[str, dict[str, StoredRecord]] = {}
         self._fitted: dict[tuple[str, str], bool] = {}
 
     def before_write(self, file: str, offset: int) -> None:
         """To be called before a byte of a tensor that begins at `offset` is written."""
         self.files.add(file)
         if file not in self._records:
-            form = formats.find(Path(file))
-            self._records[file] = zip_records.read(file) if form and form.damage else {}
+            with open(file, "rb") as stream:
+                is_archive = zip_records.is_archive(stream.fileno())
+            self._records[file] = zip_records.read(file) if is_archive else {}
         if not self._records[file]:
             return
         name = next(
@@ -187,7 +185,7 @@ def _crc(extent: Extent) -> int:
     crc, end = 0, extent.offset + extent.nbytes
     with open(extent.file, "rb") as stream:
         for offset in range(extent.offset, end, BAND_BYTES):
-            crc = zlib.crc32(os.pread(stream.fileno(), min(BAND_BYTES, end - offset), offset), crc)
+            crc = crc32(os.pread(stream.fileno(), min(BAND_BYTES, end - offset), offset), crc)
     return crc
 
 

@@ -4,7 +4,7 @@ element by element."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -16,7 +16,6 @@ from parammap.checkpoint.index import is_padding
 from parammap.checkpoint.manifest import MANIFEST, Choices, Manifest, TensorDigest
 from parammap.errors import RefusedError
 from parammap.execute.gather import Files
-from parammap.formats import registry as formats
 from parammap.frameworks import registry
 from parammap.proof.compare import (
     Difference,
@@ -29,9 +28,9 @@ from parammap.proof.compare import (
     told,
 )
 from parammap.proof.contents import entries_of
+from parammap.proof.coverage import Coverage, coverage
 from parammap.proof.digests import Summed, digests
 from parammap.proof.replicas import unequal
-from parammap.proof.stream import in_processes
 from parammap.proof.training_state import training_state_differences
 from parammap.tensors.arrangement import PADDING
 from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, LogicalTensor, Stored
@@ -54,7 +53,7 @@ class Problem:
 class Verdict:
     """What was found wrong, what is worth knowing, the tensors compared, those that differ from the
     source's, those that a cast rounded, which no digest of the source can prove, and those of which
-    ranks keep copies that are not equal."""
+    ranks keep copies that are not equal; which bytes fit which checksums."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,6 +61,7 @@ class Verdict:
     wrong: list[tuple[Pair, Difference]] = field(default_factory=list)
     rounded: set[LogicalTensor] = field(default_factory=set)
     unequal: list[Difference] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,16 @@ def verify(request: Verification) -> Verdict:
         verdict.problems += _missing_files(root, manifest)
         if verdict.problems:
             return verdict
-    output = read_output(request, manifest)
+    try:
+        output = read_output(request, manifest)
+    except RefusedError:
+        if not found:
+            raise
+        verdict.coverage = coverage(root, found, request.workers)
+        verdict.problems += _damaged(verdict.coverage)
+        if not verdict.problems:
+            raise
+        return verdict
     if all(held.row is None for held in output.index.held):
         verdict.notes.append(
             f"{output.folder}: is of no family whose tensors are known, so its names were not "
@@ -109,11 +118,14 @@ def verify(request: Verification) -> Verdict:
     if manifest is None:
         verdict.notes.append(
             f"{request.output}: has no {MANIFEST}, so there are no digests to compare with"
-            + ("" if request.against or request.replicas else ": only its structure was checked")
+            + (
+                ""
+                if request.against or request.replicas
+                else ": only its structure was checked, and the checksums that its files carry"
+            )
         )
     else:
-        verdict.problems += damaged(map(root.joinpath, manifest.files), request.workers)
-        verdict.problems += _wrong_scalars(root, manifest)
+        verdict.problems += wrong_scalars(root, manifest)
         verdict.problems += _wrong_digests(output, manifest, casts, request.workers, verdict)
         _check_own_casts(output, request, verdict)
     if request.replicas:
@@ -126,14 +138,20 @@ def verify(request: Verification) -> Verdict:
             f"fits them: "
             "only their shapes were checked; compare with the source: --against SRC"
         )
-    if (
-        (manifest or request.against)
-        and not verdict.compared | verdict.rounded
-        and not verdict.problems
-    ):
-        raise RefusedError(
-            f"{request.output}: no tensor could be compared; compare with the source: --against SRC"
-        )
+    at = request.output if request.output.is_file() else output.folder
+    verdict.coverage = coverage(at, found, request.workers)
+    verdict.problems += _wrong_files(verdict, output, manifest)
+    if not (verdict.compared or verdict.rounded or verdict.problems or request.replicas):
+        if manifest or request.against:
+            raise RefusedError(
+                f"{request.output}: no tensor could be compared; compare with the source: "
+                "--against SRC"
+            )
+        if not verdict.coverage.records:
+            raise RefusedError(
+                f"{request.output}: has no {MANIFEST}, and its files carry no checksums, so "
+                "nothing was compared; compare with the source: --against SRC"
+            )
     return verdict
 
 
@@ -194,17 +212,37 @@ def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
         )
 
 
-def damaged(files: Iterable[Path], workers: int = 1) -> Iterator[Problem]:
-    """Files that do not fit the checksums which their format keeps in them: these cover all that is
-    no tensor, too."""
-    checks = [(path, form.damage) for path in files if (form := formats.find(path)) and form.damage]
-    found = in_processes(lambda one: one[1](one[0]), checks, workers)
-    for (path, _), damage in zip(checks, found, strict=True):
-        if damage:
-            yield Problem(str(path), damage)
+def _wrong_files(
+    verdict: Verdict, output: Checkpoint, manifest: Manifest | None
+) -> Iterator[Problem]:
+    """Archives with records that do not fit their checksums; and files that are not as they were
+    written, where no tensor or scalar in them is a problem already."""
+    yield from _damaged(verdict.coverage)
+    names = {problem.name for problem in verdict.problems}
+    told = {str(path) for path, _ in verdict.coverage.damaged}
+    told.update(
+        shard.view.file
+        for tensor, regions in output.index.shards.items()
+        if str(tensor) in names
+        for shards in regions.values()
+        for shard in shards
+    )
+    for group in manifest.scalars if manifest else ():
+        if names & group["values"].keys():
+            told.update(str(output.folder / path) for path in group["files"])
+    for path in verdict.coverage.other:
+        if str(path) not in told:
+            yield Problem(str(path), "is not as it was written: it does not fit its checksum")
 
 
-def _wrong_scalars(root: Path, manifest: Manifest) -> Iterator[Problem]:
+def _damaged(covered: Coverage) -> Iterator[Problem]:
+    for path, record in covered.damaged:
+        yield Problem(
+            str(path), f"the content of its record {record} does not fit the record's checksum"
+        )
+
+
+def wrong_scalars(root: Path, manifest: Manifest) -> Iterator[Problem]:
     """The scalars of MindSpore's files: tensors that are part of no logical tensor."""
     with Files() as files:
         for group in manifest.scalars:

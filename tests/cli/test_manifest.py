@@ -18,6 +18,8 @@ from parammap.frameworks import registry
 from parammap.job.conversion import convert
 from parammap.job.request import Request
 from tests.support import paths
+from tests.support.archives import reseal
+from tests.support.manifests import rewrite
 
 DATA = paths.TESTS / "data"
 MEGATRON, METASEQ = DATA / "megatron/cac60ce4_patched_legacy_tp2pp2", DATA / "metaseq/mp1dp3_fp32"
@@ -45,10 +47,6 @@ CONVERSIONS = {
 
 def content_of(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
-
-
-def change(folder: Path, **fields: object) -> None:
-    (folder / MANIFEST).write_text(json.dumps(content_of(folder) | fields))
 
 
 def part(target: Path, pp: int, **rest: object) -> Request:
@@ -104,6 +102,7 @@ def test_findings_are_of_the_published_form(tmp_path):
     with open(file, "r+b") as stream:
         stream.seek(extent.offset)
         stream.write(b"\x00\x00\xc0\x7f")
+    reseal(file)
     status = main(
         ["convert", str(source), str(tmp_path / "out"), "--to", "mindspore", "--tp", "1"]
         + ["--replicas", "first", "--accept-permuted"]
@@ -159,7 +158,7 @@ def test_outputs_are_proved_by_the_manifests_of_earlier_versions(tmp_path, capsy
     content = content_of(tmp_path / "out")
     known = "digests_of_casts" if content["digests_of_casts"] else "digests"
     content[known][3]["digest"] = "0" * 16
-    change(tmp_path / "out", **{known: content[known]})
+    rewrite(tmp_path / "out", **{known: content[known]})
     assert main(["verify", str(tmp_path / "out")]) == 1
 
 
@@ -180,7 +179,7 @@ SPOILED = {
     "lacks its digests": lambda text: text.replace('"digests":', '"digest":'),
     "has an entry without a name": lambda text: text.replace('"name":', '"called":', 1),
     "has files without sizes": lambda text: text.replace('"bytes":', '"size":'),
-    "has a version that is none": lambda text: text.replace('"version": 2', '"version": "two"'),
+    "has a version that is none": lambda text: text.replace('"version": 3', '"version": "two"'),
 }
 
 
@@ -199,7 +198,7 @@ def test_a_damaged_one_is_refused(copied, capsys, how):
 
 
 def test_one_of_a_later_version_is_refused(copied, capsys):
-    change(copied, version=VERSION + 1, parammap="9.9.0")
+    rewrite(copied, version=VERSION + 1, parammap="9.9.0")
     for command in (
         ["verify", str(copied)],
         ["convert", str(MEGATRON), str(copied), "--to", "mindspore", "--weights-only"],

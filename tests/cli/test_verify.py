@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from parammap.checkpoint.manifest import MANIFEST
 from parammap.cli.main import main
 from parammap.plan import planner
 from parammap.proof import stream
 from parammap.tensors.region import whole
 from tests.support import paths
 from tests.support.logical import content_offset, element, flip
+from tests.support.manifests import rewrite
 from tests.support.mindspore_load import load
 from tests.support.runs import every_run
 from tests.support.torch_load import StandIn, torch_load
@@ -42,6 +44,12 @@ def run(capsys, *arguments):
     capsys.readouterr()
     status = main([*map(str, arguments), "--json", "--workers", "1"])
     return status, json.loads(capsys.readouterr().out)
+
+
+def covered_by_manifest(out):
+    """Every byte but the manifest's own."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != MANIFEST]
+    return {"manifest": sum(path.stat().st_size for path in files), "records": 0, "none": 0}
 
 
 def names(problems):
@@ -141,7 +149,13 @@ def test_an_equal_output_is_proved_and_says_how_much(output, capsys):
     out, _ = output
     assert run(capsys, "verify", out) == (
         0,
-        {"output": str(out), "problems": [], "notes": [], "tensors_compared": 204},
+        {
+            "output": str(out),
+            "problems": [],
+            "notes": [],
+            "tensors_compared": 204,
+            "bytes_covered": covered_by_manifest(out),
+        },
     )
 
 
@@ -282,8 +296,7 @@ def test_a_declared_cast_is_no_difference(tmp_path, capsys):
             assert status == 1 and names(found["problems"]) == {"layers.1.mlp.gate.weight (weight)"}
         flip(file, offset, 0)
     manifest = json.loads((out / "parammap_manifest.json").read_text())
-    manifest["options"]["cast"] = None
-    (out / "parammap_manifest.json").write_text(json.dumps(manifest))
+    rewrite(out, options=manifest["options"] | {"cast": None})
     status, found = run(capsys, "verify", out)
     assert status == 1 and all(
         "names no such cast" in problem["what"] for problem in found["problems"]
@@ -372,6 +385,7 @@ def test_a_tied_head_is_proved_where_the_output_does_not_know_it_is_one(tmp_path
         "problems": [],
         "notes": [],
         "tensors_compared": 207,
+        "bytes_covered": covered_by_manifest(out),
     }
     assert (
         run(capsys, "verify", out, "--against", source)[0]

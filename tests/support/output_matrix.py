@@ -42,6 +42,7 @@ VOLATILE = (
     "whole",
     "fingerprint",
     "fingerprints",
+    "sha256",
 )
 #: folders that are sources as they lie there, and archives of such
 FOLDERS = ("megatron/*", "merak/*", "metaseq/mp*", "metaseq/mp*/up/*", "transformers/*", "yuan/*")
@@ -239,6 +240,8 @@ def _quiet(arguments: list[str]) -> tuple[int | str, str]:
 def _manifest(out: Path, scratch: Path) -> str:
     manifest = json.loads((out / MANIFEST).read_text())
     kept = {name: value for name, value in manifest.items() if name not in VOLATILE}
+    for file in kept["files"]:
+        file.pop("crc32", None)
     text = (
         json.dumps(kept, sort_keys=True).replace(str(scratch), "SCRATCH").replace(str(ROOT), "ROOT")
     )

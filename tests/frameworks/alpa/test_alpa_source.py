@@ -13,6 +13,7 @@ from parammap.cli.main import main
 from tests.support import paths
 from tests.support.alpa import GPT, HIDDEN, VOCAB, opt_weights, singleton
 from tests.support.logical import flip
+from tests.support.manifests import rewrite
 
 DATA = paths.TESTS / "data/metaseq"
 FP16, FP32 = DATA / "mp2dp2_fp16/checkpoint_3", DATA / "mp1dp3_fp32/checkpoint_3"
@@ -114,8 +115,7 @@ def test_a_cast_must_be_declared(tmp_path, capsys):
     out = convert(FP32, tmp_path / "out")
     manifest = json.loads((out / "parammap_manifest.json").read_text())
     assert manifest["options"]["cast"] == "float16"
-    manifest["options"]["cast"] = None
-    (out / "parammap_manifest.json").write_text(json.dumps(manifest))
+    rewrite(out, options=manifest["options"] | {"cast": None})
     for against in ((), ("--against", FP32)):
         status, found = run(capsys, "verify", out, *against)
         assert status == 1 and len({problem["name"] for problem in found["problems"]}) == 53

@@ -12,6 +12,7 @@ import torch
 
 from parammap.cli.main import main
 from tests.support import opt175b, paths
+from tests.support.archives import reseal
 from tests.support.logical import flip
 from tests.support.metaseq_runs import run_lab
 from tests.support.torch_load import torch_load
@@ -368,6 +369,8 @@ def test_replicas_that_differ_are_listed(name, part, sources, tmp_path, capsys):
     first, other = Flat(folder, 0, NORM), Flat(folder, part, NORM)
     for index in (2, 3, 9):
         flip(other.at(index)[0], other.at(index)[2], 1)
+    for file in {other.at(index)[0] for index in (2, 3, 9)}:
+        reseal(Path(file))
     wrong = Flat(folder, part, NORM)
     status, found = run(capsys, "verify", folder, "--replicas")
     (one,) = found["replicas"]

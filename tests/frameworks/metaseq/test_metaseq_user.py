@@ -21,6 +21,7 @@ from convert.reshard_fsdp import main as reshard_fsdp
 from parammap.cli.main import main
 from parammap.formats import torch_zip
 from tests.support import paths
+from tests.support.archives import reseal
 from tests.support.torch_load import torch_load
 
 ROOT = paths.ROOT
@@ -41,6 +42,7 @@ def overwrite(path: Path, name: str, value: np.generic) -> None:
     with open(path, "r+b") as file:
         file.seek(torch_zip.read(path)["model"][name].extents[0].offset)
         file.write(value.tobytes())
+    reseal(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
