@@ -11,7 +11,7 @@ from parammap.checkpoint import manifest as manifests
 from parammap.checkpoint.manifest import MANIFEST, Manifest, TensorDigest
 from parammap.errors import TaskError
 from parammap.execute.source_checksums import crc32_of
-from parammap.proof.verify import wrong_scalars
+from parammap.proof.files import wrong_scalars
 from parammap.tensors.names import shorten_names
 
 #: a file of metadata; larger ones hold tensors, which have digests

@@ -15,7 +15,6 @@ from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import is_padding
 from parammap.checkpoint.manifest import MANIFEST, Choices, Manifest, TensorDigest
 from parammap.errors import RefusedError
-from parammap.execute.gather import Files
 from parammap.frameworks import registry
 from parammap.proof.compare import (
     Difference,
@@ -27,26 +26,14 @@ from parammap.proof.compare import (
     pair,
     told,
 )
-from parammap.proof.contents import entries_of
 from parammap.proof.coverage import Coverage, coverage
 from parammap.proof.digests import Summed, digests
+from parammap.proof.files import Problem, damaged, missing_files, wrong_scalars
 from parammap.proof.replicas import unequal
 from parammap.proof.training_state import training_state_differences
 from parammap.tensors.arrangement import PADDING
-from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, LogicalTensor, Stored
+from parammap.tensors.logical import ITEMSIZE, MODEL_PARAM, LogicalTensor
 from parammap.tensors.names import shorten_names
-from parammap.tensors.view import row_major
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong, about a tensor where it has a name."""
-
-    name: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.what}"
 
 
 @dataclass(slots=True)
@@ -90,7 +77,7 @@ def verify(request: Verification) -> Verdict:
     verdict, found = Verdict(), manifests.find(request.output)
     root, manifest = found or (request.output, None)
     if manifest is not None:
-        verdict.problems += _missing_files(root, manifest)
+        verdict.problems += missing_files(root, manifest)
         if verdict.problems:
             return verdict
     try:
@@ -99,7 +86,7 @@ def verify(request: Verification) -> Verdict:
         if not found:
             raise
         verdict.coverage = coverage(root, found, request.workers)
-        verdict.problems += _damaged(verdict.coverage)
+        verdict.problems += damaged(verdict.coverage)
         if not verdict.problems:
             raise
         return verdict
@@ -183,16 +170,6 @@ def read_source(request: Verification, manifest: Manifest | None) -> Checkpoint:
     )
 
 
-def _missing_files(root: Path, manifest: Manifest) -> Iterator[Problem]:
-    for name, nbytes in manifest.files.items():
-        path = root / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != nbytes:
-            yield Problem(
-                str(path), "is missing" if size is None else f"has {size} bytes and not {nbytes}"
-            )
-
-
 def _missing_heads(output: Checkpoint) -> Iterator[Problem]:
     """Copies of the word embedding that the last stage's ranks lack; the first stage's make it
     complete without them. That it lacks nothing else, its reader found."""
@@ -217,7 +194,7 @@ def _wrong_files(
 ) -> Iterator[Problem]:
     """Archives with records that do not fit their checksums; and files that are not as they were
     written, where no tensor or scalar in them is a problem already."""
-    yield from _damaged(verdict.coverage)
+    yield from damaged(verdict.coverage)
     names = {problem.name for problem in verdict.problems}
     told = {str(path) for path, _ in verdict.coverage.damaged}
     told.update(
@@ -233,39 +210,6 @@ def _wrong_files(
     for path in verdict.coverage.other:
         if str(path) not in told:
             yield Problem(str(path), "is not as it was written: it does not fit its checksum")
-
-
-def _damaged(covered: Coverage) -> Iterator[Problem]:
-    for path, record in covered.damaged:
-        yield Problem(
-            str(path), f"the content of its record {record} does not fit the record's checksum"
-        )
-
-
-def wrong_scalars(root: Path, manifest: Manifest) -> Iterator[Problem]:
-    """The scalars of MindSpore's files: tensors that are part of no logical tensor."""
-    with Files() as files:
-        for group in manifest.scalars:
-            for path in group["files"]:
-                there = dict(entries_of(root / path))
-                for name, expected in group["values"].items():
-                    yield from _wrong_scalar(name, there.get(name), expected, path, files)
-
-
-def _wrong_scalar(
-    name: str, stored: Stored | None, expected: str, path: str, files: Files
-) -> Iterator[Problem]:
-    if stored is None:
-        yield Problem(name, f"is missing in {path}")
-        return
-    (extent,) = stored.extents
-    content = files.bits(row_major((stored.nbytes,), "uint8", extent.file, extent.offset))
-    if content.tobytes().hex() != expected:
-        yield Problem(
-            name,
-            f"{path} holds the bytes {content.tobytes().hex()} at byte {extent.offset} and not "
-            f"{expected}",
-        )
 
 
 # -------------------------------------------------------------------------------------------------------------
