@@ -19,7 +19,7 @@ SIZES   += $(if $(STAGE_LAYERS),--stage-layers $(STAGE_LAYERS))
 # a file's tests stay together, for the runs and checkpoints that they share
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: help setup convert demo test test-full fuzz coverage bench bench-megatron bench-metaseq plan-scale patches check lint clean
+.PHONY: help setup convert demo test test-full fuzz crash coverage bench bench-megatron bench-metaseq plan-scale patches check lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -62,6 +62,9 @@ test-full: $(READY)  ## all tests, with the matrix of Megatron releases
 SECONDS ?= 600
 fuzz: $(READY)  ## damaged and hostile files for every format and every reader, for SECONDS=600
 	$(RUN) -m tests.fuzz --seconds $(SECONDS)
+
+crash: $(READY)  ## kill conversions, and let the disk fail, at each call that changes the disk
+	$(RUN) -m tests.support.crash
 
 coverage: $(READY)  ## which lines the quick tests run
 	$(RUN) -m coverage run -m pytest -m "not full" && $(RUN) -m coverage combine && $(RUN) -m coverage report

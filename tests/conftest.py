@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples.tiny.trained import Trained, train_cached
 from tests.support.variants import VARIANTS
 
+os.environ.setdefault("PARAMMAP_TRACEBACK", "1")  # a defect fails a test with its traceback
 settings.register_profile("house", deadline=None)  # other jobs share the machine
 settings.load_profile("house")
 

@@ -11,11 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from parammap import families
 from parammap.errors import RefusedError
+from parammap.formats import json_document
+from parammap.formats.json_schema import Check, compiled
 
 MANIFEST = "parammap_manifest.json"
 #: what is written. Those of 2 have no checksums. Manifests of ParamMap 0.1 do not say their version:
@@ -169,10 +172,8 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        """Of any version that is known; the fields of `_LATER` may be missing from one of 0.1.
-
-        Raises KeyError, TypeError, AttributeError or ValueError for another form, and for one that
-        does not fit its own checksum."""
+        """Of any version that is known, and of its form; the fields of `_LATER` may be missing from
+        one of 0.1. Raises ValueError for one that does not fit its own checksum."""
         rest = {**_LATER, **content}
         version, checksum = content.get("version", 0), rest.pop(_CHECKSUM, None)
         if version and (checksum or version >= 3) and checksum != _checksum(content):
@@ -232,21 +233,44 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_IS_VERSIONED = compiled(
+    {"type": "object", "properties": {"version": {"type": "integer", "minimum": 0}}}
+)
+
+
+@cache
+def _check_of(version: int) -> Check:
+    """The check of a manifest: by today's form, of which parts may be missing from an earlier
+    one."""
+    form = json_document.schema("manifest")
+    properties = form["properties"]
+    if version < 3:
+        form["required"].remove(_CHECKSUM)
+        properties["files"]["items"]["required"].remove("crc32")
+        properties["version"] = {"const": version}
+    if version < 2:
+        form["required"] = [name for name in form["required"] if name not in {"version", *_LATER}]
+        properties["says_ranks"] = {"type": "boolean"}
+        properties["options"]["required"] = []
+    return compiled(form)
+
+
 def read(path: Path) -> Manifest | None:
     """The manifest in a file; None if there is no such file. Raises RefusedError if it is damaged,
     or newer than what is known here."""
     if not path.is_file():
         return None
+    content = json_document.read(path, _IS_VERSIONED, "convert again")
+    if content.get("version", 0) > VERSION:
+        raise RefusedError(
+            f"{path}: is of version {content['version']}, and this program knows up to "
+            f"{VERSION}; use the ParamMap that wrote it ({content.get('parammap')})"
+        )
     try:
-        content = json.loads(path.read_text())
-        if content.get("version", 0) > VERSION:
-            raise RefusedError(
-                f"{path}: is of version {content['version']}, and this program knows up to "
-                f"{VERSION}; use the ParamMap that wrote it ({content.get('parammap')})"
-            )
+        _check_of(content.get("version", 0))(content)
         return Manifest.from_json(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RefusedError(f"{path}: is damaged ({error!r}); convert again") from error
+    except ValueError as error:
+        raise RefusedError(f"{path}: is damaged ({error}); convert again") from error
 
 
 def read_whole(folder: Path) -> Manifest | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from parammap.checkpoint import manifest
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.tensors.layout import Layout, Place
 
 _HEAD_BYTES = 1 << 16
@@ -83,7 +84,7 @@ def _was_relaid_without(folder: Path) -> bool:
 def _check_copies(files: Sequence[Owned]) -> None:
     seen: dict[tuple[int, bytes], Path] = {}
     for file in files:
-        with open(file.path, "rb") as stream:
+        with regular_file.opened(file.path) as stream:
             head = hashlib.sha256(stream.read(_HEAD_BYTES)).digest()
         first = seen.setdefault((file.path.stat().st_size, head), file.path)
         if first is not file.path and filecmp.cmp(first, file.path, shallow=False):

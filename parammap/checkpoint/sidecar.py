@@ -13,11 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from parammap.checkpoint.cuts import Partition
 from parammap.errors import RefusedError
+from parammap.formats import json_document
+from parammap.formats.json_schema import Check, compiled, opened
 
 SCHEMA, VERSION = "parammap.layout", 1
 _LAYOUT_FILE = re.compile(r"layout_tp(\d+)_pp(\d+)(?:_ep(\d+))?\.json$")
@@ -168,25 +171,21 @@ def _read_layouts(folder: Path, layouts: list[re.Match[str]]) -> Sidecar:
     for match in layouts:
         name = match.string
         tp, pp, ep = (int(number or 0) for number in match.groups())
-        data = _load(folder / name)
-        if (
-            not isinstance(data, dict)
-            or data.get("schema") != SCHEMA
-            or data.get("version") != VERSION
-        ):
-            raise RefusedError(
-                f"{folder / name}: not a {SCHEMA} file of version {VERSION}; "
-                "use the ParamMap release that matches the hook that wrote it"
-            )
+        data = json_document.read(
+            folder / name,
+            _is_layout(),
+            f"take the save's own {SCHEMA} file of version {VERSION}, or the ParamMap release that "
+            "matches the hook that wrote it",
+        )
         try:
             marked = _has_marks(data["optimizers"])
             buffers = tuple(_layout_optimizer(entry, marked) for entry in data["optimizers"])
             ranks[tp, pp, ep] = RankSidecar(
                 buffers, {**data, "optimizers": _without_buffers(data["optimizers"])}
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise RefusedError(
-                f"{folder / name}: damaged layout file ({error!r}); take the save's own"
+                f"{folder / name}: damaged layout file ({error}); take the save's own"
             ) from error
         iterations.add(data.get("iteration"))
     if len(iterations) > 1:
@@ -196,6 +195,16 @@ def _read_layouts(folder: Path, layouts: list[re.Match[str]]) -> Sidecar:
             "use the folder that lies inside the iteration's own folder"
         )
     return Sidecar(folder, ranks, complete=True, iteration=iterations.pop())
+
+
+@cache
+def _is_layout() -> Check:
+    """The check of a layout file. Those of earlier writers may lack what they did not know of the
+    model and of a parameter, and those of later ones have more."""
+    form = opened(json_document.schema("layout"))
+    form["properties"]["model"]["required"] = []
+    form["$defs"]["param"]["required"] = ["name", "shape", "dtype", "start", "end", "bucket"]
+    return compiled(form)
 
 
 def _without_buffers(optimizers: list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
@@ -331,7 +340,9 @@ def _read_maps(folder: Path, maps: list[re.Match[str]]) -> Sidecar:
 
 
 def _map_slots(path: Path) -> tuple[Slot, ...]:
-    data = _load(path)
+    data = json_document.read(
+        path, json_document.check_of("param_map"), "take the map written with this checkpoint"
+    )
     try:
         return tuple(
             _checked(
@@ -346,7 +357,7 @@ def _map_slots(path: Path) -> tuple[Slot, ...]:
             )
             for name, (dtype, shape, start, end, bucket) in data.items()
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise RefusedError(
             f"{path}: not a parameter map ({error}); take the one written with this checkpoint"
         ) from error
@@ -370,10 +381,3 @@ def _checked(slot: Slot) -> Slot:
             f"{slot.end}"
         )
     return slot
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{path}: cannot be read as JSON ({error})") from error

@@ -13,7 +13,7 @@ from typing import Any
 from parammap.cli import reading
 from parammap.errors import RefusedError
 from parammap.frameworks.flags import positive
-from parammap.proof.locate import Answer, Run, identify, locate, value_at
+from parammap.proof.locate import Answer, StoredRun, identify, locate, value_at
 from parammap.tensors.logical import ITEMSIZE
 
 _AXES = ("tp", "pp", "ep", "vpp")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entry(run: Run) -> dict[str, Any]:
+def _entry(run: StoredRun) -> dict[str, Any]:
     """`index` and `rows` × `columns` count in the logical tensor seen as a matrix."""
     return {
         "tensor": run.tensor.name,
@@ -94,7 +94,7 @@ def _entry(run: Run) -> dict[str, Any]:
     }
 
 
-def _line(run: Run) -> str:
+def _line(run: StoredRun) -> str:
     count = run.region.numel
     value = value_at(run.file, run.offset, run.tensor.dtype)
     what = f"{list(run.region.offsets)}" + (f" and {count - 1} more" if count > 1 else "")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from parammap.checkpoint.manifest import MANIFEST
 from parammap.cli import running
-from parammap.errors import RefusedError
+from parammap.errors import RefusedError, TaskError, told
 from parammap.execute.durable import sync
 from parammap.frameworks.metaseq.target import Options
 from parammap.job.conversion import convert
@@ -113,6 +113,7 @@ def write(
             ema=ema,
             options=replace(options, name=output.name),
             weights_only=weights_only,
+            beside_source=True,
             **running.how(args),
         )
     )
@@ -127,13 +128,16 @@ def convert_into(request: Request) -> Report:
         return convert(request)
     (part,) = request.only_tp if len(request.only_tp) == 1 else "*"
     pattern = re.sub(r"\{\w+\}", "*", request.options.name.replace("{part}", str(part)))
+    made = folder / f".{pattern.replace('*', '')}.new"
+    if (made / MANIFEST).is_file():  # of a run that was killed while it moved
+        _move(made, folder, pattern)
     if not request.overwrite and (there := sorted(folder.glob(pattern))):
         raise RefusedError(
             f"{there[0]}: is there already; replace it with --overwrite, or choose another name"
         )
-    made = folder / f".{pattern.replace('*', '')}.new"
     report = convert(replace(request, target=made, overwrite=True))
-    _move(made, folder, pattern)
+    with told(TaskError, folder):
+        _move(made, folder, pattern)
     return replace(report, lines=[line.replace(f"{made}", f"{folder}") for line in report.lines])
 
 

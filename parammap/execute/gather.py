@@ -12,6 +12,7 @@ import numpy as np
 
 from parammap.errors import RefusedError
 from parammap.execute.source_checksums import RunsRead
+from parammap.formats import regular_file
 from parammap.tensors.arrays import Array
 from parammap.tensors.digest import bits_dtype
 from parammap.tensors.view import View, row_major
@@ -132,11 +133,15 @@ class Reader:
 
     def _pread(self, file: str, offset: int, into: memoryview) -> None:
         descriptor, got = self._descriptor(file), 0
-        while got < len(into):
-            count = os.preadv(descriptor, [into[got:]], offset + got)
-            if count == 0:
-                raise self.cut(file, offset + got)
-            got += count
+        try:
+            while got < len(into):
+                count = os.preadv(descriptor, [into[got:]], offset + got)
+                if count == 0:
+                    raise self.cut(file, offset + got)
+                got += count
+        except OSError as error:
+            error.filename = file
+            raise
         if self.runs:
             self.runs.add(file, offset, into)
 
@@ -165,12 +170,7 @@ class Files(Reader):
         )
 
     def _open(self, file: str) -> int:
-        try:
-            return os.open(file, os.O_RDONLY)
-        except OSError as error:
-            raise RefusedError(
-                f"{file}: cannot be read ({error.strerror}); check the path"
-            ) from error
+        return regular_file.descriptor_of(file)
 
 
 def array_of(buffer: memoryview, view: View) -> Array:

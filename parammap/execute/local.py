@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from uuid import uuid4
 
-from parammap.errors import TaskError
+from parammap.errors import TaskError, told
+from parammap.execute import durable
+from parammap.execute.lifeline import Lifeline
 from parammap.execute.progress import Progress
 from parammap.execute.writer import Outcome, Writer
 from parammap.plan.plan import FileTask
@@ -45,8 +47,12 @@ def run_tasks(
             check_time(deadline, staging)
             yield from run_batch([task], staging, progress.advance)
         return
-    shared, failure = _Shared(_batches(tasks, workers), staging, progress), None
-    with ProcessPoolExecutor(workers, get_context("fork"), _share, (shared,)) as pool:
+    shared = _Shared(_batches(tasks, workers), staging, progress)
+    failure: BaseException | None = None
+    with (
+        closing(Lifeline()) as lifeline,
+        ProcessPoolExecutor(workers, get_context("fork"), _share, (shared, lifeline)) as pool,
+    ):
         pending = {pool.submit(_run_shared, number) for number in range(len(shared.batches))}
         try:
             while pending:
@@ -89,9 +95,10 @@ class _Shared:
 _shared: _Shared
 
 
-def _share(shared: _Shared) -> None:
+def _share(shared: _Shared, lifeline: Lifeline) -> None:
     global _shared
     _shared = shared
+    lifeline.hold()
 
 
 def _run_shared(number: int) -> list[Outcome]:
@@ -125,7 +132,7 @@ def run_batch(
     with ThreadPoolExecutor(1) as disk:
         for task in tasks:
             target = staging / task.path
-            with _told(target):
+            with told(TaskError, target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 out = _Output(
                     scratch / uuid4().hex if scratch else target.with_name(f"{target.name}.tmp")
@@ -133,18 +140,9 @@ def run_batch(
                 outcomes.append(out.fill(Writer(task, out, report).write))
                 published.append((target, disk.submit(out.publish, target)))
     for target, done in published:
-        with _told(target):
+        with told(TaskError, target):
             done.result()
     return outcomes
-
-
-@contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Errors of the system as a TaskError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise TaskError(f"{target}: {error.strerror or error}") from error
 
 
 class _Output:
@@ -160,10 +158,8 @@ class _Output:
         self.written = self.begun = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        while data:
-            count = os.write(self.descriptor, data)
-            self.written += count
-            data = data[count:]
+        durable.write(self.descriptor, data)
+        self.written += len(data)
         if self.written - self.begun >= WRITEBACK_BYTES:
             os.posix_fadvise(
                 self.descriptor, self.begun, self.written - self.begun, os.POSIX_FADV_DONTNEED

@@ -41,12 +41,11 @@ class Progress:
         if not last and now - self.shown < (0.2 if self.terminal else _PLAIN_SECONDS):
             return
         self.shown = now
-        print(
-            self._line(now),
-            end="\r" if self.terminal and not last else "\n",
-            file=self.stream,
-            flush=True,
-        )
+        end = "\r" if self.terminal and not last else "\n"
+        try:
+            print(self._line(now), end=end, file=self.stream, flush=True)
+        except OSError:  # of a log on a full disk: the conversion itself can go on
+            self.is_quiet = True
 
     def _line(self, now: float) -> str:
         done, seconds = self.written.value, max(now - self.started, 1e-6)

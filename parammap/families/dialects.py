@@ -26,9 +26,12 @@ WORD_EMBEDDING, HEAD = "embedding.word.weight", "output.weight"
 #: names of a head that by themselves say that it is the word embedding
 TIED_HEADS = ("word_embeddings_for_head.weight",)
 
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)|(?<=\bh\.)\d+(?=\.)")
+#: the number of a layer or an expert; a larger one in a name is none, and its tensor is not known
+_NUMBER = "[0-9]{1,5}"
+_LAYER = re.compile(rf"(?<=layers\.){_NUMBER}(?=\.)|(?<=\bh\.){_NUMBER}(?=\.)")
 _EXPERT = re.compile(
-    r"(?<=experts\.)\d+(?=\.)|(?<=linear_fc[12]\.weight)\d+$|(?<=linear_fc[12]\.bias)\d+$"
+    rf"(?<=experts\.){_NUMBER}(?=\.)|(?<=linear_fc[12]\.weight){_NUMBER}$"
+    rf"|(?<=linear_fc[12]\.bias){_NUMBER}$"
 )
 
 

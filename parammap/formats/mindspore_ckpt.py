@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, Stored, TensorSpec, shape_of
@@ -82,18 +83,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Stored | str]:
     file = os.fspath(path)
     entries: dict[str, Stored | str] = {}
     last = None
-    try:
-        with open(file, "rb") as stream:
-            for record in _records(file, stream.fileno()):
-                entry = _entry(file, stream.fileno(), record)
-                if record.name in entries:
-                    entry = _joined(
-                        file, record, entries[record.name], entry, adjacent=record.name == last
-                    )
-                entries[record.name] = entry
-                last = record.name
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with regular_file.opened(file) as stream:
+        for record in _records(file, stream.fileno()):
+            entry = _entry(file, stream.fileno(), record)
+            if record.name in entries:
+                entry = _joined(
+                    file, record, entries[record.name], entry, adjacent=record.name == last
+                )
+            entries[record.name] = entry
+            last = record.name
     _check_complete(file, entries)
     return entries
 

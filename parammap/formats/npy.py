@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.formats.format import Format
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import ITEMSIZE, Extent, Stored, TensorSpec, shape_of
@@ -72,12 +73,10 @@ def read(path: str | os.PathLike[str]) -> Stored:
     row-major, little-endian and of plain numbers."""
     file = os.fspath(path)
     try:
-        with open(file, "rb") as stream:
+        with regular_file.opened(file) as stream:
             head = io.BytesIO(stream.read(_MAX_HEADER_NBYTES))
             sizes, fortran, dtype = _header(head)
             shape, offset, size = shape_of(sizes), head.tell(), os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
     except _DAMAGED as error:
         raise RefusedError(
             f"{file}: is no .npy file ({error}); save the array with numpy.save"

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.formats.pickle_limits import (
     CONTAINERS,
     BoundedUnpickler,
@@ -192,12 +193,9 @@ def read(path: str | os.PathLike[str]) -> Any:
     """The object in a file that is one bare pickle. Raises RefusedError as `loads` does, or if the
     file is missing."""
     file = os.fspath(path)
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            return loads(stream.read(min(size, MAX_PICKLE_NBYTES + 1)), file)
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with regular_file.opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        return loads(stream.read(min(size, MAX_PICKLE_NBYTES + 1)), file)
 
 
 #: the values that hold others

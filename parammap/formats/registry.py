@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from parammap.errors import RefusedError
-from parammap.formats import mindspore_ckpt, npy, safetensors, torch_legacy, torch_zip
+from parammap.formats import mindspore_ckpt, npy, regular_file, safetensors, torch_legacy, torch_zip
 from parammap.formats.format import Format
 
 #: of several with one ending, the last one is that of files that begin with no other's magic bytes
@@ -68,8 +68,5 @@ def of(file: Path) -> Format:
 
 
 def _head(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(max(len(one.magic) for one in _FORMATS))
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with regular_file.opened(file) as stream:
+        return stream.read(max(len(one.magic) for one in _FORMATS))

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from parammap.errors import RefusedError
+from parammap.formats import json_document, regular_file
 from parammap.formats.format import FlatFormat
 from parammap.formats.frames import FrameBuilder, Segment
-from parammap.tensors.logical import Extent, Stored, TensorSpec, count_of, shape_of
+from parammap.formats.json_schema import compiled
+from parammap.tensors.logical import Extent, Stored, TensorSpec, shape_of
 
 #: the format's dtype codes, in the order in which the library sorts tensors (the last come first in
 #: a file)
@@ -40,6 +42,24 @@ _RANK = {dtype: rank for rank, dtype in enumerate(_CODES.values())}
 _METADATA = "__metadata__"
 #: the library refuses longer headers
 _MAX_HEADER_NBYTES = 100_000_000
+_COUNTS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}}
+_IS_HEADER = compiled(
+    {
+        "type": "object",
+        "properties": {
+            _METADATA: {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+        "additionalProperties": {
+            "type": "object",
+            "required": ["dtype", "shape", "data_offsets"],
+            "properties": {
+                "dtype": {"type": "string"},
+                "shape": _COUNTS,
+                "data_offsets": {**_COUNTS, "minItems": 2, "maxItems": 2},
+            },
+        },
+    }
+)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Stored]:
@@ -112,54 +132,30 @@ def _check_names(names: Sequence[str], metadata: Mapping[str, str]) -> None:
 
 def _header(file: str) -> tuple[dict[str, Any], int, int]:
     """The JSON header, the offset of the first tensor's bytes, and the size of the file."""
-    try:
-        with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_MAX_HEADER_NBYTES, size - 8):
-                raise RefusedError(
-                    f"{file}: not a safetensors file, or truncated; copy it again from its source"
-                )
-            text = stream.read(length)
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-    return _parse(file, text), 8 + length, size
-
-
-def _parse(file: str, text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(
-            f"{file}: not a safetensors file: its header is not valid JSON ({error})"
-        ) from error
-    if not isinstance(header, dict):
-        raise RefusedError(f"{file}: not a safetensors file: its header is not a JSON object")
-    return header
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
+    with regular_file.opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER_NBYTES, size - 8):
+            raise RefusedError(
+                f"{file}: not a safetensors file, or truncated; copy it again from its source"
+            )
+        text = stream.read(length)
+    header = json_document.parse(
+        text, f"{file}: the header", _IS_HEADER, "copy the file again from its source", unique=True
+    )
+    return header, 8 + length, size
 
 
 def _stored(file: str, start: int, name: str, entry: Any) -> Stored:
-    try:
-        code, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise RefusedError(
-            f"{file}: tensor {name!r} lacks dtype, shape or offsets; the file is damaged"
-        ) from error
-    if not isinstance(code, str) or code not in _CODES:
+    if (code := entry["dtype"]) not in _CODES:
         raise RefusedError(
             f"{file}: tensor {name!r} has dtype {code!r}; only {', '.join(_CODES)} can be converted"
         )
     try:
-        shape, begin, end = shape_of(sizes), count_of(begin), count_of(end)
+        shape = shape_of(entry["shape"])
     except ValueError as error:
         raise RefusedError(f"{file}: tensor {name!r}: {error}; the file is damaged") from error
+    begin, end = entry["data_offsets"]
     stored = Stored(_CODES[code], shape, (Extent(file, start + begin, end - begin),))
     if stored.nbytes != end - begin:
         raise RefusedError(

@@ -6,6 +6,7 @@ import os
 import struct
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.tensors.logical import Stored
 
 _FORMATS = {"float64": "<d", "float32": "<f", "int64": "<q", "int32": "<i", "bool": "<?"}
@@ -22,7 +23,7 @@ def value_of(scalar: Stored | float) -> float:
             f"{extent.file}: a tensor of {list(scalar.shape)} {scalar.dtype} stands where one number "
             "belongs; the file is damaged"
         )
-    with open(extent.file, "rb") as file:
+    with regular_file.opened(extent.file) as file:
         content = os.pread(file.fileno(), extent.nbytes, extent.offset)
     value: float = struct.unpack(_FORMATS[scalar.dtype], content)[0]
     return value

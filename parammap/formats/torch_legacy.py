@@ -18,7 +18,7 @@ import struct
 from typing import Any, BinaryIO
 
 from parammap.errors import RefusedError
-from parammap.formats import pickle_writer, pickles, torch_zip
+from parammap.formats import pickle_writer, pickles, regular_file, torch_zip
 from parammap.formats.format import TreeFormat, subscripts
 from parammap.formats.frames import Frame, FrameBuilder
 from parammap.formats.pickles import Opaque
@@ -40,9 +40,9 @@ _PREFIX = "legacy"
 def is_legacy(path: str | os.PathLike[str]) -> bool:
     """Whether a file begins as such a checkpoint does; False for one that cannot be read."""
     try:
-        with open(path, "rb") as stream:
+        with regular_file.opened(path) as stream:
             return stream.read(len(_HEAD)) == _HEAD
-    except OSError:
+    except RefusedError:
         return False
 
 
@@ -58,11 +58,8 @@ def read(path: str | os.PathLike[str]) -> Any:
     Raises RefusedError if the file is missing, truncated, of another format, big-endian, or holds a
     tensor that is neither contiguous nor a strided matrix."""
     file = os.fspath(path)
-    try:
-        with open(file, "rb") as stream:
-            return _read(file, stream)
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with regular_file.opened(file) as stream:
+        return _read(file, stream)
 
 
 def _read(file: str, stream: BinaryIO) -> Any:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.formats.crc32 import crc32
 from parammap.formats.frames import FrameBuilder, Segment
 from parammap.tensors.logical import Extent, TensorSpec
@@ -74,16 +75,13 @@ def read(path: str | os.PathLike[str], within: Extent | None = None) -> dict[str
     the file is missing, truncated, not a zip, a record is compressed, encrypted or doubled, or its
     two headers differ."""
     file = os.fspath(path)
-    try:
-        with open(file, "rb") as stream:
-            fd = stream.fileno()
-            stat = os.fstat(fd)
-            if (opened := _opened.get()) is not None:
-                opened.setdefault(file, stat)
-            window = _Window(fd, within or Extent(file, 0, stat.st_size))
-            return _records(window, _directory(window))
-    except OSError as error:
-        raise RefusedError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+    with regular_file.opened(file) as stream:
+        fd = stream.fileno()
+        stat = os.fstat(fd)
+        if (opened := _opened.get()) is not None:
+            opened.setdefault(file, stat)
+        window = _Window(fd, within or Extent(file, 0, stat.st_size))
+        return _records(window, _directory(window))
 
 
 @contextmanager
@@ -162,7 +160,7 @@ class _Window(io.RawIOBase):
 def read_record(record: StoredRecord) -> bytes:
     """The whole content of one (small) record. Raises RefusedError if it does not fit its
     checksum."""
-    with open(record.file, "rb") as stream:
+    with regular_file.opened(record.file) as stream:
         content = os.pread(stream.fileno(), record.nbytes, record.offset)
     if record.crc32 not in (None, crc32(content)):
         raise RefusedError(record.damage)

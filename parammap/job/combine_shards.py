@@ -18,6 +18,7 @@ from parammap.frameworks.mindspore.formats import FORMATS
 from parammap.job.fingerprint import fingerprint
 from parammap.job.resume import intact
 from parammap.job.staging import Staging
+from parammap.job.target import check_writable
 from parammap.plan.plan import FileTask, Plan, Wanted, WantedFile
 from parammap.plan.planner import Planner
 from parammap.tensors.layout import Layout
@@ -155,37 +156,33 @@ def _execute(
 ) -> None:
     """Write all files into a staging folder inside the output folder, then move them to their
     places."""
-    staging = Staging(
-        request.output_dir
-        / "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"]),
-        fingerprint(Plan(tasks)),
-        overwrite=False,
-    )
-    try:
-        done = intact(staging.open(), staging.out, request.workers)
-    except OSError as error:
-        raise RefusedError(
-            f"{request.output_dir}: cannot be written to ({error.strerror}); choose another folder"
-        ) from error
-    left = [task for task in tasks if task.path not in done]
-    needed, free = sum(task.nbytes for task in left), shutil.disk_usage(request.output_dir).free
+    name = "_".join([tasks[0].path.split("/")[0], f"{len(tasks)}{sharded.MERGED}"])
+    check_writable(request.output_dir / name)
+    with Staging(request.output_dir / name, overwrite=False) as staging:
+        done = intact(staging.open(fingerprint(Plan(tasks))), staging.out, request.workers)
+        left = [task for task in tasks if task.path not in done]
+        _check_space(request.output_dir, sum(task.nbytes for task in left), staging)
+        progress = Progress(
+            sum(task.streamed for task in tasks),
+            sum(task.streamed for task in tasks if task.path in done),
+        )
+        for outcome in run_tasks(left, staging.out, min(request.workers, len(left)) or 1, progress):
+            staging.journal.record(outcome)
+            progress.show()
+        progress.show(last=True)
+        staging.link(links)
+        _move(staging.out, request.output_dir, outputs)
+        staging.discard()
+
+
+def _check_space(folder: Path, needed: int, staging: Staging) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         staging.discard()
         raise RefusedError(
-            f"{request.output_dir}: has {free / 1e9:.2f} GB free and the output needs "
-            f"{needed / 1e9:.2f} GB more; make room or choose another place"
+            f"{folder}: has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB "
+            "more; make room or choose another place"
         )
-    progress = Progress(
-        sum(task.streamed for task in tasks),
-        sum(task.streamed for task in tasks if task.path in done),
-    )
-    for outcome in run_tasks(left, staging.out, min(request.workers, len(left)) or 1, progress):
-        staging.record(outcome)
-        progress.show()
-    progress.show(last=True)
-    staging.link(links)
-    _move(staging.out, request.output_dir, outputs)
-    staging.discard()
 
 
 def _move(staged: Path, folder: Path, outputs: list[str]) -> None:

@@ -29,7 +29,8 @@ from parammap.job.partial_run import PartialRun, partial_run_of
 from parammap.job.request import Report, Request
 from parammap.job.resume import intact
 from parammap.job.source_files import SourceFiles
-from parammap.job.staging import Staging, check_target, published
+from parammap.job.staging import Staging
+from parammap.job.target import check_target, published
 from parammap.plan.plan import FileTask, Output, Plan
 from parammap.plan.planner import OWN, Planner
 from parammap.tensors.arrangement import PADDING
@@ -44,6 +45,13 @@ _WORKER_BYTES = 12 << 20
 def convert(request: Request) -> Report:
     """Run the conversion. Raises RefusedError (nothing written) or TaskError (nothing
     published)."""
+    with Staging(request.target, request.overwrite) as staging:
+        if not request.dry_run:
+            staging.recover()
+        return _convert(request, staging)
+
+
+def _convert(request: Request, staging: Staging) -> Report:
     with (
         gc_paused(),
         allowed.keeping(request.keep_foreign_objects),
@@ -67,20 +75,20 @@ def convert(request: Request) -> Report:
     this = fingerprint(plan, _shaping(planned, request))
     done = None if request.overwrite else published(request.target, this)
     if done:
+        left = staging.discard() if staging.folder.is_dir() else []
         return Report(
             _status_before(done, request),
-            [f"{request.target}: holds the result of this very conversion already"],
+            [f"{request.target}: holds the result of this very conversion already", *left],
             planned.converted,
         )
     check_target(
         request.target,
         request.overwrite or part.before is not None,
         [request.source, *([request.sidecar] if request.sidecar else [])],
+        apart=not request.beside_source,
     )
-    request.target.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    staging = Staging(request.target, this, request.overwrite)
-    outcomes = _execute(plan, staging, request)
+    outcomes = _execute(plan, staging, this, request)
     findings = Findings(source.index, outcomes, part.before)
     try:
         checked = [
@@ -127,13 +135,14 @@ def convert(request: Request) -> Report:
         scalars=tuple(_scalars(plan)),
         notes=planned.notes,
     )
-    staging.publish(manifest)
+    left = staging.publish(manifest)
     lines = [
         *target.notes,
         *findings.lines(request),
         *checked,
         *_replicas(plan),
         *_summary(plan, request, dropped, started),
+        *left,
     ]
     return Report(status, lines, planned.converted)
 
@@ -236,8 +245,8 @@ def _dropped(source: Checkpoint, plan: Plan, planned: Output, request: Request) 
     return source.dropped + plan.unused + left_behind
 
 
-def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:
-    done = intact(staging.open(), staging.out, request.workers)
+def _execute(plan: Plan, staging: Staging, this: str, request: Request) -> list[Outcome]:
+    done = intact(staging.open(this), staging.out, request.workers)
     try:
         left = [task for task in plan.tasks if task.path not in done]
         _check_space(plan, sum(task.nbytes for task in left), staging)
@@ -252,7 +261,7 @@ def _execute(plan: Plan, staging: Staging, request: Request) -> list[Outcome]:
             staging.discard()
         raise
     for outcome in outcomes:
-        staging.record(outcome)
+        staging.journal.record(outcome)
         done[outcome.path] = outcome
         progress.show()
     progress.show(last=True)

@@ -18,7 +18,8 @@ class Request:
     """What the user asked for. `sizes` are the layout wanted of the output, `source_sizes` what the
     user says of the source's, where named, and likewise `stage_layers` and `source_stage_layers`.
     `only_tp` and `only_pp` name the output's ranks to write (empty: all); `options` are those of
-    the target framework (None: its defaults). `quiet`: no progress is shown.
+    the target framework (None: its defaults). `beside_source`: the output may lie in the source's
+    folder, whose files are known by their names. `quiet`: no progress is shown.
 
     Raises RefusedError for a size or number of workers below 1, and for what is no choice."""
 
@@ -47,6 +48,7 @@ class Request:
     accept_stale: bool = False
     accept_permuted: bool = False
     overwrite: bool = False
+    beside_source: bool = False
     dry_run: bool = False
     verbose: bool = False
     quiet: bool = False

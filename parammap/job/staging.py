@@ -1,196 +1,234 @@
 """The output folder: staged beside its place, journalled so that a killed run goes on, published
-whole by one rename."""
+whole.
+
+Beside the target NAME, on its file system, lies `.NAME.parammap/`:
+
+    lock      locked while a run works here; says which process that is
+    journal   the fingerprint of the conversion, and a line for each file of `out` that is durable
+    out/      the files written so far; becomes the target
+    old/      what --overwrite replaces: whole, since it comes and goes by one rename
+    trash/    what is being removed: never renamed back
+
+A run goes from each of these states to the next by one rename, and may end in any of them. The next
+run begins with `recover`, which looks at what lies there and at nothing else:
+
+    target   old      out       a run ended                        recover
+    ------   ------   -------   --------------------------------   ------------------------------
+    before   -        partial   while it copied                    -  (the journal says what counts)
+    before   -        whole     before target -> old               -
+    -        before   whole     before out -> target               renames old -> target
+    after    before   -         before old -> trash                renames old -> trash, removes it
+    after    -        -         while it removed the rest          removes trash
+
+So the target is missing only between two renames, and what comes back is whole."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Self
 
-from parammap.checkpoint.manifest import Manifest, read_whole
-from parammap.errors import RefusedError
-from parammap.execute.checks import Misfit, NonFinite, Overflown, Unequal
-from parammap.execute.durable import sync
-from parammap.execute.source_checksums import Run
+from parammap.checkpoint.manifest import MANIFEST, Manifest
+from parammap.errors import RefusedError, TaskError, naming, said
+from parammap.execute.durable import sync, write
 from parammap.execute.writer import Outcome
-from parammap.tensors.logical import LogicalTensor
+from parammap.job.journal import Journal
 
-#: what an outcome says of elements, beside misfits
-_FOUND = {"unequal": Unequal, "non_finite": NonFinite, "overflown": Overflown}
+#: how long the lock of a run that was killed may still be held, by workers that are about to end
+GRACE_SECONDS = 2.0
+#: what link(2) says where the file system has no hard links, or no more of this file
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class Staging:
-    """`.NAME.parammap/` beside the target NAME: `out/` becomes the target, `journal` lists the
-    files done so far."""
+    """A context: where it ends, the lock is free again, and an error of the system is one line,
+    RefusedError before any file of the output was begun and TaskError after."""
 
-    def __init__(self, target: Path, fingerprint: str, overwrite: bool) -> None:
-        self.target, self.fingerprint, self.overwrite = target, fingerprint, overwrite
+    def __init__(self, target: Path, overwrite: bool) -> None:
+        self.target, self.overwrite = target, overwrite
         self.folder = target.parent / f".{target.name}.parammap"
-        self.out, self.old = self.folder / "out", self.folder / "old"
-        self.journal = self.folder / "journal"
-        self._lock: TextIO | None = None
+        self.out, self.old, self.trash, self.lock = (
+            self.folder / name for name in ("out", "old", "trash", "lock")
+        )
+        self.journal = Journal(self.folder / "journal")
+        self.has_begun = False
+        self._locked: int | None = None
 
-    def open(self) -> dict[str, Outcome]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            if self.has_begun:
+                raise TaskError(said(error, self.folder)) from error
+            raise RefusedError(f"{said(error, self.folder)}; nothing was written") from error
+
+    def recover(self) -> None:
+        """Put in order what a run that was killed left. Raises RefusedError if another run is at
+        work here, or if somebody else has put something in the place of what is to come back."""
+        if not self.folder.is_dir():
+            return
+        self._acquire()
+        _remove(self.trash)
+        if not self.old.is_dir():
+            return
+        if not self.out.is_dir() and self.target.is_dir():
+            os.rename(self.old, self.trash)
+            _remove(self.trash)
+        elif has_content(self.target):
+            raise RefusedError(
+                f"{self.target}: has content, and {self.old} is what was there before an earlier "
+                "run; move one of them away"
+            )
+        else:
+            os.rename(self.old, self.target)
+
+    def open(self, fingerprint: str) -> dict[str, Outcome]:
         """Lock the staging folder and return what an earlier, killed run of the same conversion
         finished."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the process ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RefusedError(
-                f"{self.target}: another conversion into it is running; wait for it to end"
-            ) from None
-        if self.old.exists() and not self.target.exists():
-            os.rename(self.old, self.target)
-        done = self._resumable()
+        self._acquire()
+        done = {
+            path: outcome
+            for path, outcome in self.journal.outcomes(fingerprint).items()
+            if (self.out / path).is_file() and (self.out / path).stat().st_size == outcome.nbytes
+        }
         if not done:
-            shutil.rmtree(self.out, ignore_errors=True)
-            self.out.mkdir()
-            self.journal.write_text(json.dumps({"fingerprint": self.fingerprint}) + "\n")
+            try:
+                _remove(self.out)
+                self.out.mkdir()
+                self.journal.begin(fingerprint)
+            except OSError:
+                self.discard()
+                raise
+        self.has_begun = True
         return done
 
-    def _resumable(self) -> dict[str, Outcome]:
-        if not self.journal.is_file() or not self.out.is_dir():
-            return {}
-        try:
-            lines = self.journal.read_text().splitlines(keepends=True)
-            first, *whole = (json.loads(line) for line in lines if line.endswith("\n"))
-            if first["fingerprint"] != self.fingerprint:
-                return {}
-            outcomes = {outcome.path: outcome for outcome in map(_outcome, whole)}
-        except (ValueError, KeyError, TypeError):
-            return {}  # damaged, or not begun: every file is written again
-        return {
-            path: o
-            for path, o in outcomes.items()
-            if (self.out / path).is_file() and (self.out / path).stat().st_size == o.nbytes
-        }
-
-    def record(self, outcome: Outcome) -> None:
-        """Note a file that is durable. The note itself need not be: without it the file is written
-        again."""
-        with open(self.journal, "a") as journal:
-            journal.write(json.dumps(_entry(outcome)) + "\n")
+    def _acquire(self) -> None:
+        """Lock the folder; a lock that no process holds is taken over."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._locked is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # removed by the run that ends there
+                self._locked = _locked(self.lock)
+            if self._locked is None:
+                if time.monotonic() > deadline:
+                    holder = self.lock.read_text(errors="replace")[:200] or "unknown"
+                    raise RefusedError(
+                        f"{self.target}: another conversion into it is running ({holder}); wait "
+                        "for it to end"
+                    )
+                time.sleep(0.05)
 
     def link(self, links: Iterable[tuple[str, str]]) -> str:
         """Make `link` a second name of `existing`, or a copy where the file system has no hard
         links; says which."""
         how = "none"
         for link, existing in links:
-            path = self.out / link
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            try:
-                os.link(self.out / existing, path)
-                how = "hard links"
-            except OSError:
-                shutil.copyfile(self.out / existing, path)
-                how = "copies"
+            (self.out / link).unlink(missing_ok=True)
+            how = _link(self.out / existing, self.out / link)
         return how
 
     def adopt(self, paths: Iterable[str]) -> None:
         """Give files that the target holds a place in the new one as well; publishing then replaces
         the target."""
         for path in paths:
-            (self.out / path).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(self.target / path, self.out / path)
-            except OSError:
-                shutil.copyfile(self.target / path, self.out / path)
+            (self.out / path).unlink(missing_ok=True)
+            _link(self.target / path, self.out / path)
             self.overwrite = True
 
-    def publish(self, manifest: Manifest) -> None:
-        """Write the manifest, make everything durable, and rename the whole into place."""
-        manifest.write(self.out)
+    def publish(self, manifest: Manifest) -> list[str]:
+        """Write the manifest, make everything durable, and rename the whole into place; says what
+        is left to be removed."""
+        with naming(self.out / MANIFEST):
+            manifest.write(self.out)
         for folder, _, _ in os.walk(self.out):
-            sync(Path(folder))
-        if self.target.exists():
-            if self.overwrite and any(self.target.iterdir()):
+            sync(folder)
+        with ExitStack() as undo:
+            if self.overwrite and has_content(self.target):
                 os.rename(self.target, self.old)
-            else:
-                self.target.rmdir()
-        os.rename(self.out, self.target)
-        sync(self.target.parent)
-        self.discard()
+                undo.callback(os.rename, self.old, self.target)
+            os.rename(self.out, self.target)
+            undo.callback(os.rename, self.target, self.out)
+            sync(self.target.parent)
+            undo.pop_all()
+        return self.discard()
 
-    def discard(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
-    """Refuse a target that is a file, that holds an input, or that has content that may not be
-    replaced."""
-    for path in inputs:
-        if target.resolve() in (path.resolve(), *path.resolve().parents):
-            raise RefusedError(
-                f"{target}: holds {path}, which is read; choose another folder for the output"
-            )
-    if target.exists() and not target.is_dir():
-        raise RefusedError(f"{target}: is a file; name a folder for the output")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise RefusedError(
-            f"{target}: is not empty; choose another folder, or replace it with --overwrite"
-        )
+    def discard(self) -> list[str]:
+        """Remove the folder and all that lies in it, the lock last; says if something is left."""
+        try:
+            if self.old.is_dir():
+                os.rename(self.old, self.trash)
+            for entry in os.scandir(self.folder):
+                if entry.name != self.lock.name:
+                    _remove(Path(entry.path))
+            self.lock.unlink(missing_ok=True)
+            self.folder.rmdir()
+        except OSError as error:
+            return [f"{self.folder}: cannot be removed ({error.strerror}); remove it yourself"]
+        return []
 
 
-def published(target: Path, fingerprint: str) -> Manifest | None:
-    """The manifest of an output that this very conversion, or this part of one, has published
-    before. Raises RefusedError for one that is damaged."""
-    manifest = read_whole(target)
-    return manifest if manifest and fingerprint in manifest.fingerprints else None
+def has_content(folder: Path) -> bool:
+    """Whether something lies in a folder, if it is there."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
-def _entry(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "path": outcome.path,
-        "bytes": outcome.nbytes,
-        "crc32": outcome.crc32,
-        "runs": outcome.runs,
-        "digests": [
-            [*_key(tensor), replica, digest, count]
-            for (tensor, replica), (digest, count) in outcome.digests.items()
-        ],
-        "misfits": [
-            [*_key(tensor), m.count, m.positions, m.window.hex(), m.sums]
-            for tensor, m in outcome.misfits.items()
-        ],
-        **{
-            name: [
-                [*_key(tensor), one.count, one.positions]
-                for tensor, one in getattr(outcome, name).items()
-            ]
-            for name in _FOUND
-        },
-    }
+def _locked(path: Path) -> int | None:
+    """A descriptor of the file at `path`, made and locked; None if another process has locked it,
+    or removed it meanwhile."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with naming(path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                write(
+                    descriptor,
+                    f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode(),
+                )
+                return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
-def _key(tensor: LogicalTensor) -> list[Any]:
-    return [tensor.state, tensor.name, tensor.dtype, list(tensor.shape)]
+def _link(existing: Path, link: Path) -> str:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(existing, link)
+        return "hard links"
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    shutil.copyfile(existing, link)
+    sync(link)
+    return "copies"
 
 
-def _tensor(key: list[Any]) -> LogicalTensor:
-    state, name, dtype, shape = key
-    return LogicalTensor(state, name, dtype, tuple(shape))
-
-
-def _outcome(entry: dict[str, Any]) -> Outcome:
-    outcome = Outcome(entry["path"], entry["bytes"], entry["crc32"])
-    outcome.runs = {file: [Run(*run) for run in runs] for file, runs in entry["runs"].items()}
-    for *key, replica, digest, count in entry["digests"]:
-        outcome.digests[_tensor(key), replica] = digest, count
-    for *key, count, positions, window, sums in entry["misfits"]:
-        tensor = _tensor(key)
-        outcome.misfits[tensor] = Misfit(
-            tensor, count, [tuple(p) for p in positions], bytes.fromhex(window), tuple(sums)
-        )
-    for name, kind in _FOUND.items():
-        for *key, count, positions in entry[name]:
-            getattr(outcome, name)[_tensor(key)] = kind(
-                _tensor(key), count, [tuple(p) for p in positions]
-            )
-    return outcome
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that lies in it, if it is there."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # of what lies in a folder, rmtree names the last part only
+        raise

@@ -35,7 +35,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class StoredRun:
     """Consecutive elements on disk that follow each other in the logical tensor as well, row by row
     of `region`.
 
@@ -59,7 +59,7 @@ class Answer:
 
     file: str
     offset: int
-    runs: list[Run]
+    runs: list[StoredRun]
     key: str | None
     element: int | None
     what: str
@@ -67,7 +67,7 @@ class Answer:
 
 def locate(
     checkpoint: Checkpoint, query: str, place: dict[str, int] | None = None
-) -> Iterator[Run]:
+) -> Iterator[StoredRun]:
     """The runs of bytes that hold `NAME[index, …]`, of every rank that keeps a copy, in the order
     of the ranks.
 
@@ -178,14 +178,14 @@ def _flat_runs(ranges: Ranges, shape: tuple[int, ...]) -> Iterator[tuple[int, in
         yield start, start + (high - low) * inner
 
 
-def _runs_of_atom(held: StoredTensor, tensor: LogicalTensor, ranges: Ranges) -> Iterator[Run]:
+def _runs_of_atom(held: StoredTensor, tensor: LogicalTensor, ranges: Ranges) -> Iterator[StoredRun]:
     row, stop = ranges[0] if ranges else (0, 1)
     shards = list(held.shards(0, tensor))
     for low, high in _flat_runs(ranges[1:], tensor.shape[1:]):
         yield from _runs_in(held, shards, Region((row, low), (stop - row, high - low)))
 
 
-def _runs_of_stored(held: StoredTensor, ranges: Ranges) -> Iterator[Run]:
+def _runs_of_stored(held: StoredTensor, ranges: Ranges) -> Iterator[StoredRun]:
     shape, shards = held.found.stored.shape, list(held.shards(0))
     parts = transposed(held.parts, shape[::-1]) if is_transposed(held.row, shape) else held.parts
     for start, stop in _flat_runs(ranges, shape):
@@ -201,7 +201,7 @@ def _runs_of_stored(held: StoredTensor, ranges: Ranges) -> Iterator[Run]:
             )
 
 
-def _runs_in(held: StoredTensor, shards: list[Shard], region: Region) -> Iterator[Run]:
+def _runs_in(held: StoredTensor, shards: list[Shard], region: Region) -> Iterator[StoredRun]:
     """The runs on disk that hold a region of the shards' tensor."""
     for shard in shards:
         if part := shard.region.intersect(region):
@@ -210,12 +210,12 @@ def _runs_in(held: StoredTensor, shards: list[Shard], region: Region) -> Iterato
                 yield from (_run(held, one.cut(box)) for box in one.view.runs())
 
 
-def _run(held: StoredTensor, shard: Shard) -> Run:
+def _run(held: StoredTensor, shard: Shard) -> StoredRun:
     view = shard.view
     if shard.tensor is None:
         raise ValueError("a gap holds no element of a tensor")
     key, element, _ = _entry_at(view.file, view.offset) or ("", 0, None)
-    return Run(
+    return StoredRun(
         shard.tensor,
         shard.region,
         held.found.place,
@@ -312,7 +312,7 @@ def identify(checkpoint: Checkpoint, file: Path, offset: int) -> Answer:
     )
 
 
-def _run_at(held: StoredTensor, shard: Shard, offset: int) -> Run | None:
+def _run_at(held: StoredTensor, shard: Shard, offset: int) -> StoredRun | None:
     """The element of a shard that lies at a byte; None if there is none."""
     index = shard.view.index_at(offset)
     return _run(held, shard.cut(Region(index, (1,) * len(index)))) if index else None

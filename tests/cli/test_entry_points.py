@@ -1,6 +1,7 @@
 """convert_pt2ckpt.py, flag by flag, as users of MindSpeed-Core-MS's tool call it; and the flags of
 `parammap convert`."""
 
+import errno
 import json
 import os
 import subprocess
@@ -147,7 +148,9 @@ def test_every_rank_gets_its_file(can_link, tmp_path, monkeypatch):
     """dp 2 · cp 2 on tp 2 · pp 2: 16 ranks; the data- and context-parallel ones share the file of
     the first."""
     if not can_link:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        monkeypatch.setattr(
+            os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
+        )
     assert old(tmp_path / "out", "--dp-size", "2", "--cp-size", "2", "--generate-all-dp-cp") == 0
     files = [tmp_path / f"out/rank_{number}/network.ckpt" for number in range(16)]
     assert len(list((tmp_path / "out").glob("rank_*"))) == 16

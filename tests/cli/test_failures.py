@@ -329,7 +329,9 @@ def test_a_changed_source_is_not_resumed(source):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (670_000, 670_000)),
     )
     assert run.returncode == 3 and len((staging / "journal").read_text().splitlines()) > 1
-    done = [json.loads(line)["path"] for line in (staging / "journal").read_text().splitlines()[1:]]
+    done = [
+        json.loads(line[9:])["path"] for line in (staging / "journal").read_text().splitlines()[1:]
+    ]
     assert "rank_2/network.ckpt" in done
     change_a_moment(rank(source, "mp_rank_00_001") / "distrib_optim.pt")
     assert convert(source, out) == 0

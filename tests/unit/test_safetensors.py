@@ -162,19 +162,23 @@ def _entry(begin: int, end: int, shape=(1,), dtype="U8") -> dict:
             struct.pack("<Q", 2**63) + b"{}", "not a safetensors file", id="header length"
         ),
         pytest.param(_raw(b"{"), "not valid JSON", id="cut JSON"),
-        pytest.param(_raw(b"[1]"), "not a JSON object", id="list"),
+        pytest.param(_raw(b"[1]"), "an array and not object", id="list"),
         pytest.param(_raw(b"[" * 100000), "not valid JSON", id="deep JSON"),
         pytest.param(_raw(b"\xff{}"), "not valid JSON", id="encoding"),
         pytest.param(_raw(b'{"a":1,"a":1}'), "occurs twice", id="key twice"),
-        pytest.param(_raw({"a": {"dtype": "U8"}}), "lacks dtype", id="no shape"),
-        pytest.param(_raw({"a": 3}), "lacks dtype", id="no entry"),
+        pytest.param(_raw({"a": {"dtype": "U8"}}), "lacks shape", id="no shape"),
+        pytest.param(_raw({"a": 3}), "3 and not object", id="no entry"),
         pytest.param(_raw({"a": _entry(0, 1, dtype="F8_E4M3")}, b"x"), "'F8_E4M3'", id="dtype"),
         pytest.param(
-            _raw({"a": _entry(0, 1, dtype=[])}, b"x"), "dtype []", id="dtype that is a list"
+            _raw({"a": _entry(0, 1, dtype=[])}, b"x"),
+            "dtype is an array",
+            id="dtype that is a list",
         ),
         pytest.param(_raw({"a": _entry(0, 1, (2,))}, b"x"), "needs 2", id="size"),
-        pytest.param(_raw({"a": _entry(0, 1, (-1, -1))}, b"x"), "not a count", id="negative"),
-        pytest.param(_raw({"a": _entry(0, 1, (True,))}, b"x"), "not a count", id="boolean"),
+        pytest.param(_raw({"a": _entry(0, 1, (-1, -1))}, b"x"), "-1 and not from 0", id="negative"),
+        pytest.param(
+            _raw({"a": _entry(0, 1, (True,))}, b"x"), "True and not integer", id="boolean"
+        ),
         pytest.param(_raw({"a": _entry(0, 1), "b": _entry(0, 1)}, b"x"), "overlaps", id="overlap"),
         pytest.param(_raw({"a": _entry(1, 2)}, b"xy"), "gap", id="gap"),
         pytest.param(_raw({"a": _entry(0, 1)}, b""), "truncated", id="cut data"),

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from parammap.checkpoint import trackers
 from parammap.errors import RefusedError
+from parammap.tensors import grid
 
 LATEST, LATEST_UNIVERSAL, ZERO, STATE_FILE = (
     "latest",
@@ -119,7 +121,7 @@ def _folder(source: Path, iteration: int | None) -> Path:
         )
         if tracker is None:
             raise RefusedError(f"{source}: has no {LATEST}; choose a step with --iteration")
-        folder = source / tracker.read_text().strip()
+        folder = source / trackers.read(tracker)
     if not folder.is_dir():
         raise RefusedError(f"{folder}: no such folder; choose another step with --iteration")
     return folder
@@ -131,7 +133,7 @@ def _check(files: DeepSpeedFiles) -> None:
     _check_grid(
         files.folder,
         "mp_rank_{:02d}_model_states.pt",
-        ((m,) for m in files.models),
+        {(m,) for m in files.models},
         [range(_end(files.models))],
     )
     if len(files.models) % tp:
@@ -163,19 +165,15 @@ def _end(numbers: Iterable[int]) -> int:
 
 
 def _check_grid(
-    folder: Path, name: str, there: Iterable[tuple[int, ...]], dims: list[Iterable[int]]
+    folder: Path, name: str, there: Collection[grid.Cell], sides: Sequence[Sequence[int]]
 ) -> None:
-    keys: set[tuple[int, ...]] = {()}
-    for dim in dims:
-        keys = {(*key, number) for key in keys for number in dim}
-    there = set(there)
-    if missing := sorted(keys - there):
+    if missing := grid.missing(there, sides):
+        count, first = missing
         raise RefusedError(
-            f"{folder}: {len(missing)} files are missing, the first is {name.format(*missing[0])}; "
-            f"copy the "
+            f"{folder}: {count} files are missing, the first is {name.format(*first)}; copy the "
             "whole checkpoint"
         )
-    if extra := sorted(there - keys):
+    if extra := grid.extra(there, sides):
         raise RefusedError(
-            f"{folder}: {name.format(*extra[0])} is of a rank that has no model; leave it out"
+            f"{folder}: {name.format(*extra)} is of a rank that has no model; leave it out"
         )

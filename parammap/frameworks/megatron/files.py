@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parammap.checkpoint import extra_states
+from parammap.checkpoint import extra_states, trackers
 from parammap.checkpoint.checkpoint import Coordinates
 from parammap.checkpoint.index import TensorEntry
 from parammap.checkpoint.sidecar import Sidecar
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip, tree_schema
 from parammap.frameworks.megatron import saved
@@ -32,8 +33,6 @@ MODEL_FILE, OPTIMIZER_FILE, TRACKER = (
     "latest_checkpointed_iteration.txt",
 )
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?$")
-#: the folder of a checkpoint without an iteration, and what the tracker then says
-RELEASE = "release"
 _ITERATION_FOLDER = re.compile(rf"iter_(\d{{7}})$|{RELEASE}$")
 
 
@@ -118,12 +117,7 @@ def _tracked(source: Path) -> str:
             f"{source}: not a Megatron-LM checkpoint: it has neither {TRACKER} nor mp_rank_* "
             f"folders"
         )
-    text = tracker.read_text().strip()
-    if text != RELEASE and not text.isdigit():
-        raise RefusedError(
-            f"{tracker}: holds {text[:20]!r} and not an iteration; choose one with --iteration"
-        )
-    return text if text == RELEASE else f"iter_{int(text):07d}"
+    return trackers.iteration_folder(tracker)
 
 
 def read_ranks(folder: Path, sidecar: Sidecar | None) -> list[MegatronRank]:

@@ -12,6 +12,7 @@ from parammap.checkpoint import sidecar as sidecars
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, TensorEntry, in_state
 from parammap.checkpoint.sidecar import Sidecar
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
 from parammap.frameworks.framework import EVERYTHING, ReadOptions
 from parammap.frameworks.megatron import before_core
@@ -26,12 +27,12 @@ from parammap.frameworks.megatron.facts import (
 from parammap.frameworks.megatron.files import (
     MODEL_FILE,
     OPTIMIZER_FILE,
-    RELEASE,
     MegatronRank,
     find_iteration,
     read_ranks,
 )
 from parammap.frameworks.megatron.training_state import training_states
+from parammap.tensors import grid
 from parammap.tensors.layout import Layout, Place
 from parammap.tensors.logical import MAIN_PARAM
 from parammap.tensors.names import shorten_names
@@ -189,13 +190,14 @@ def _check_grid(folder: Path, ranks: list[MegatronRank], layout: Layout) -> None
             f"{folder}: expert tensor parallel {layout.etp} differs from tp {layout.tp}; "
             "such checkpoints cannot be converted yet"
         )
-    expected = {
-        Place(t, p, e) for t in range(layout.tp) for p in range(layout.pp) for e in range(layout.ep)
-    }
-    there = {rank.place for rank in ranks}
-    if expected != there:
-        missing, extra = sorted(expected - there), sorted(there - expected)
-        what = f"rank {missing[0]} is missing" if missing else f"rank {extra[0]} should not exist"
+    sides = range(layout.tp), range(layout.pp), range(layout.ep)
+    there = {rank.coordinates for rank in ranks}
+    what = ""
+    if missing := grid.missing(there, sides):
+        what = f"rank {Place(*missing[1])} is missing"
+    elif extra := grid.extra(there, sides):
+        what = f"rank {Place(*extra)} should not exist"
+    if what:
         raise RefusedError(
             f"{folder}: {what} in a checkpoint of {layout}; copy the whole checkpoint"
         )

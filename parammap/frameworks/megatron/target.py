@@ -17,13 +17,14 @@ from parammap.checkpoint.checkpoint import Checkpoint, Coordinates
 from parammap.checkpoint.cuts import UNRECORDED
 from parammap.checkpoint.index import NameResolver, StoredTensor, TensorEntry
 from parammap.checkpoint.sidecar import Bucket, Buffer, Sidecar, Slot
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
 from parammap.formats import torch_zip
 from parammap.formats.frames import Literal
 from parammap.formats.pickles import Global
 from parammap.frameworks.megatron import before_core, registration
 from parammap.frameworks.megatron.facts import Facts, grad_dtype
-from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, RELEASE, TRACKER
+from parammap.frameworks.megatron.files import MODEL_FILE, OPTIMIZER_FILE, TRACKER
 from parammap.frameworks.megatron.specification import Options, check_specification
 from parammap.frameworks.megatron.structure import megatron_naming, rank_folder, structures_of
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects, gap

@@ -21,6 +21,7 @@ from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import Index, NameResolver, StoredTensor, in_state
 from parammap.checkpoint.sidecar import Sidecar
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip, tree_schema
 from parammap.formats.torch_dist import Contents
@@ -75,7 +76,7 @@ def read(source: Path, options: ReadOptions = EVERYTHING) -> Checkpoint:
     contents = torch_dist.read(folder)
     common = _common(contents)
     weights_only = options.weights_only or (
-        folder.name == megatron.RELEASE
+        folder.name == RELEASE
         and not common.get("optimizer")
         and not any(map(_OPTIMIZER.match, contents.tensors))
     )

@@ -17,6 +17,7 @@ from parammap import families
 from parammap.checkpoint import extra_states
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.checkpoint.index import StoredTensor, TensorEntry, in_state
+from parammap.checkpoint.trackers import RELEASE
 from parammap.checkpoint.training_state import TrainingState
 from parammap.errors import RefusedError
 from parammap.formats import torch_dist, torch_zip
@@ -24,7 +25,7 @@ from parammap.formats.frames import Literal
 from parammap.formats.torch_dist import Chunk, Chunked, DistcpFile
 from parammap.frameworks.megatron import specification
 from parammap.frameworks.megatron.facts import Facts, args_of
-from parammap.frameworks.megatron.files import RELEASE, TRACKER
+from parammap.frameworks.megatron.files import TRACKER
 from parammap.frameworks.megatron.reshard.rank_metadata import regrouped
 from parammap.frameworks.megatron.specification import LOCAL, Specification, check_recorded
 from parammap.frameworks.megatron.structure import leaves

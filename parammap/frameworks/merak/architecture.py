@@ -7,7 +7,6 @@ Megatron-LM's arguments."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
 from parammap.families import GPT2, WORD_EMBEDDING, Architecture
+from parammap.formats import json_document
 from parammap.frameworks.megatron.facts import Facts, args_of
 from parammap.tensors.logical import MAIN_PARAM
 
@@ -47,13 +47,10 @@ def find_config(folder: Path, given: Path | None = None) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A GPT-2's config.json."""
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedError(
-            f"{path}: cannot be read ({error}); name a config.json of GPT-2"
-        ) from error
-    if not isinstance(config, dict) or config.get("model_type", GPT2) != GPT2:
+    config: dict[str, Any] = json_document.read(
+        path, json_document.check_of("config"), "name a config.json of GPT-2"
+    )
+    if config.get("model_type", GPT2) != GPT2:
         raise RefusedError(
             f"{path}: is no configuration of GPT-2, the one model that is read of Merak"
         )

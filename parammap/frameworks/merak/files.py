@@ -19,10 +19,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from parammap.checkpoint import trackers
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
+from parammap.tensors import grid
 from parammap.tensors.layout import Place
 
-TRACKER, RELEASE, BEST = "latest_checkpointed_iteration.txt", "release", "best_model"
+TRACKER, BEST = "latest_checkpointed_iteration.txt", "best_model"
 WHOLE_FILE, PART_FILE = "model_optim.pt", "partial_model_optim.pt"
 _RANK = re.compile(r"mp_rank_(\d+)(?:_pp_rank_(\d+))?")
 _ZERO = re.compile(r"zero_dp_rank_(\d+)(?:_mp_rank_(\d+))?(?:_pp_rank_(\d+))?_opt_states\.pt")
@@ -119,12 +122,7 @@ def _tracked(root: Path) -> str:
         raise RefusedError(
             f"{tracker}: missing; choose an iteration with --iteration, or name its folder"
         )
-    text = tracker.read_text().strip()
-    if text != RELEASE and not text.isdigit():
-        raise RefusedError(
-            f"{tracker}: holds {text[:20]!r} and not an iteration; choose one with --iteration"
-        )
-    return text if text == RELEASE else f"iter_{int(text):07d}"
+    return trackers.iteration_folder(tracker)
 
 
 def _models(folder: Path) -> dict[Place, Path]:
@@ -177,9 +175,10 @@ def _optimizers(folder: Path, models: dict[Place, Path]) -> dict[Place, list[Pat
         return {}
     dp = 1 + max(number for ranks in found.values() for number in ranks)
     for place in models:
-        if missing := sorted(set(range(dp)) - found.get(place, {}).keys()):
+        there = {(number,) for number in found.get(place, {})}
+        if missing := grid.missing(there, [range(dp)]):
             raise RefusedError(
-                f"{folder}: the optimizer file of dp rank {missing[0]} of tp{place.tp} "
+                f"{folder}: the optimizer file of dp rank {missing[1][0]} of tp{place.tp} "
                 f"pp{place.pp} is "
                 "missing; copy the whole checkpoint"
             )

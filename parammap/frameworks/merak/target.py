@@ -21,6 +21,7 @@ from typing import Any
 
 from parammap import families
 from parammap.checkpoint.checkpoint import Checkpoint
+from parammap.checkpoint.trackers import RELEASE
 from parammap.errors import RefusedError
 from parammap.families import GPT2, HEAD, MERAK, MERAK_CUT, WORD_EMBEDDING, Architecture
 from parammap.formats import torch_legacy, torch_zip
@@ -28,7 +29,7 @@ from parammap.formats.frames import Literal
 from parammap.formats.pickles import Global, Opaque
 from parammap.frameworks.architecture import architecture_of, check_family
 from parammap.frameworks.merak.architecture import CONFIG, completed
-from parammap.frameworks.merak.files import PART_FILE, RELEASE, TRACKER, WHOLE_FILE
+from parammap.frameworks.merak.files import PART_FILE, TRACKER, WHOLE_FILE
 from parammap.frameworks.merak.partition import UNIFORM, cuts, module_of
 from parammap.plan.plan import Output, Wanted, WantedFile, file_of_objects
 from parammap.plan.source_tensors import Parameter, SourceTensors

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parammap.errors import RefusedError
+from parammap.tensors import grid
 from parammap.tensors.names import shorten_names
 
 _FILE = re.compile(r"(?P<name>.+?)(?P<part>-model_part-(\d+))?(?P<shard>-shard(\d+))?\.pt")
@@ -129,13 +130,13 @@ def _groups(paths: list[Path]) -> _Groups:
     return groups
 
 
-def _complete(source: Path, grid: _Grid) -> tuple[tuple[Path, ...], ...]:
-    parts, shards = (range(1 + max(key[dim] for key in grid)) for dim in (0, 1))
-    wanted = [(part, shard) for part in parts for shard in shards]
-    if missing := [key for key in wanted if key not in grid]:
-        some = next(iter(grid.values()))
+def _complete(source: Path, files: _Grid) -> tuple[tuple[Path, ...], ...]:
+    parts, shards = (range(1 + max(key[dim] for key in files)) for dim in (0, 1))
+    if missing := grid.missing(files, (parts, shards)):
+        count, (part, shard) = missing
         raise RefusedError(
-            f"{some.parent}: {len(missing)} of {len(wanted)} files are missing, the first is part "
-            f"{missing[0][0]} shard {missing[0][1]} ({source.name}); copy the whole checkpoint"
+            f"{next(iter(files.values())).parent}: {count} of {len(parts) * len(shards)} files are "
+            f"missing, the first is part {part} shard {shard} ({source.name}); copy the whole "
+            "checkpoint"
         )
-    return tuple(tuple(grid[part, shard] for shard in shards) for part in parts)
+    return tuple(tuple(files[part, shard] for shard in shards) for part in parts)

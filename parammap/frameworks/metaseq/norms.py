@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from parammap.errors import RefusedError
+from parammap.formats import regular_file
 from parammap.tensors.logical import ITEMSIZE, MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
 
@@ -55,7 +56,7 @@ def _is_all(stored: Stored, one: bool) -> bool:
     """Whether all elements are 1, or all 0."""
     content = bytearray()
     for extent in stored.extents:
-        with open(extent.file, "rb") as stream:
+        with regular_file.opened(extent.file) as stream:
             stream.seek(extent.offset)
             content += stream.read(extent.nbytes)
     return bool(

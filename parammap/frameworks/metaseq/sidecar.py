@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
 from parammap.checkpoint.checkpoint import Checkpoint
 from parammap.errors import RefusedError
+from parammap.formats import json_document
 from parammap.formats.frames import Literal
+from parammap.formats.json_schema import Check, compiled, opened
 from parammap.formats.pickles import Opaque
 from parammap.plan.plan import WantedFile
 from parammap.tensors.layout import Place
@@ -50,19 +53,19 @@ def sidecar_of(file: Path, folder: Path | None, num_updates: int | None) -> dict
     return None
 
 
+@cache
+def _is_sidecar() -> Check:
+    """The check of a sidecar; a prototype's does not say its schema, version and framework."""
+    form = opened(json_document.schema("metaseq"))
+    form["required"] = ["file"]
+    return compiled(form)
+
+
 def read(path: Path) -> dict[str, Any]:
     """Raises RefusedError for what is no sidecar of metaseq."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RefusedError(
-            f"{path}: cannot be read as JSON ({error}); copy it again from its source"
-        ) from error
-    if not isinstance(content, dict) or "file" not in content:
-        raise RefusedError(
-            f"{path}: is not a sidecar of a metaseq checkpoint; name the right folder with "
-            f"--sidecar"
-        )
+    content: dict[str, Any] = json_document.read(
+        path, _is_sidecar(), "name the folder of the checkpoint's own sidecars with --sidecar"
+    )
     return content
 
 

@@ -33,6 +33,7 @@ from parammap.frameworks.mindspore import scalars as mindspore_scalars
 from parammap.frameworks.mindspore import sharded as mindspore_sharded
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.frameworks.mindspore.target import STRUCTURE_KEY
+from parammap.tensors import grid
 from parammap.tensors.layout import Layout, Numbering, Place
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, MAIN_PARAM, Stored
 from parammap.tensors.names import shorten_names
@@ -177,27 +178,24 @@ def _rank_folders(source: Path, layout: Layout, numbering: Numbering) -> dict[Co
     numbers = sorted(
         int(match.group(1)) for name in os.listdir(source) if (match := _RANK_FOLDER.match(name))
     )
+    if not numbers:
+        raise RefusedError(f"{source}: has no rank_N folder; copy the whole checkpoint")
     dp, cp = numbering.dp or layout.dp, numbering.cp or layout.cp
     stage = dp * cp * layout.tp
     if not (numbering.dp or numbering.cp) and (layout.pp - 1) * stage not in numbers:
         stage = _stage_size(source, numbers, layout)
-    folders = {
-        (tp, pp, ep): source / f"rank_{pp * stage + ep * cp * layout.tp + tp}"
-        for pp in range(layout.pp)
-        for ep in range(layout.ep)
-        for tp in range(layout.tp)
-    }
     first = mindspore_sharded.strategy_files(source / mindspore_sharded.STRATEGY_FOLDER)
-    if len(first) == len(folders):
-        folders = {
-            rank: source / f"rank_{number}" for rank, number in zip(folders, first, strict=True)
-        }
-    for rank, folder in folders.items():
+    is_sharded = len(first) == layout.pp * layout.ep * layout.tp
+    folders: dict[Coordinates, Path] = {}
+    for pp, ep, tp in grid.cells([range(layout.pp), range(layout.ep), range(layout.tp)]):
+        number = pp * stage + ep * cp * layout.tp + tp
+        folder = source / f"rank_{list(first)[len(folders)] if is_sharded else number}"
         if not folder.is_dir():
             raise RefusedError(
-                f"{folder}: missing; it should hold {Place(*rank)} of {layout}: copy the whole "
-                f"checkpoint"
+                f"{folder}: missing; it should hold {Place(tp, pp, ep)} of {layout}: copy the "
+                "whole checkpoint"
             )
+        folders[tp, pp, ep] = folder
     return folders
 
 

@@ -12,9 +12,7 @@ of their dim 0 under their own names."""
 
 from __future__ import annotations
 
-import json
 import math
-import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 
 from parammap.checkpoint.sidecar import Bucket, Slot
 from parammap.errors import RefusedError
+from parammap.formats import json_document, regular_file
 from parammap.frameworks.mindspore.formats import BY_SUFFIX
 from parammap.tensors.logical import EXP_AVG, EXP_AVG_SQ, ITEMSIZE, Extent, Stored
 from parammap.tensors.names import shorten_names
@@ -196,7 +195,7 @@ def _check_same_step(paths: list[Path], contents: list[Mapping[str, Stored | str
 
 def _content(stored: Stored) -> bytes:
     extent = stored.extents[0]
-    with open(extent.file, "rb") as file:
+    with regular_file.opened(extent.file) as file:
         return os.pread(file.fileno(), min(extent.nbytes, 64), extent.offset)
 
 
@@ -302,12 +301,17 @@ def read_strategy(path: Path, rank: int) -> Strategy:
     MindSpeed-Core-MS overwrites it in place and does not cut it, so the end of a longer, older one
     may follow. Raises RefusedError if it is damaged, contradicts itself, or leaves room in a bucket
     that no parameter fills."""
+    data = json_document.read(
+        path,
+        json_document.check_of("strategy"),
+        "take the one that the training run wrote",
+        is_followed=True,
+    )
     try:
-        data, _ = json.JSONDecoder().raw_decode(path.read_text())
-        ranks = tuple(sorted(map(operator.index, data["dp_rank_list"])))
+        ranks = tuple(sorted(data["dp_rank_list"]))
         buffers = tuple(_buffer(data, b) for b in range(len(data["buffer_info"])))
         zero3 = tuple(data.get("zero3_params", ()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError) as error:
         raise RefusedError(
             f"{path}: no description of a distributed optimizer's shards, or damaged ({error!r}); "
             f"take the one that the training run wrote"
@@ -325,11 +329,11 @@ def read_strategy(path: Path, rank: int) -> Strategy:
 
 
 def _buffer(data: dict[str, Any], number: int) -> StrategyBuffer:
-    """Raises ValueError, KeyError or TypeError where the entries are not as r0.1.0 writes them."""
+    """Raises ValueError or KeyError where the entries contradict each other."""
     info = data["buffer_info"][str(number)]
     buckets, start = [], 0
     for k in range(info["bucket_num"]):
-        numel, unpadded = map(operator.index, info["buckets"][str(k)])
+        numel, unpadded = info["buckets"][str(k)]
         buckets.append(Bucket(start, start + numel, unpadded))
         start += numel
     if len(buckets) != len(info["buckets"]) or start != info["buffer_size"]:
@@ -339,20 +343,14 @@ def _buffer(data: dict[str, Any], number: int) -> StrategyBuffer:
         )
     slots = []
     for name, entry in data["param_info"].items():
-        buffer, bucket, first, end = map(operator.index, entry["range_map"])
+        buffer, bucket, first, end = entry["range_map"]
         if not 0 <= buffer < len(data["buffer_info"]):
             raise ValueError(f"{name} lies in buffer {buffer}, which is not described")
         if buffer == number:
-            slots.append(
-                Slot(
-                    name,
-                    tuple(map(operator.index, entry["shape"])),
-                    entry["dtype"],
-                    first,
-                    end,
-                    bucket,
-                )
-            )
+            if bucket >= len(buckets):
+                raise ValueError(f"{name} lies in bucket {bucket}, which is not described")
+            shape = tuple(entry["shape"])
+            slots.append(Slot(name, shape, entry["dtype"], first, end, bucket))
     return StrategyBuffer(
         param_dtype=slots[0].dtype if slots else None,
         buckets=tuple(buckets),

@@ -7,13 +7,12 @@ save_pretrained); huggingface_hub 0.36 (serialization/_base.py: how shards are f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from parammap.errors import RefusedError
-from parammap.formats import registry, safetensors, torch_zip
+from parammap.formats import json_document, registry, safetensors, torch_zip
 from parammap.formats.format import FlatFormat, TreeFormat
 from parammap.tensors.logical import Stored, TensorSpec
 from parammap.tensors.names import shorten_names
@@ -104,17 +103,10 @@ def _indexed(index: Path) -> dict[str, Stored]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if found and all(isinstance(file, str) for file in found.values()):
-            return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RefusedError(
-            f"{index}: is no index with a weight_map ({error!r}); copy it again"
-        ) from error
-    raise RefusedError(
-        f"{index}: its weight_map does not name a file for each tensor; copy it again"
-    )
+    found: dict[str, str] = json_document.read(
+        index, json_document.check_of("weights_index"), "copy it again"
+    )["weight_map"]
+    return found
 
 
 def _check_files(index: Path, names: set[str]) -> None:

@@ -9,7 +9,6 @@ do."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from typing import Any
 
 from parammap.errors import RefusedError
 from parammap.families import FAMILIES, HEAD, Architecture, Config, ModelType, tensors_of
+from parammap.formats import json_document
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -258,12 +258,7 @@ def read(folder: Path) -> ModelConfig:
 
 def load(path: Path) -> ModelConfig:
     """A config.json. Raises RefusedError as `read` does."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefusedError(f"{path}: cannot be read ({error}); copy the whole folder") from error
-    if not isinstance(config, dict):
-        raise RefusedError(f"{path}: is no configuration of a model; copy it again")
+    config = json_document.read(path, json_document.check_of("config"), "copy the whole folder")
     if config.get("quantization_config"):
         raise RefusedError(
             f"{path}: is of a quantised model (quantization_config), whose tensors are no weights; "

@@ -405,7 +405,7 @@ def test_files_of_the_same_second(copied, tmp_path):
 def test_output_folder_that_is_a_file(written, tmp_path, capsys):
     (tmp_path / "out").touch()
     assert written["dp1"].combine("--output-dir", str(tmp_path / "out")) == 2
-    assert f"{tmp_path / 'out'}: cannot be written to" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: is no folder" in capsys.readouterr().err
 
 
 def test_rest_of_an_older_strategy_is_ignored(copied, tmp_path):

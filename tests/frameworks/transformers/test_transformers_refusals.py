@@ -73,17 +73,17 @@ REFUSED = {  # what is done to a LLaMA of several shards (its one file), and wha
     ),
     "an index that is none": (
         lambda f: (f / INDEX).write_text("[]"),
-        "is no index with a weight_map",
+        "index.json: is damaged .*an array",
     ),
     "an empty index": (
         lambda f: edit(f / INDEX, weight_map={}),
-        "does not name a file for each tensor",
+        "weight_map is empty",
     ),
     "no weights": (lambda f: (f / INDEX).unlink(), "has none of model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "a damaged config": (
         lambda f: (f / "config.json").write_text("{"),
-        "config.json: cannot be read",
+        "config.json: is damaged",
     ),
     "another vocabulary": (
         lambda f: edit(f / "config.json", vocab_size=48),
