@@ -10,7 +10,7 @@ import torch
 from parammap.cli.main import main
 from parammap.execute.checks import Overflown, cast, overflown
 from parammap.execute.writer import Outcome
-from parammap.job.staging import _entry, _outcome
+from parammap.job.journal import _entry, _outcome
 from parammap.tensors.logical import MAIN_PARAM, LogicalTensor
 from parammap.tensors.region import Cells
 from tests.support.alpa import opt_weights, singleton

@@ -214,7 +214,7 @@ def test_tensors_that_are_no_dense_box_are_refused(tmp_path, case):
 
 def test_a_missing_file_is_refused(tmp_path):
     assert "cannot be read" in _refused(str(tmp_path / "missing.pt"))
-    assert "cannot be read" in _refused(str(tmp_path))
+    assert "is a folder" in _refused(str(tmp_path))
 
 
 def test_the_format_before_torch_1_6_is_refused(tmp_path):
