@@ -93,7 +93,7 @@ def _convert(request: Request, staging: Staging) -> Report:
     try:
         checked = [
             sources.check_checksums(outcomes, request.workers),
-            *held_to_manifest(source.folder, findings.digests, plan.sources()),
+            *held_to_manifest(source.folder, source.iteration, findings.digests, plan.sources()),
         ]
         sources.check_unchanged()
         if refusal := findings.refusal(source.folder, request):

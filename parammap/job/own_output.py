@@ -27,15 +27,19 @@ class _Compared:
     wrong: list[TensorDigest] = field(default_factory=list)
     moved: int = 0
 
-    @property
-    def is_rewritten(self) -> bool:
-        """Whether a framework trained on and saved again: that leaves no tensor as it was."""
+    def is_rewritten(self, is_later: bool) -> bool:
+        """Whether a framework trained on and saved again: that leaves no tensor as it was, or, of a
+        model that is frozen in part, goes with another iteration."""
+        if is_later:
+            return bool(self.wrong)
         return len(self.wrong) > 1 and not self.equal and not self.moved
 
 
-def held_to_manifest(folder: Path, digests: list[TensorDigest], read: set[str]) -> Iterator[str]:
-    """Say how far a source is what its manifest says; nothing where it has none. `digests` are of
-    what was copied, `read` the files from which it came.
+def held_to_manifest(
+    folder: Path, iteration: int, digests: list[TensorDigest], read: set[str]
+) -> Iterator[str]:
+    """Say how far a source, of this iteration, is what its manifest says; nothing where it has
+    none. `digests` are of what was copied, `read` the files from which it came.
 
     Raises TaskError for one that is damaged, or put together from several."""
     found = manifests.find(folder)
@@ -43,10 +47,10 @@ def held_to_manifest(folder: Path, digests: list[TensorDigest], read: set[str]) 
         return
     root, manifest = found
     compared = _compared(manifest, digests)
-    if compared.is_rewritten:
+    if compared.is_rewritten(iteration > manifest.iteration):
         yield (
-            f"{root}: was written again since ParamMap made it: none of {len(compared.wrong)} "
-            f"tensors is as {MANIFEST} says, so nothing was held to that"
+            f"{root}: was written again since ParamMap made it: {len(compared.wrong)} tensors, all "
+            f"but {len(compared.equal)}, are not as {MANIFEST} says, so nothing was held to that"
         )
         return
     wrong = [f"{one.name} ({one.state})" for one in compared.wrong]

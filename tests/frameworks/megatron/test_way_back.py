@@ -239,6 +239,9 @@ new = {"step_num": np.int64(7), "state_step": np.array([7], np.float32), "num_st
 for file in sys.argv[1:]:
     parameters = mindspore.load_checkpoint(file)
     os.remove(file)
+    for name, value in parameters.items():
+        if "." in name and not name.endswith("layernorm.weight"):  # the norms are frozen
+            parameters[name] = mindspore.Tensor(value.asnumpy() * np.float32(1.5))
     parameters.update({name: mindspore.Tensor(value) for name, value in new.items()})
     mindspore.save_checkpoint([{"name": name, "data": value} for name, value in parameters.items()], file)
 """

@@ -9,6 +9,7 @@ import torch
 
 from parammap.frameworks import registry
 from parammap.frameworks.merak import files
+from tests.support.archives import reseal
 from tests.support.merak import (
     CONFIG,
     DATA,
@@ -121,6 +122,7 @@ def test_an_optimizer_of_parameters_that_are_not_there_is_refused(tmp_path, caps
         path.write_bytes(
             content.replace(b"module.1.transformer.wpe.weight", b"module.1.transformer.wpx.weight")
         )
+        reseal(path)
     assert "holds no tensor for module.1.transformer.wpx.weight" in refused(
         capsys, source, tmp_path / "out"
     )
