@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, dropwhile
 from typing import Any, ClassVar
 
 #: values inside of one key of a dict or element of a set; those of real checkpoints hold up to 5
@@ -167,6 +167,8 @@ class BoundedUnpickler(pickle._Unpickler):
 def checked_keys(keys: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
     """The same keys. Raises Refusal for what would take long, or much stack, to hash."""
     for key in keys:
+        if not isinstance(key, (tuple, frozenset)):
+            continue
         left, pending = MAX_KEY_NODES, [key]
         while pending:
             node = pending.pop()
@@ -185,47 +187,62 @@ class TreeCheck:
     def __init__(self, containers: dict[type, Parts], cut: type, nbytes: int) -> None:
         self._containers, self._cut = containers, cut
         self._most = FREE_NODES + MAX_NODES_PER_BYTE * nbytes
-        self._path: list[object] = []
-        self._parts: dict[int, list[object]] = {}
+        #: the containers that are being walked, each in the one before it, by id
+        self._path: dict[int, _Walk] = {}
         #: depth, and the values that a walk meets, of what is checked already
         self._known: dict[int, tuple[int, int]] = {}
 
     def check(self, root: object) -> None:
         """Raises Refusal. Depth first, without recursion."""
-        pending = [root] if type(root) in self._containers else []
-        while pending:
-            node = pending[-1]
-            if id(node) not in self._parts:
-                pending += self._begin(node)
+        containers, known = self._containers, self._known
+        walks = [self._begin(root)] if type(root) in containers else []
+        while walks:
+            walk = walks[-1]
+            for part in walk.left:
+                if type(part) not in containers:
+                    continue
+                if id(part) in known:
+                    walk.add(*known[id(part)])
+                elif id(part) in self._path:
+                    self._check_cycle(part)
+                else:
+                    walks.append(self._begin(part))
+                    break
             else:
-                pending.pop()
-                if id(node) not in self._known:
-                    self._end(node)
+                walks.pop()
+                self._end(walk)
+                if walks:
+                    walks[-1].add(*known[id(walk.node)])
 
-    def _begin(self, node: object) -> list[object]:
-        parts = [p for p in self._containers[type(node)](node) if type(p) in self._containers]
-        self._path.append(node)
-        if len(self._path) > MAX_DEPTH:
+    def _begin(self, node: object) -> _Walk:
+        if len(self._path) >= MAX_DEPTH:
             raise Refusal(_TOO_DEEP)
-        self._parts[id(node)] = parts
-        unseen = [part for part in parts if id(part) not in self._known]
-        for part in unseen:
-            if id(part) in self._parts:
-                self._check_cycle(part)
-        return [part for part in unseen if id(part) not in self._parts]
+        walk = self._path[id(node)] = _Walk(node, iter(self._containers[type(node)](node)))
+        return walk
 
     def _check_cycle(self, part: object) -> None:
-        start = next(at for at, node in enumerate(self._path) if node is part)
-        if not any(type(node) is self._cut for node in self._path[start:]):
+        inside = dropwhile(lambda walk: walk.node is not part, self._path.values())
+        if not any(type(walk.node) is self._cut for walk in inside):
             raise Refusal(f"has a {type(part).__name__} that holds itself")
 
-    def _end(self, node: object) -> None:
-        self._path.pop()
-        inner = [self._known[id(p)] for p in self._parts[id(node)] if id(p) in self._known]
-        depth = 1 + max((depth for depth, _ in inner), default=0)
-        nodes = 1 + sum(nodes for _, nodes in inner)
-        if depth > MAX_DEPTH:
+    def _end(self, walk: _Walk) -> None:
+        del self._path[id(walk.node)]
+        if walk.depth > MAX_DEPTH:
             raise Refusal(_TOO_DEEP)
-        if nodes > self._most:
+        if walk.nodes > self._most:
             raise Refusal(f"unfolds to more than {self._most} containers")
-        self._known[id(node)] = depth, nodes
+        self._known[id(walk.node)] = walk.depth, walk.nodes
+
+
+class _Walk:
+    """A container, what is left to see of its parts, and what was seen: how deep it is, and how
+    many containers a walk meets in it."""
+
+    __slots__ = ("depth", "left", "node", "nodes")
+
+    def __init__(self, node: object, left: Iterator[object]) -> None:
+        self.node, self.left, self.depth, self.nodes = node, left, 1, 1
+
+    def add(self, depth: int, nodes: int) -> None:
+        self.depth = max(self.depth, depth + 1)
+        self.nodes += nodes

@@ -31,7 +31,7 @@ MAX_DIMS = 64
 #: what a dimension, an offset or a number of elements is counted in: int64
 MAX_COUNT = (1 << 63) - 1
 
-#: states of the training state: the weight an optimizer steps, its two Adam moments, and the copy
+#: states of a parameter: the weight an optimizer steps, its two Adam moments, and the copy
 #: the model computes with
 MAIN_PARAM, EXP_AVG, EXP_AVG_SQ, MODEL_PARAM = "weight", "exp_avg", "exp_avg_sq", "model_weight"
 

@@ -17,7 +17,7 @@ class Region(NamedTuple):
     """A box of a tensor: the element that it begins at and its size, axis by axis.
 
     Regions of logical tensors have two axes, the rows and the columns of its matrix (see
-    tensors.Tensor)."""
+    logical.LogicalTensor)."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
